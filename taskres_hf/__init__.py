@@ -1,0 +1,46 @@
+"""taskres_hf: few-shot image classifiers as kilobyte residuals over frozen CLIP-like models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .registration import register as _register
+
+# Public name -> module. Nothing heavy is imported until a name is used.
+_PUBLIC = {
+    "TaskResConfig": "configuration_taskres",
+    "TaskResClassifier": "residual",
+    "TaskResCLIPForImageClassification": "modeling_taskres",
+    "TaskResTrainer": "training",
+    "TaskResTrainingArguments": "training",
+    "sample_few_shot": "data",
+    "load_splits": "data",
+    "TaskResError": "errors",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from .configuration_taskres import TaskResConfig as TaskResConfig
+    from .data import load_splits as load_splits
+    from .data import sample_few_shot as sample_few_shot
+    from .errors import TaskResError as TaskResError
+    from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification
+    from .residual import TaskResClassifier as TaskResClassifier
+    from .training import TaskResTrainer as TaskResTrainer
+    from .training import TaskResTrainingArguments as TaskResTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

@@ -1,0 +1,163 @@
+"""The saved folder: one residual in safetensors, a config, a processor and a card. Knows tensors and dicts, not models.
+
+    config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
+    model.safetensors         the tensor `residual` [K, D] alone; its metadata repeats config.json
+    preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
+    README.md                 the model card
+    few_shot.json             indices of the training images, to replay the run
+
+A new folder appears whole or not at all. In an existing one, replacing `model.safetensors` is the commit point: it
+carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArtifactError
+from .files import _umask, read_json, read_tensors, write_bytes, write_tensors
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+RESIDUAL = "residual"
+_REQUIRED = ("base_model_name_or_path", "base_fingerprint", "projection_dim", "id2label", "alpha", "logit_scale")
+
+
+def residual_digest(residual: Tensor) -> str:
+    """Checksum of a residual's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
+    raw = residual.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{residual.dtype} {list(residual.shape)} ".encode() + raw).hexdigest()
+
+
+def check_residual(residual: Tensor, where: str) -> None:
+    """Refuse a residual that is not a finite floating-point matrix.
+
+    Raises:
+        ArtifactError: says what it is instead.
+    """
+    if residual.ndim != 2 or not residual.is_floating_point():
+        raise ArtifactError(
+            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.dtype} {list(residual.shape)}."
+        )
+    if not bool(torch.isfinite(residual).all()):
+        bad = int((~torch.isfinite(residual)).any(dim=1).sum())
+        raise ArtifactError(
+            f"{where}: the residual holds NaN or infinite values in {bad} of {residual.shape[0]} classes. Training "
+            "diverged or the file is damaged: train again with a lower learning rate, or download the file again."
+        )
+
+
+def write_artifact(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], residual: Tensor, extra: Mapping[str, bytes]
+) -> None:
+    """Write an artifact; after a crash the folder holds the old one or the new one.
+
+    Args:
+        folder: created when missing; other files in it are left alone.
+        config: the content of config.json; `residual_sha256` is filled in.
+        residual: [K, D], fp32 or fp16, finite.
+        extra: further files by name.
+
+    Raises:
+        ArtifactError: the residual is not finite, or the folder cannot be written; nothing is changed then.
+    """
+    folder = Path(folder)
+    check_residual(residual, str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
+    config = {**config, "residual_sha256": residual_digest(residual)}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    metadata = {"contents": "task residual [K, D]", "config": json.dumps(config, sort_keys=True, ensure_ascii=False)}
+
+    def write_into(target: Path) -> None:
+        for name, content in extra.items():
+            write_bytes(target / name, content)
+        write_tensors(target / WEIGHTS, {RESIDUAL: residual}, metadata)
+        write_bytes(target / CONFIG, text.encode("utf-8"))
+
+    if folder.exists() and any(folder.iterdir()):
+        write_into(folder)
+        return
+    staging = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        write_into(staging)
+        os.chmod(staging, 0o777 & ~_umask())
+        os.replace(staging, folder)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot write {folder}: {error.strerror or error}. Nothing was changed; choose a folder that can be "
+            "written."
+        ) from error
+    finally:
+        if staging is not None:
+            with suppress(OSError):
+                shutil.rmtree(staging)
+
+
+def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
+    """Read and verify an artifact's two files.
+
+    Returns:
+        The config as a dict, and the residual [K, D] in fp32.
+
+    Raises:
+        ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
+            missing, there is another tensor than the residual, or its shape is not [classes, projection_dim].
+    """
+    config = read_json(config_path)
+    tensors, metadata = read_tensors(weights_path)
+    if set(tensors) != {RESIDUAL}:
+        raise ArtifactError(
+            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r}; it holds {sorted(tensors)[:5]}. "
+            "It is not a TaskRes artifact."
+        )
+    residual = tensors[RESIDUAL]
+    check_residual(residual, str(weights_path))
+    digest = residual_digest(residual)
+    if config.get("residual_sha256") not in (None, digest):
+        # A save was cut between the two files: the weights carry the config they were written with.
+        carried = json.loads(metadata.get("config", "{}"))
+        if carried.get("residual_sha256") != digest:
+            raise ArtifactError(
+                f"The checksum of {weights_path} is not the one in config.json: the file was altered or damaged. "
+                "Download it again, or save the model again."
+            )
+        config = carried
+    check_config(config, str(config_path))
+    expected = [len(config["id2label"]), config["projection_dim"]]
+    if list(residual.shape) != expected:
+        raise ArtifactError(
+            f"The residual in {weights_path} has shape {list(residual.shape)}; config.json speaks of {expected[0]} "
+            f"classes and projection_dim {expected[1]}. The two files do not belong together."
+        )
+    return config, residual.float()
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config.json of a newer format or without a key that loading needs.
+
+    Raises:
+        ArtifactError: names the version or the keys.
+    """
+    version = config.get("format_version", 1)
+    if not isinstance(version, int) or version > 1:
+        raise ArtifactError(
+            f"{where} has format_version {version!r}; this library reads up to 1. It was made by a newer taskres_hf: "
+            "upgrade with `pip install -U taskres_hf`."
+        )
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise ArtifactError(f"{where} lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again.")

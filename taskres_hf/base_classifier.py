@@ -1,0 +1,113 @@
+"""From prompts to the base classifier `t` [K, D], and the fingerprint that tells whether it is still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .encoders import encode_texts
+from .errors import BaseMismatchError, ConfigurationError
+
+_SKETCHES = 8
+_TOLERANCE = 2e-3  # relative to the norm of t: above rounding of fp16 weights, far below another checkpoint
+
+
+def base_embeddings(
+    base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]], average: str = "raw"
+) -> Tensor:
+    """The base classifier: one raw text embedding per class, averaged over its prompts.
+
+    Args:
+        prompts: K lists of prompts, from `prompts.class_prompts`.
+        average: `"raw"` averages the embeddings as they come (published TaskRes); `"normalized"` gives every prompt
+            unit length first, as CLIP's own ensembles do, and the mean the average raw length, so that `alpha` and
+            the learning rate keep their meaning.
+
+    Returns:
+        `t` [K, D] fp32 on the CPU, not normalised.
+
+    Raises:
+        ConfigurationError: unknown `average`.
+    """
+    if average not in ("raw", "normalized"):
+        raise ConfigurationError(f"`prompt_average` must be 'raw' or 'normalized'; got {average!r}.")
+    flat = [prompt for group in prompts for prompt in group]
+    embeddings = encode_texts(base, tokenizer, flat)
+    rows = []
+    for group in embeddings.split([len(group) for group in prompts]):
+        if average == "raw":
+            rows.append(group.mean(dim=0))
+        else:
+            direction = F.normalize(F.normalize(group, dim=-1).mean(dim=0), dim=-1)
+            rows.append(direction * group.norm(dim=-1).mean())
+    return torch.stack(rows)
+
+
+def fingerprint(base: Tensor, prompts: Sequence[Sequence[str]], average: str) -> dict[str, Any]:
+    """What `t` was made from, small enough for a config.
+
+    Holds a digest of the prompts in class order and a few random projections of `t`. A digest of `t` itself would
+    change with the batch size and the number of threads; the projections are compared with a tolerance.
+    """
+    return {
+        "prompts_sha256": prompts_digest(prompts, average),
+        "shape": list(base.shape),
+        "norm": round(float(base.norm()), 4),
+        "sketch": [round(value, 5) for value in _sketch(base)],
+    }
+
+
+def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
+    """Digest of the prompts in class order and of how they are averaged."""
+    text = json.dumps([average, [list(group) for group in prompts]], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_fingerprint(
+    base: Tensor, prompts: Sequence[Sequence[str]], average: str, stored: Mapping[str, Any], name: str
+) -> None:
+    """Compare a freshly made `t` with the one the residual was trained on.
+
+    Raises:
+        BaseMismatchError: says whether the shape, the prompts (class order, names, templates) or the base's weights
+            or tokenizer differ.
+    """
+    accept = "Pass accept_base_mismatch=True to from_pretrained if you want the residual on this base all the same."
+    if list(base.shape) != list(stored.get("shape", [])):
+        raise BaseMismatchError(
+            f"The base {name!r} gives a base classifier of shape {list(base.shape)}; the residual was trained on "
+            f"{stored.get('shape')}. Load it on the base model it was made for (base_model=, base_revision=)."
+        )
+    if prompts_digest(prompts, average) != stored.get("prompts_sha256"):
+        raise BaseMismatchError(
+            "The class names, their order or the templates in config.json are not those the residual was trained "
+            f"with, so its rows would meet other classes. Restore config.json. {accept}"
+        )
+    gap = max(
+        (abs(now - then) for now, then in zip(_sketch(base), stored.get("sketch", []), strict=False)), default=math.inf
+    )
+    gap = max(gap, abs(float(base.norm()) / max(float(stored.get("norm", 0.0)), 1e-12) - 1.0))
+    if gap > _TOLERANCE:
+        raise BaseMismatchError(
+            f"The base {name!r} no longer gives the text embeddings the residual was trained on (relative "
+            f"difference {gap:.2g}, allowed {_TOLERANCE:g}): it is another revision, or its weights or tokenizer "
+            f"changed. Pin the right one with base_revision= or base_model=. {accept}"
+        )
+
+
+def _sketch(base: Tensor) -> list[float]:
+    """`u_i . t . v_i / |t|` for fixed random unit-variance u and v: moves when any row moves or rows swap."""
+    generator = torch.Generator().manual_seed(20221121)
+    rows, dim = base.shape
+    left = torch.randn(_SKETCHES, rows, generator=generator, dtype=torch.float64)
+    right = torch.randn(_SKETCHES, dim, generator=generator, dtype=torch.float64)
+    table = base.double() / base.double().norm().clamp_min(1e-12)
+    return [float(value) for value in torch.einsum("sk,kd,sd->s", left, table, right)]

@@ -1,0 +1,218 @@
+"""The dual encoders that can be a base, one row each, and how to get embeddings out of them.
+
+Families differ in how text must be padded, whether the mask is passed, and how a cosine becomes a logit; each row
+says so, and a test compares every row with the model's own `logits_per_image`. Adding a family is one row and one
+test parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .errors import BaseModelError
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """What is particular to one `model_type`.
+
+    Attributes:
+        padding: `"longest"`, or `"max_length"` where padding changes the answer and must be as in pretraining.
+        attention_mask: whether the text tower is given the mask.
+        score: `"exp_scale"` (cosine times exp of a learned scale), `"exp_scale_bias"` (plus a learned bias) or
+            `"temperature"` (cosine divided by a learned temperature).
+        text_length: fixed number of tokens, or None for the text tower's own maximum.
+        image_inputs: names of the processor's outputs that the image tower needs.
+    """
+
+    padding: str = "longest"
+    attention_mask: bool = True
+    score: str = "exp_scale"
+    text_length: int | None = None
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+
+
+FAMILIES: dict[str, EncoderFamily] = {
+    "clip": EncoderFamily(),
+    "metaclip_2": EncoderFamily(),
+    "altclip": EncoderFamily(),
+    "chinese_clip": EncoderFamily(),
+    "blip": EncoderFamily(),
+    "vision-text-dual-encoder": EncoderFamily(),
+    "align": EncoderFamily(score="temperature"),
+    # SigLIP pools the last token: short padding or a mask would pool another one.
+    "siglip": EncoderFamily(padding="max_length", attention_mask=False, score="exp_scale_bias", text_length=64),
+    "siglip2": EncoderFamily(
+        padding="max_length",
+        attention_mask=False,
+        score="exp_scale_bias",
+        text_length=64,
+        image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+    ),
+}
+
+
+def family_of(model_or_config: Any) -> EncoderFamily:
+    """The row of a model or config.
+
+    Raises:
+        BaseModelError: its `model_type` is not a dual encoder in the table.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    hint = " It is a saved TaskRes artifact: load it with from_pretrained." if model_type == "taskres" else ""
+    raise BaseModelError(
+        f"The base model must be a dual encoder (images and text in one space); {model_type!r} is not one this "
+        f"library knows.{hint} Supported model types: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    hub_kwargs: Mapping[str, Any] | None = None,
+    **model_kwargs: Any,
+) -> tuple[PreTrainedModel, str | None]:
+    """Load a dual encoder, frozen and in eval mode.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: branch, tag or commit; the commit it resolves to is returned.
+        dtype: dtype of the weights, or `"auto"` for the checkpoint's own.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `subfolder`.
+
+    Returns:
+        The model, and the commit it came from (None for a folder).
+
+    Raises:
+        BaseModelError: not a dual encoder in `FAMILIES`, found before any weight is read.
+        OSError: not found or not reachable, as raised by the Hub client.
+    """
+    hub = dict(hub_kwargs or {})
+    path = cached_file(name_or_path, "config.json", revision=revision, **hub)
+    commit = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
+    hub["revision"] = commit or revision  # every further file comes from the same commit
+    family_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub))
+    for key, value in (("attn_implementation", attn_implementation), ("device_map", device_map)):
+        if value is not None:
+            model_kwargs[key] = value
+    model = AutoModel.from_pretrained(
+        name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **hub, **model_kwargs
+    )
+    for method in ("get_text_features", "get_image_features"):
+        if not callable(getattr(model, method, None)):
+            raise BaseModelError(f"The base model {name_or_path!r} ({type(model).__name__}) has no `{method}`.")
+    return model.eval().requires_grad_(False), commit
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None, **hub_kwargs: Any) -> Any:
+    """The base's tokenizer; keyword arguments as in `AutoTokenizer.from_pretrained`."""
+    return AutoTokenizer.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
+
+
+def text_length(base: Any, tokenizer: Any) -> int:
+    """Most tokens a prompt may have: the family's fixed length, the tower's positions and the tokenizer's maximum."""
+    config = getattr(base, "config", base)
+    text_config = getattr(config, "text_config", config)
+    limits = [family_of(config).text_length, getattr(text_config, "max_position_embeddings", None)]
+    limits.append(tokenizer.model_max_length)
+    if text_config.model_type in ("xlm-roberta", "altclip_text_model"):
+        limits[1] -= text_config.pad_token_id + 1  # RoBERTa counts positions from after the padding index
+    return min(limit for limit in limits if limit)
+
+
+def tokenize(base: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Token tensors [P, L] for prompts, padded as the family needs; warns of prompts that had to be cut."""
+    family = family_of(base)
+    limit = text_length(base, tokenizer)
+    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} prompts are longer than the text tower's {limit} tokens and are cut, such as {cut[0]!r}.",
+            stacklevel=2,
+        )
+    tokens = tokenizer(list(prompts), padding=family.padding, truncation=True, max_length=limit, return_tensors="pt")
+    wanted = ("input_ids", "attention_mask") if family.attention_mask else ("input_ids",)
+    return {name: tokens[name] for name in wanted}
+
+
+@torch.no_grad()
+def encode_texts(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Text embeddings [P, D] fp32 of prompts, projected and not normalised."""
+    device = text_device(base)
+    embeddings = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = tokenize(base, tokenizer, prompts[start : start + batch_size])
+        features = base.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
+        embeddings.append(pooled(features).float().cpu())
+    return torch.cat(embeddings)
+
+
+def image_features(base: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
+    """What the base's `get_image_features` returns for processed images; `pooled` takes the embedding out."""
+    family = family_of(base)
+    given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
+    given["pixel_values"] = given["pixel_values"].to(dtype=base.dtype)
+    return base.get_image_features(**given, **kwargs)  # type: ignore[operator]
+
+
+def encode_images(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Image embeddings [N, D] of processed images, projected and not normalised, in the tower's dtype."""
+    return pooled(image_features(base, inputs))
+
+
+def pooled(features: Any) -> Tensor:
+    """The projected feature out of what `get_*_features` returns (a tensor before transformers 5)."""
+    if isinstance(features, Tensor):
+        return features
+    feature: Tensor = features.pooler_output
+    return feature
+
+
+@torch.no_grad()
+def score_parameters(base: PreTrainedModel) -> tuple[float, float]:
+    """Factor and bias that turn a cosine into the base's own logit: `logit = factor * cosine + bias`."""
+    score = family_of(base).score
+    if score == "temperature":
+        return 1.0 / float(base.temperature), 0.0
+    scale = float(base.logit_scale.float().exp())
+    return scale, float(base.logit_bias) if score == "exp_scale_bias" else 0.0
+
+
+def text_device(base: PreTrainedModel) -> torch.device:
+    """Where token ids must be, also when the towers are on different devices."""
+    tower = getattr(base, "text_model", base)
+    return next(tower.parameters()).device
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A checksum of a module's parameters and buffers that takes milliseconds, not a hash of every byte.
+
+    Sums of the raw bits at two strides, with names, shapes and dtypes: any retraining or rounding changes it.
+    It tells versions of a model apart; it is no protection against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        bits = bits[: bits.numel() // 4 * 4].view(torch.int32) if bits.numel() >= 4 else bits
+        sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,267 @@
+"""Frozen image embeddings, computed once, with augmented views if wanted, and kept on disk.
+
+The backbone never changes, so a picture's embedding never does: training epochs run over embeddings, and the cache is
+keyed by the content of the pictures, the backbone's weights and the processor, not by file names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from PIL import ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .data import LabelledImages
+from .encoders import encode_images, weights_digest
+from .errors import ArtifactError, ConfigurationError, DataError, ImageError
+from .files import read_tensors, write_tensors
+
+_FORMAT = 1
+_CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
+_CROP_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Embeddings of a labelled set of pictures.
+
+    Attributes:
+        image_embeds: [V, N, D] fp32, not normalised: V augmented views, or one plain view.
+        labels: [N] class ids.
+        class_names: K names in label order.
+        digest: digest of the pictures' content and labels, in order.
+        skipped: positions of pictures that could not be read and were left out.
+    """
+
+    image_embeds: Tensor
+    labels: Tensor
+    class_names: list[str]
+    digest: str
+    skipped: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def select(self, indices: Sequence[int]) -> ImageFeatures:
+        """The same embeddings restricted to positions, in that order."""
+        chosen = torch.as_tensor(list(indices), dtype=torch.long)
+        digest = hashlib.sha256(f"{self.digest} {list(indices)}".encode()).hexdigest()
+        return replace(
+            self, image_embeds=self.image_embeds[:, chosen], labels=self.labels[chosen], digest=digest, skipped=()
+        )
+
+
+def embed_images(
+    base: PreTrainedModel,
+    image_processor: Any,
+    images: LabelledImages,
+    *,
+    views: int = 0,
+    seed: int = 1,
+    batch_size: int = 32,
+    cache_dir: str | os.PathLike[str] | None = None,
+    on_error: str = "raise",
+    progress: bool = True,
+    accelerator: Any = None,
+) -> ImageFeatures:
+    """Embed pictures with the frozen image tower, once per view.
+
+    Args:
+        base: the dual encoder. image_processor: its image processor.
+        images: N labelled pictures.
+        views: 0 for the plain picture as in evaluation, V > 0 for V augmented views (random resized crop and flip,
+            drawn from `seed` and the picture's content).
+        batch_size: pictures a forward pass; it changes nothing but speed and memory.
+        cache_dir: folder to keep embeddings in; None keeps nothing.
+        on_error: `"raise"` names all unreadable pictures at once; `"skip"` leaves them out with a warning.
+        accelerator: an `accelerate.Accelerator`: each process embeds its share, all get the whole.
+
+    Raises:
+        ImageError: pictures that cannot be read (`on_error="raise"`).
+        DataError: none can be read.
+    """
+    if views < 0:
+        raise ConfigurationError(f"`views` must be 0 (plain pictures) or more; got {views}.")
+    if on_error not in ("raise", "skip"):
+        raise ConfigurationError(f"`on_error` must be 'raise' or 'skip'; got {on_error!r}.")
+    readable, problems = _digests(images)
+    digests = [digest for _, digest in readable]
+    content = hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
+    path = None
+    if cache_dir is not None:
+        spec = [_FORMAT, weights_digest(_image_tower(base)), str(base.dtype), image_processor.to_json_string()]
+        spec += [views, seed if views else 0, digests]
+        path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]}.safetensors"
+    stored = _read_cache(path, len(digests), max(views, 1))
+    if stored is None:
+        jobs = [(index, digest, view) for view in range(max(views, 1)) for index, digest in readable]
+        stored = _embed(base, image_processor, images, jobs, views, seed, batch_size, progress, accelerator, problems)
+        if path is not None and (accelerator is None or accelerator.is_main_process):
+            write_tensors(path, stored)
+    ok = stored["readable"].bool()
+    lost = {index: "cannot be decoded" for (index, _), good in zip(readable, ok.tolist(), strict=True) if not good}
+    problems = {**lost, **problems}
+    if problems:
+        _report(problems, images, on_error)
+    if not bool(ok.any()):
+        raise DataError("None of the pictures can be read.")
+    labels = torch.tensor([images.labels[index] for index, _ in readable])[ok]
+    return ImageFeatures(stored["image_embeds"][:, ok], labels, images.class_names, content, tuple(sorted(problems)))
+
+
+def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, str]]:
+    readable, problems = [], {}
+    for index in range(len(images)):
+        try:
+            readable.append((index, images.digest(index)))
+        except ImageError as error:
+            problems[index] = str(error)
+    return readable, problems
+
+
+def _embed(
+    base: PreTrainedModel,
+    image_processor: Any,
+    images: LabelledImages,
+    jobs: list[tuple[int, str, int]],
+    views: int,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+    accelerator: Any,
+    problems: dict[int, str],
+) -> dict[str, Tensor]:
+    """Embeddings [V, N, D] of all jobs (picture, digest, view), and which pictures could be decoded [N]."""
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
+    mine = jobs[rank::world]
+    rows: list[Tensor] = []
+    good: list[bool] = []
+    bar = tqdm(
+        total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False
+    )
+    for start in range(0, len(mine), batch_size):
+        batch: list[PIL.Image.Image] = []
+        for index, digest, view in mine[start : start + batch_size]:
+            try:
+                picture = images.image(index)
+            except ImageError as error:
+                problems[index] = str(error)
+                good.append(False)
+                continue
+            if views:
+                picture = augment(picture, crop_size(image_processor), random.Random(f"{seed} {digest} {view}"))
+            batch.append(picture)
+            good.append(True)
+        if batch:
+            rows.append(forward_pictures(base, image_processor, batch, augmented=views > 0))
+        bar.update(len(mine[start : start + batch_size]))
+    bar.close()
+    dim = rows[0].shape[1] if rows else 1
+    table = torch.zeros(len(mine), dim)
+    mask = torch.tensor(good, dtype=torch.bool)
+    if rows:
+        table[mask] = torch.cat(rows)
+    if world > 1:
+        table, mask = _gather(table, mask, len(jobs), world, accelerator)
+    count = len(jobs) // max(views, 1)
+    return {"image_embeds": table.view(-1, count, table.shape[1]), "readable": mask.view(-1, count)[0].to(torch.uint8)}
+
+
+def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: Any) -> tuple[Tensor, Tensor]:
+    """Every process's rows, back in the order of the jobs (dealt out round robin)."""
+    share = math.ceil(total / world)
+    dims = accelerator.gather(torch.tensor([table.shape[1]], device=accelerator.device)).max().item()
+    padded = torch.zeros(share, dims + 1, device=accelerator.device)
+    padded[: len(table), : table.shape[1]] = table.to(accelerator.device)
+    padded[: len(table), -1] = mask.to(accelerator.device, padded.dtype)
+    everyone = accelerator.gather(padded).view(world, share, dims + 1).transpose(0, 1).reshape(-1, dims + 1)[:total].cpu()
+    return everyone[:, :-1].contiguous(), everyone[:, -1].bool()
+
+
+@torch.no_grad()
+def forward_pictures(
+    base: PreTrainedModel, image_processor: Any, pictures: Sequence[PIL.Image.Image], augmented: bool = False
+) -> Tensor:
+    """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
+    options = {"do_resize": False, "do_center_crop": False} if augmented else {}
+    inputs = image_processor(images=list(pictures), return_tensors="pt", **options)
+    device = next(_image_tower(base).parameters()).device
+    moved = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+    return encode_images(base, moved).float().cpu()
+
+
+def crop_size(image_processor: Any) -> tuple[int, int]:
+    """Height and width of the pictures the tower sees, from the processor's `crop_size` or `size`.
+
+    Raises:
+        ConfigurationError: the processor gives no fixed size; augmented views need one.
+    """
+    for size in (getattr(image_processor, "crop_size", None), getattr(image_processor, "size", None)):
+        if size is not None and "height" in size and size["height"]:
+            return int(size["height"]), int(size["width"])
+    raise ConfigurationError(f"{type(image_processor).__name__} has no fixed picture size: use views=0.")
+
+
+def augment(picture: PIL.Image.Image, size: tuple[int, int], generator: random.Random) -> PIL.Image.Image:
+    """The published augmentation: a random crop of 8 to 100 % of the area, resized (bicubic), flipped half the time."""
+    width, height = picture.size
+    for _ in range(10):
+        area = width * height * generator.uniform(*_CROP_AREA)
+        ratio = math.exp(generator.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
+        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = generator.randint(0, width - wide), generator.randint(0, height - high)
+            break
+    else:  # very long pictures: the largest central crop of an allowed shape
+        wide = min(width, max(1, round(height * _CROP_RATIO[1])))
+        high = min(height, max(1, round(width / _CROP_RATIO[0])))
+        left, top = (width - wide) // 2, (height - high) // 2
+    picture = picture.crop((left, top, left + wide, top + high))
+    picture = picture.resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
+    return ImageOps.mirror(picture) if generator.random() < 0.5 else picture
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` covering `range(count)`."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _image_tower(base: PreTrainedModel) -> torch.nn.Module:
+    return getattr(base, "vision_model", base)
+
+
+def _read_cache(path: Path | None, count: int, views: int) -> dict[str, Tensor] | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        tensors, _ = read_tensors(path)
+        if tensors["image_embeds"].shape[:2] == (views, count) and bool(tensors["image_embeds"].isfinite().all()):
+            return tensors
+        reason = "it holds other pictures"
+    except (ArtifactError, KeyError) as error:
+        reason = str(error)
+    warnings.warn(f"The cached embeddings in {path} cannot be used ({reason}) and are computed again.", stacklevel=3)
+    return None
+
+
+def _report(problems: dict[int, str], images: LabelledImages, on_error: str) -> None:
+    listed = "\n".join(f"  {message}" for _, message in sorted(problems.items())[:20])
+    more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+    message = f"{len(problems)} of {len(images)} pictures cannot be read:\n{listed}{more}"
+    if on_error == "raise":
+        raise ImageError(f"{message}\nRemove them, or leave them out with on_error='skip' (--on-error skip).")
+    warnings.warn(f"{message}\nThey are left out.", stacklevel=3)

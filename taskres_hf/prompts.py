@@ -1,0 +1,180 @@
+"""From class names to the prompts whose text embeddings make the base classifier."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from .errors import ClassNamesError, ConfigurationError
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+_UNDERSCORES = ("replace", "keep")
+_MEANINGLESS = re.compile(r"^(\d+|n\d{8})$")  # a bare number or a WordNet id
+
+
+@cache
+def named_templates() -> dict[str, tuple[str, ...]]:
+    """The template sets that can be named instead of spelled out.
+
+    `"clip-80"` and `"clip-7"` (OpenAI's ImageNet prompts and the seven they select), `"imagenet"` (the seven and
+    `"a photo of a {}."`, as TaskRes uses) and one set per benchmark dataset, such as `"oxford_pets"`.
+
+    Returns:
+        Name to templates, each with one `{}` for the class name.
+    """
+    text = resources.files("taskres_hf").joinpath("suite_data/templates.json").read_text(encoding="utf-8")
+    return {name: tuple(templates) for name, templates in json.loads(text).items() if not name.startswith("_")}
+
+
+def resolve_templates(templates: str | Sequence[str] | None) -> list[str]:
+    """A template, a list of templates or the name of a set, as a list of templates.
+
+    Args:
+        templates: one template with `{}` for the class name, several (an ensemble), a name from
+            `named_templates()`, or None for `"a photo of a {}."`.
+
+    Raises:
+        ConfigurationError: empty list, not a string, no `{}` in a template, or an unknown name.
+    """
+    if templates is None:
+        return [DEFAULT_TEMPLATE]
+    if isinstance(templates, str):
+        if "{" not in templates and "}" not in templates:
+            known = named_templates()
+            if templates in known:
+                return list(known[templates])
+            raise ConfigurationError(
+                f"The template {templates!r} has no '{{}}' to put the class name in, and no template set has that "
+                f"name. Write for example 'a photo of a {{}}.', or use one of: {', '.join(sorted(known))}."
+            )
+        templates = [templates]
+    resolved = list(templates)
+    if not resolved:
+        raise ConfigurationError("`templates` is empty: give at least one, for example 'a photo of a {}.'.")
+    for template in resolved:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ConfigurationError(
+                f"A template needs exactly one '{{}}' to put the class name in; got {template!r}. "
+                "Write for example 'a photo of a {}.'."
+            )
+    return resolved
+
+
+def check_class_names(class_names: Any, minimum: int = 2) -> list[str]:
+    """Class names in label order, normalised to NFC and stripped.
+
+    Args:
+        class_names: a sequence of names, a mapping from label id to name, or a `datasets.ClassLabel`.
+        minimum: fewest classes accepted; a classifier needs two.
+
+    Raises:
+        ClassNamesError: none or too few classes, an empty name, a name that is not a string, or two names that
+            are the same after normalisation.
+    """
+    names = getattr(class_names, "names", class_names)
+    if isinstance(names, str):
+        raise ClassNamesError(f"`class_names` must be a list of names; got the single string {names!r}.")
+    if isinstance(names, Mapping):
+        names = _names_from_mapping(names)
+    if names is None or not isinstance(names, Iterable):
+        raise ClassNamesError("No class names: pass class_names=['tabby cat', 'beagle', ...] or a datasets.ClassLabel.")
+    names = list(names)
+    for position, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ClassNamesError(f"Class names must be strings; number {position} is {name!r}.")
+    cleaned = [unicodedata.normalize("NFC", name).strip() for name in names]
+    if len(cleaned) < minimum:
+        raise ClassNamesError(
+            f"A classifier needs at least {minimum} classes; got {len(cleaned)}: {cleaned}. "
+            "Pass the names of all classes in label order."
+        )
+    empty = [position for position, name in enumerate(cleaned) if not name]
+    if empty:
+        raise ClassNamesError(f"Class names must not be empty; numbers {empty} are. Give each class a name.")
+    first: dict[str, int] = {}
+    for position, name in enumerate(cleaned):
+        if name in first:
+            raise ClassNamesError(
+                f"Class names must differ; {name!r} is both number {first[name]} and number {position}. "
+                "Rename one, for example 'crane (bird)' and 'crane (machine)'."
+            )
+        first[name] = position
+    meaningless = [name for name in cleaned if _MEANINGLESS.match(name)]
+    if meaningless:
+        warnings.warn(
+            f"{len(meaningless)} class names say nothing to a text encoder (such as {meaningless[0]!r}): the base "
+            "classifier will be near chance. Pass class_names= with words.",
+            stacklevel=3,
+        )
+    return cleaned
+
+
+def class_prompts(
+    class_names: Sequence[str],
+    templates: str | Sequence[str] | None = None,
+    *,
+    underscores: str = "replace",
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+) -> list[list[str]]:
+    """The prompts of each class.
+
+    Args:
+        class_names: names in label order, K of them.
+        templates: see `resolve_templates`. With `descriptions`, None means the descriptions alone.
+        underscores: `"replace"` writes `tabby_cat` as `tabby cat`; `"keep"` leaves it, as the published TaskRes code
+            does (its class names reach the tokenizer verbatim).
+        descriptions: sentences per class name, as in CuPL's JSON files; used as whole prompts.
+
+    Returns:
+        K lists of prompts.
+
+    Raises:
+        ConfigurationError: bad template, unknown `underscores`, or a class without a description.
+    """
+    if underscores not in _UNDERSCORES:
+        raise ConfigurationError(f"`underscores` must be one of {_UNDERSCORES}; got {underscores!r}.")
+    resolved = resolve_templates(templates) if templates is not None or descriptions is None else []
+    prompts = []
+    missing = []
+    for name in class_names:
+        words = name.replace("_", " ") if underscores == "replace" else name
+        sentences = [template.replace("{}", words) for template in resolved]
+        if descriptions is not None:
+            described = descriptions.get(name, descriptions.get(words))
+            if isinstance(described, str):
+                described = [described]
+            if not described or not all(isinstance(text, str) and text.strip() for text in described):
+                missing.append(name)
+                continue
+            sentences += list(described)
+        prompts.append(sentences)
+    if missing:
+        raise ConfigurationError(
+            f"`descriptions` needs a non-empty list of sentences for each class; missing for {missing[:5]}"
+            f"{' ...' if len(missing) > 5 else ''} ({len(missing)} of {len(class_names)})."
+        )
+    return prompts
+
+
+def _names_from_mapping(mapping: Mapping[Any, Any]) -> list[Any]:
+    """`{0: "cat"}`, `{"0": "cat"}` (id2label) or `{"cat": 0}` (label2id), as names in label order."""
+    try:
+        if all(isinstance(value, int) for value in mapping.values()):
+            by_id = {int(value): key for key, value in mapping.items()}
+        else:
+            by_id = {int(key): value for key, value in mapping.items()}
+    except (TypeError, ValueError):
+        raise ClassNamesError(
+            f"A mapping of classes must be id to name or name to id; got {dict(list(mapping.items())[:3])!r}."
+        ) from None
+    if sorted(by_id) != list(range(len(mapping))):
+        raise ClassNamesError(
+            f"Label ids must run from 0 to {len(mapping) - 1} without gaps; got {sorted(by_id)[:10]}."
+        )
+    return [by_id[index] for index in range(len(by_id))]

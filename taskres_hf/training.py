@@ -1,0 +1,511 @@
+"""`TaskResTrainer`: frozen embeddings once, then epochs over them in an Accelerate loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from .data import LabelledImages, class_counts, few_shot_indices
+from .errors import ArtifactError, ConfigurationError, DataError, FewShotError
+from .evaluation import accuracy, metrics_from_logits
+from .features import ImageFeatures, augment, crop_size, embed_images, forward_pictures
+from .files import cache_root, read_json, read_tensors, write_json, write_tensors
+from .modeling_taskres import TaskResCLIPForImageClassification
+from .optimization import Recipe, epoch_batches, learning_rate, loss_and_gradient, make_recipe, penalty_factor
+
+_STATE = "trainer_state.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class TaskResTrainingArguments:
+    """Settings of a training run; None means the recipe's own value.
+
+    Args:
+        output_dir: where checkpoints go.
+        recipe: `"auto"` (one setting for every task) or `"paper"` (as published).
+        shots: training pictures per class to draw; None takes all.
+        seed: seed of the draw, of the views and of the order of batches.
+        on_short: a class with fewer pictures than `shots`: `"warn"` and take all it has, `"raise"`, or `"ignore"`.
+        num_train_epochs, learning_rate, weight_decay, warmup_lr, train_batch_size, penalty: override the recipe;
+            `train_batch_size` counts examples per step over all processes.
+        views: augmented views cached per picture; 0 trains on the plain picture.
+        augment_online: augment and embed afresh every epoch, as published, instead of caching.
+        embed_batch_size: pictures a forward pass of the frozen tower.
+        cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for no cache.
+        save_epochs: write a checkpoint every so many epochs; 0 never.
+        save_total_limit: checkpoints kept.
+        early_stopping_patience: stop after so many epochs without a better accuracy on the evaluation set and keep
+            the best residual; None (default) never stops early. Give a validation split then, not the test split.
+        label_map: dataset class name to model class name where they differ, or `"position"`.
+        image_column, label_column, drop_unlabelled, on_error: how datasets are read, see `data.LabelledImages` and
+            `features.embed_images`.
+        closed_form: use the gradient by hand where one process trains on cached embeddings.
+        report_to: trackers for Accelerate's `log_with`, such as `"tensorboard"`; none by default.
+        dataset_name: recorded in the artifact.
+        use_cpu, disable_tqdm, push_to_hub, hub_model_id, hub_token, hub_private_repo: as in
+            `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigurationError: a value out of range.
+    """
+
+    output_dir: str = "taskres-output"
+    recipe: str = "auto"
+    shots: int | None = None
+    seed: int = 1
+    on_short: str = "warn"
+    num_train_epochs: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_lr: float | None = None
+    train_batch_size: int | None = None
+    penalty: float | None = None
+    views: int = 0
+    augment_online: bool = False
+    embed_batch_size: int = 32
+    cache_dir: str | bool | None = None
+    save_epochs: int = 0
+    save_total_limit: int | None = None
+    early_stopping_patience: int | None = None
+    label_map: Mapping[str, str] | str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    drop_unlabelled: bool = False
+    on_error: str = "raise"
+    closed_form: bool = True
+    report_to: str | list[str] | None = None
+    dataset_name: str | None = None
+    use_cpu: bool = False
+    disable_tqdm: bool | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = field(default=None, repr=False)
+    hub_private_repo: bool | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("shots", "num_train_epochs", "train_batch_size", "embed_batch_size", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                problems.append(f"`{name}` must be a whole number of at least 1; got {value!r}")
+        for name in ("views", "save_epochs"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                problems.append(f"`{name}` must be a whole number of at least 0; got {getattr(self, name)!r}")
+        for name in ("learning_rate", "weight_decay", "warmup_lr", "penalty"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                problems.append(f"`{name}` must be a finite number of at least 0; got {value!r}")
+        if self.recipe not in ("auto", "paper"):
+            problems.append(f"`recipe` must be 'auto' or 'paper'; got {self.recipe!r}")
+        if self.augment_online and self.views:
+            problems.append("choose either `views` (cached) or `augment_online` (afresh each epoch)")
+        if problems:
+            raise ConfigurationError("; ".join(problems) + ".")
+        if self.disable_tqdm is None:
+            self.disable_tqdm = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+class TaskResTrainer:
+    """Trains the residual of a `TaskResCLIPForImageClassification`.
+
+    Args:
+        model: the classifier; trained in place.
+        args: see `TaskResTrainingArguments`.
+        train_dataset, eval_dataset: a `datasets.Dataset` with pictures and labels (matched to the model's classes by
+            name), a `LabelledImages`, or `ImageFeatures` already computed.
+        image_processor: found by the model when None.
+
+    Attributes:
+        log_history: one dict per epoch: epoch, loss, accuracy, learning_rate, and eval_accuracy if evaluated.
+    """
+
+    def __init__(
+        self,
+        model: TaskResCLIPForImageClassification,
+        args: TaskResTrainingArguments | None = None,
+        train_dataset: Dataset | LabelledImages | ImageFeatures | None = None,
+        eval_dataset: Dataset | LabelledImages | ImageFeatures | None = None,
+        image_processor: Any = None,
+    ) -> None:
+        self.model = model
+        self.args = args or TaskResTrainingArguments()
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        if image_processor is not None:
+            model.image_processor = image_processor
+        self.accelerator = Accelerator(cpu=self.args.use_cpu, log_with=self.args.report_to, project_dir=self.args.output_dir)
+        if getattr(model, "hf_device_map", None) is None and getattr(model.clip, "hf_device_map", None) is None:
+            model.to(self.accelerator.device)
+        self.log_history: list[dict[str, Any]] = []
+        self._features: dict[int, ImageFeatures] = {}
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
+        """Train the residual.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir`. The settings and the
+                data must be those of the interrupted run; the result then equals an uninterrupted run, bit for bit
+                in one process on a CPU.
+
+        Returns:
+            `TrainOutput` with the number of steps, the last epoch's loss and its metrics.
+
+        Raises:
+            DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture.
+            ConfigurationError: the checkpoint is of another run, or training diverged.
+        """
+        if self.train_dataset is None:
+            raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
+        images, data = self._training_data()
+        head = self.model.classifier
+        recipe = self._recipe(len(data.labels) / len(self.model.class_names))
+        self._record(recipe, data.digest, len(data.labels))
+        optimizer = torch.optim.Adam(
+            [head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
+        run = {"recipe": asdict(recipe), "data": data.digest, "seed": self.args.seed, "alpha": head.alpha}
+        run |= {"views": self.args.views, "augment_online": self.args.augment_online}
+        start = self._resume(resume_from_checkpoint, optimizer, run)
+        if self.args.report_to:
+            self.accelerator.init_trackers("taskres", config=recipe.__dict__)
+        step = self._make_step(recipe, optimizer, data, images)
+        stopper = _EarlyStopping(self.args.early_stopping_patience)
+        steps, log = 0, self.log_history[-1] if self.log_history else {}
+        bar = tqdm(
+            total=recipe.num_train_epochs, initial=start, desc="Training", unit="epoch",
+            disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+        )  # fmt: skip
+        for epoch in range(start, recipe.num_train_epochs):
+            rate = learning_rate(recipe, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
+            order = epoch_batches(len(data), data.image_embeds.shape[0], recipe.train_batch_size, self.args.seed, epoch)
+            for rows, views in order:
+                totals += step(rows, views, epoch)
+                steps += 1
+            loss, correct = (totals[:2] / totals[2]).tolist()
+            log = {"epoch": epoch + 1, "loss": loss, "accuracy": correct, "learning_rate": rate}
+            if not math.isfinite(loss):
+                raise ConfigurationError(
+                    f"Training diverged in epoch {epoch + 1} (loss {loss}): lower learning_rate ({rate:g}) and check "
+                    "the pictures. The model on disk is untouched."
+                )
+            if self.args.early_stopping_patience is not None:
+                log["eval_accuracy"] = self._eval_accuracy()
+            self.log_history.append(log)
+            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("loss", "accuracy", "eval_accuracy") if key in log})
+            bar.update()
+            if self.args.report_to:
+                self.accelerator.log(log, step=epoch + 1)
+            if self.args.save_epochs and (epoch + 1) % self.args.save_epochs == 0:
+                self._checkpoint(epoch + 1, optimizer, run)
+            if stopper.stop(log.get("eval_accuracy"), head.residual):
+                break
+        bar.close()
+        stopper.restore(head.residual)
+        if self.args.report_to:
+            self.accelerator.end_training()
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            self.push_to_hub()
+        return TrainOutput(steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()})
+
+    def _make_step(self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures, images: Any) -> Any:
+        """A function of (rows, views, epoch) that makes one optimiser step and returns [loss, correct, examples] sums."""
+        head = self.model.classifier
+        factor = penalty_factor(recipe, head)
+        device = head.residual.device
+        dtype = head.residual.dtype
+        labels = data.labels.to(device)
+        one_process = self.accelerator.num_processes == 1
+        embeds = None
+        if images is None:
+            embeds = F.normalize(data.image_embeds.to(device=device, dtype=dtype), dim=-1)
+
+        def closed_form(rows: Tensor, views: Tensor, epoch: int) -> Tensor:
+            assert embeds is not None
+            batch = embeds[0].index_select(0, rows) if len(embeds) == 1 else embeds[views, rows]
+            loss, correct, head.residual.grad = loss_and_gradient(head, batch, labels[rows], factor)
+            optimizer.step()
+            return torch.tensor([float(loss) * len(rows), float(correct), len(rows)], dtype=torch.float64)
+
+        if images is None and one_process and self.args.closed_form:
+            return closed_form
+
+        wrapped, prepared = self.accelerator.prepare(head, optimizer)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+
+        def autograd(rows: Tensor, views: Tensor, epoch: int) -> Tensor:
+            mine = rows[rank::world].to(device)
+            if embeds is None:
+                batch = self._augmented(images, mine.tolist(), epoch).to(device=device, dtype=dtype)
+            else:
+                batch = embeds[views[rank::world].to(device), mine]
+            logits = wrapped(batch)
+            # Sums over the whole batch: gradients of the processes are averaged, whatever share each one has.
+            local = F.cross_entropy(logits, labels[mine], reduction="sum")
+            regulariser = factor * head.residual.pow(2).sum()
+            self.accelerator.backward(local * (world / len(rows)) + regulariser)
+            prepared.step()
+            prepared.zero_grad()
+            correct = (logits.argmax(dim=1) == labels[mine]).sum()
+            sums = torch.stack([local.detach() + regulariser.detach() * len(mine), correct.to(local.dtype)])
+            sums = self.accelerator.reduce(sums, reduction="sum").double().cpu()
+            return torch.cat([sums, torch.tensor([float(len(rows))], dtype=torch.float64)])
+
+        return autograd
+
+    def _augmented(self, images: LabelledImages, rows: Sequence[int], epoch: int) -> Tensor:
+        """Embeddings [B, D] of freshly augmented pictures."""
+        if not rows:
+            return torch.zeros(0, self.model.classifier.base.shape[1])
+        processor = self.model.image_processor
+        size = crop_size(processor)
+        parts = []
+        for start in range(0, len(rows), self.args.embed_batch_size):
+            chunk = rows[start : start + self.args.embed_batch_size]
+            pictures = [
+                augment(images.image(row), size, random.Random(f"{self.args.seed} {images.digest(row)} {epoch}"))
+                for row in chunk
+            ]
+            parts.append(forward_pictures(self.model.clip, processor, pictures, augmented=True))
+        return torch.cat(parts)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "") -> dict[str, Any]:
+        """Metrics on the evaluation set, zero-shot beside trained.
+
+        Returns:
+            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images` and `per_class`; shares from 0 to 1. Those
+            of the trainer's own evaluation set are recorded in the model's config, for the card.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise DataError("There is nothing to evaluate on: pass eval_dataset.")
+        data = self._embedded(dataset)
+        logits, zero_shot = self._logits(data)
+        metrics = metrics_from_logits(logits, data.labels, self.model.class_names)
+        metrics["zero_shot_accuracy"] = accuracy(zero_shot, data.labels)
+        if eval_dataset is None:
+            split = getattr(dataset, "split", None)
+            self.model.config.metrics = {**metrics, **({"split": str(split)} if split else {}), "data_digest": data.digest}
+        return {f"{metric_key_prefix}_{key}" if metric_key_prefix else key: value for key, value in metrics.items()}
+
+    def predict(self, test_dataset: Any) -> PredictionOutput:
+        """Logits [N, K], labels [N] and metrics for a labelled dataset."""
+        data = self._embedded(test_dataset)
+        logits, _ = self._logits(data)
+        return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics_from_logits(logits, data.labels))
+
+    @torch.no_grad()
+    def _logits(self, data: ImageFeatures) -> tuple[Tensor, Tensor]:
+        head, embeds = self.model.classifier, data.image_embeds[0]
+        return head(embeds).cpu(), head.zero_shot_logits(embeds).cpu()
+
+    def _eval_accuracy(self) -> float:
+        if self.eval_dataset is None:
+            raise ConfigurationError("early_stopping_patience needs an eval_dataset: give a validation split.")
+        data = self._embedded(self.eval_dataset)
+        return accuracy(self._logits(data)[0], data.labels)
+
+    # ------------------------------------------------------------------ saving
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
+        """Save the artifact to `output_dir` (default: the run's own)."""
+        self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+
+    def push_to_hub(self, **kwargs: Any) -> Any:
+        """Upload the artifact to `hub_model_id` (default: the name of `output_dir`)."""
+        options = {"token": self.args.hub_token, "private": self.args.hub_private_repo, **kwargs}
+        return self.model.push_to_hub(self.args.hub_model_id or Path(self.args.output_dir).name, **options)
+
+    def _checkpoint(self, epoch: int, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
+        """`checkpoint-<epoch>`: the artifact, Adam's moments and the run's description; whole or absent."""
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / f"checkpoint-{epoch}"
+            staging = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(staging, ignore_errors=True)
+            self.model.save_pretrained(staging)
+            state = optimizer.state[self.model.classifier.residual]
+            write_tensors(staging / _OPTIMIZER, {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step")})
+            write_json(staging / _STATE, {"epoch": epoch, "run": run, "log_history": self.log_history})
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(staging, folder)
+            if self.args.save_total_limit:
+                for old in _checkpoints(self.args.output_dir)[: -self.args.save_total_limit]:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, source: Any, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
+        """Restore a checkpoint; the epoch to go on with."""
+        if not source:
+            self.log_history = []
+            return 0
+        if source is True:
+            found = _checkpoints(self.args.output_dir)
+            if not found:
+                raise ConfigurationError(
+                    f"There is no checkpoint in {self.args.output_dir} to resume from. Train with save_epochs=N to have some."
+                )
+            source = found[-1]
+        folder = Path(source)
+        state = read_json(folder / _STATE)
+        run = json.loads(json.dumps(run))
+        different = [key for key in run if state.get("run", {}).get(key) != run[key]]
+        if different:
+            raise ConfigurationError(
+                f"{folder} is a checkpoint of another run: {', '.join(different)} differ. Resume with the same "
+                "settings and data, or start anew without resume_from_checkpoint."
+            )
+        residual = read_tensors(folder / "model.safetensors")[0]["residual"]
+        moments = read_tensors(folder / _OPTIMIZER)[0]
+        parameter = self.model.classifier.residual
+        if residual.shape != parameter.shape:
+            raise ArtifactError(f"{folder} holds a residual {list(residual.shape)}, the model {list(parameter.shape)}.")
+        with torch.no_grad():
+            parameter.copy_(residual)
+        optimizer.state[parameter] = {
+            name: tensor.to(parameter.device if name != "step" else "cpu") for name, tensor in moments.items()
+        }
+        self.log_history = list(state["log_history"])
+        return int(state["epoch"])
+
+    # ------------------------------------------------------------------ data
+
+    def _training_data(self) -> tuple[LabelledImages | None, ImageFeatures]:
+        """The drawn pictures (for online augmentation) and their embeddings or, online, just their labels."""
+        dataset = self.train_dataset
+        names = self.model.class_names
+        source = dataset if isinstance(dataset, ImageFeatures) else self._labelled(dataset)
+        labels = source.labels.tolist() if isinstance(source, ImageFeatures) else source.labels
+        counts = class_counts(labels, names)
+        absent = [name for name, count in counts.items() if count == 0]
+        if absent and self.args.on_short != "ignore":
+            raise FewShotError(
+                f"{len(absent)} of {len(names)} classes have no training picture: {absent[:5]}. Add at least one each, "
+                "leave the classes out of the model, or accept it with on_short='ignore'."
+            )
+        if self.args.shots is not None:
+            indices = few_shot_indices(labels, self.args.shots, self.args.seed, on_short=self.args.on_short, class_names=names)
+            source = source.select(indices)
+            rows = [source.indices[i] for i in range(len(source))] if isinstance(source, LabelledImages) else indices
+            self.model.config.few_shot = {
+                "shots": self.args.shots, "seed": self.args.seed, "num_images": len(indices), "indices": rows,
+            }  # fmt: skip
+        else:
+            self.model.config.few_shot = {"shots": None, "seed": self.args.seed, "num_images": len(labels)}
+        if isinstance(source, ImageFeatures):
+            if self.args.augment_online:
+                raise ConfigurationError("augment_online needs pictures; train_dataset holds embeddings.")
+            return None, source
+        if self.args.augment_online:
+            crop_size(self.model.image_processor)
+            digests = [source.digest(index) for index in range(len(source))]
+            digest = hashlib.sha256(json.dumps([digests, source.labels, names]).encode()).hexdigest()
+            blank = torch.zeros(1, len(source), 0)
+            return source, ImageFeatures(blank, torch.tensor(source.labels), names, digest)
+        return None, self._embed(source, self.args.views)
+
+    def _labelled(self, dataset: Any) -> LabelledImages:
+        if not isinstance(dataset, LabelledImages):
+            dataset = LabelledImages(
+                dataset,
+                image_column=self.args.image_column,
+                label_column=self.args.label_column,
+                default_names=self.model.class_names,
+                drop_unlabelled=self.args.drop_unlabelled,
+            )
+        return dataset.aligned(self.model.class_names, self.args.label_map)
+
+    def _embedded(self, dataset: Any) -> ImageFeatures:
+        if isinstance(dataset, ImageFeatures):
+            return dataset
+        if id(dataset) not in self._features:
+            self._features[id(dataset)] = self._embed(self._labelled(dataset), 0)
+        return self._features[id(dataset)]
+
+    def _embed(self, images: LabelledImages, views: int) -> ImageFeatures:
+        cache_dir = self.args.cache_dir
+        if cache_dir is None or cache_dir is True:
+            cache_dir = str(cache_root() / "features")
+        return embed_images(
+            self.model.clip,
+            self.model.image_processor,
+            images,
+            views=views,
+            seed=self.args.seed,
+            batch_size=self.args.embed_batch_size,
+            cache_dir=cache_dir or None,
+            on_error=self.args.on_error,
+            progress=not self.args.disable_tqdm,
+            accelerator=self.accelerator,
+        )
+
+    def _recipe(self, mean_shots: float) -> Recipe:
+        recipe = make_recipe(self.args.recipe, self.model.classifier, self.args.shots or mean_shots)
+        names = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
+        given = {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
+        return replace(recipe, **given)
+
+    def _record(self, recipe: Recipe, digest: str, count: int) -> None:
+        """Provenance in the config: what `taskres info` and the card show."""
+        values = asdict(recipe)
+        values["recipe"] = values.pop("name")
+        self.model.config.training = {
+            **values, "seed": self.args.seed, "views": self.args.views, "augment_online": self.args.augment_online,
+        }  # fmt: skip
+        self.model.config.data = {"train_digest": digest, "train_images": count}
+        if self.args.dataset_name:
+            self.model.config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
+        self.model.config.metrics = None  # they spoke of the residual before this run
+
+
+class _EarlyStopping:
+    """Keeps the best residual and says when patience has run out; does nothing without a patience."""
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience, self.best, self.waited = patience, -1.0, 0
+        self.residual: Tensor | None = None
+
+    def stop(self, score: float | None, residual: Tensor) -> bool:
+        if self.patience is None or score is None:
+            return False
+        if score > self.best:
+            self.best, self.waited, self.residual = score, 0, residual.detach().clone()
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def restore(self, residual: Tensor) -> None:
+        if self.residual is not None:
+            with torch.no_grad():
+                residual.copy_(self.residual)
+
+
+def _checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / _STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
