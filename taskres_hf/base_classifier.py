@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .encoders import encode_texts
-from .errors import BaseMismatchError, ConfigurationError
+from .errors import ArtifactError, BaseMismatchError, ConfigurationError
+from .files import cache_root, read_tensors, write_tensors
 
 _SKETCHES = 8
 _TOLERANCE = 2e-3  # relative to the norm of t: above rounding of fp16 weights, far below another checkpoint
@@ -69,6 +73,42 @@ def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
     """Digest of the prompts in class order and of how they are averaged."""
     text = json.dumps([average, [list(group) for group in prompts]], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_table_path(
+    name_or_path: str, commit: str | None, prompts: Sequence[Sequence[str]], average: str
+) -> Path | None:
+    """Where `t` for these prompts and this base is kept; None when the base's version cannot be told without loading.
+
+    A Hub base is told by its commit, a folder by the sizes and times of its files. What is read from there is still
+    held against the artifact's fingerprint.
+    """
+    if commit is not None:
+        version: list[Any] = [name_or_path, commit]
+    elif os.path.isdir(name_or_path):
+        files = sorted(Path(name_or_path).glob("*.json")) + sorted(Path(name_or_path).glob("*.safetensors"))
+        version = [os.path.realpath(name_or_path)]
+        version += [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        return None
+    digest = hashlib.sha256(json.dumps([version, prompts_digest(prompts, average)]).encode()).hexdigest()
+    return cache_root() / "base_classifiers" / f"{digest[:32]}.safetensors"
+
+
+def read_table(path: Path | None) -> Tensor | None:
+    """A kept `t` [K, D], or None."""
+    if path is None or not path.is_file():
+        return None
+    with suppress(ArtifactError, KeyError):
+        return read_tensors(path)[0]["base"]
+    return None
+
+
+def write_table(path: Path | None, table: Tensor) -> None:
+    """Keep `t`; a cache folder that cannot be written only costs time later."""
+    if path is not None:
+        with suppress(ArtifactError):
+            write_tensors(path, {"base": table})
 
 
 def check_fingerprint(

@@ -8,6 +8,7 @@ test parameter.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .errors import BaseModelError
@@ -120,6 +123,83 @@ def load_base(
         if not callable(getattr(model, method, None)):
             raise BaseModelError(f"The base model {name_or_path!r} ({type(model).__name__}) has no `{method}`.")
     return model.eval().requires_grad_(False), commit
+
+
+class TextTowerNotLoaded(nn.Module):
+    """Stands where the text tower would be: it is not needed once the base classifier is known."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            raise BaseModelError(
+                "The text tower was not loaded: classifying needs the image tower alone. Load the model with "
+                "from_pretrained(..., text_tower=True) to use it."
+            ) from None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.missing
+
+
+def load_image_tower(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    hub_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel | None:
+    """The base without its text tower, its weights mapped from the file instead of read.
+
+    Returns:
+        The base, frozen and in eval mode; None where the checkpoint is not one safetensors file with exactly the
+        weights the image side needs, and `load_base` must be used.
+    """
+    hub = dict(hub_kwargs or {})
+    try:
+        config_path = cached_file(name_or_path, "config.json", revision=revision, **hub)
+        path = cached_file(name_or_path, "model.safetensors", revision=revision, **hub)
+    except OSError:
+        return None
+    values = json.loads(Path(str(config_path)).read_text(encoding="utf-8"))
+    if values.get("model_type") not in _SPLIT_TOWERS or "auto_map" in values:
+        return None
+    config = AutoConfig.for_model(**values)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    text_layers = config.text_config.num_hidden_layers
+    config.text_config.num_hidden_layers = 0  # the text side is built and thrown away
+    with torch.device("meta"), no_init_weights():
+        base = AutoModel.from_config(config, dtype=dtype, **options)
+    base.config.text_config.num_hidden_layers = text_layers
+    for attribute in _SPLIT_TOWERS[config.model_type]:
+        setattr(base, attribute, TextTowerNotLoaded())
+    with safe_open(str(path), framework="pt") as stream:
+        stored = set(stream.keys())
+        if not stored.issuperset(base.state_dict()):
+            return None
+        for prefix, module in base.named_modules():  # several times faster than load_state_dict(assign=True)
+            for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
+                tensor = stream.get_tensor(f"{prefix}.{leaf}" if prefix else leaf)
+                module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+    for name, buffer in list(base.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "position_ids":
+                return None
+            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
+    base.config._name_or_path = name_or_path
+    return base.eval().requires_grad_(False)
+
+
+# What belongs to the text side, for the families whose towers are loaded separately.
+_SPLIT_TOWERS = {
+    "clip": ("text_model", "text_projection"),
+    "metaclip_2": ("text_model", "text_projection"),
+    "siglip": ("text_model",),
+}
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, **hub_kwargs: Any) -> Any:

@@ -20,10 +20,17 @@ from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
 
 from .artifact import CONFIG, RESIDUAL, WEIGHTS, read_artifact, write_artifact
-from .base_classifier import base_embeddings, check_fingerprint, fingerprint
+from .base_classifier import (
+    base_embeddings,
+    cached_table_path,
+    check_fingerprint,
+    fingerprint,
+    read_table,
+    write_table,
+)
 from .configuration_taskres import TaskResConfig
-from .encoders import image_features, load_base, load_tokenizer, pooled, score_parameters
-from .errors import ArtifactError, BaseModelError, ConfigurationError
+from .encoders import image_features, load_base, load_image_tower, load_tokenizer, pooled, score_parameters
+from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
 from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier
 
@@ -139,6 +146,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
             tokenizer = load_tokenizer(name, revision=commit or revision, **hub)
         table = base_embeddings(base, tokenizer, prompts, prompt_average)
+        if not isinstance(base_model, PreTrainedModel):
+            write_table(cached_table_path(name, commit, prompts, prompt_average), table)
         base.to(target) if base.dtype != target else None
         scale, bias = score_parameters(base)
         config = TaskResConfig(
@@ -179,6 +188,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         base_revision: str | None = None,
         base_trust_remote_code: bool = False,
         accept_base_mismatch: bool = False,
+        text_tower: bool = False,
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -192,6 +202,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             base_revision: another commit of the base.
             base_trust_remote_code: let the base run code from its repository.
             accept_base_mismatch: load although the base gives other text embeddings than in training.
+            text_tower: load the text tower too. Classifying does not need it: once the base classifier is known on
+                this machine, only the image tower is mapped into memory.
             **kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies` (both repositories);
                 `device_map`, `attn_implementation`, `quantization_config` (the base); or a config value such as
                 `alpha`.
@@ -239,21 +251,33 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             descriptions=loaded.class_descriptions,
         )
         base_name = _base_name(loaded, base_model, local)
-        if isinstance(base_model, PreTrainedModel):
-            base, commit, target = base_model.eval().requires_grad_(False), None, base_model.dtype
-        else:
-            pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
-            base, commit, target = _load_base(base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs)
-        tokenizer = load_tokenizer(base_name, revision=commit, **hub)
-        table = base_embeddings(base, tokenizer, prompts, loaded.prompt_average)
-        if not accept_base_mismatch:
-            check_fingerprint(table, prompts, loaded.prompt_average, loaded.base_fingerprint or {}, base_name)
-        elif table.shape != residual.shape:
-            raise ArtifactError(
-                f"The residual is {list(residual.shape)}, the base {base_name!r} gives {list(table.shape)}: they can "
-                "never fit. Choose a base with the same embedding size."
-            )
-        base.to(target) if base.dtype != target else None
+        pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
+        base = table = kept = None
+        if not isinstance(base_model, PreTrainedModel):
+            kept = cached_table_path(base_name, pinned, prompts, loaded.prompt_average)
+            table = None if text_tower or set(base_kwargs) - {"attn_implementation"} else read_table(kept)
+        if table is not None and _matches(table, prompts, loaded):
+            dtype = _torch_dtype(dtype)
+            base = load_image_tower(
+                base_name, revision=pinned, dtype=dtype, hub_kwargs=hub,
+                attn_implementation=base_kwargs.get("attn_implementation"),
+            )  # fmt: skip
+        if base is None or table is None:
+            if isinstance(base_model, PreTrainedModel):
+                base, commit, target = base_model.eval().requires_grad_(False), None, base_model.dtype
+            else:
+                base, commit, target = _load_base(base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs)
+            tokenizer = load_tokenizer(base_name, revision=commit, **hub)
+            table = base_embeddings(base, tokenizer, prompts, loaded.prompt_average)
+            if not accept_base_mismatch:
+                check_fingerprint(table, prompts, loaded.prompt_average, loaded.base_fingerprint or {}, base_name)
+            elif table.shape != residual.shape:
+                raise ArtifactError(
+                    f"The residual is {list(residual.shape)}, the base {base_name!r} gives {list(table.shape)}: they "
+                    "can never fit. Choose a base with the same embedding size."
+                )
+            write_table(kept, table)
+            base.to(target) if base.dtype != target else None
         loaded.dtype = base.dtype
         loaded.architectures = [cls.__name__]
         model = cls(loaded, base, table)
@@ -350,6 +374,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
         """Image embeddings [N, D] of the frozen base, projected and not normalised."""
         return pooled(image_features(self.clip, {"pixel_values": pixel_values, **kwargs}))
+
+    def init_weights(self) -> None:
+        """Nothing to do: the residual starts at zero and the base comes with its weights, which must not be touched."""
 
     def train(self, mode: bool = True) -> TaskResCLIPForImageClassification:
         """Switch the head's mode; the base stays in eval mode (dropout and batch statistics off)."""
@@ -540,10 +567,7 @@ def _load_base(
     name: str, revision: str | None, dtype: Any, trust_remote_code: bool, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, str | None, torch.dtype]:
     """The base in fp32, so that `t` does not depend on the dtype it will run in, and that dtype."""
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype, None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ConfigurationError(f"`dtype` must be a torch dtype or 'auto'; got {dtype!r}.")
+    dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
     placed = "device_map" in kwargs or "quantization_config" in kwargs
     first = dtype if dtype == "auto" or placed else torch.float32
     base, commit = load_base(
@@ -553,6 +577,23 @@ def _load_base(
     if not placed:
         base.float()
     return base, commit, target
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError(f"`dtype` must be a torch dtype or 'auto'; got {dtype!r}.")
+    return dtype
+
+
+def _matches(table: Tensor, prompts: Sequence[Sequence[str]], config: TaskResConfig) -> bool:
+    """Whether a kept base classifier is the one the residual was trained on; if not, it is made anew."""
+    try:
+        check_fingerprint(table, prompts, config.prompt_average, config.base_fingerprint or {}, "")
+    except BaseMismatchError:
+        return False
+    return True
 
 
 def _base_name(config: TaskResConfig, base_model: Any, local: bool) -> str:
