@@ -1,7 +1,8 @@
 """The saved folder: one residual in safetensors, a config, a processor and a card. Knows tensors and dicts, not models.
 
     config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
-    model.safetensors         the tensor `residual` [K, D] alone; its metadata repeats config.json
+    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side), and `base_shift` [K, D] where
+                              the base was enhanced; its metadata repeats config.json
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
     few_shot.json             indices of the training images, to replay the run
@@ -31,6 +32,7 @@ from .files import _umask, read_json, read_tensors, write_bytes, write_tensors
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 RESIDUAL = "residual"
+SHIFT = "base_shift"
 _REQUIRED = ("base_model_name_or_path", "base_fingerprint", "projection_dim", "id2label", "alpha", "logit_scale")
 
 
@@ -38,6 +40,14 @@ def residual_digest(residual: Tensor) -> str:
     """Checksum of a residual's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
     raw = residual.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{residual.dtype} {list(residual.shape)} ".encode() + raw).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of all tensors of an artifact; of the residual alone where there is no shift."""
+    digest = residual_digest(tensors[RESIDUAL])
+    if SHIFT not in tensors:
+        return digest
+    return hashlib.sha256((digest + residual_digest(tensors[SHIFT])).encode()).hexdigest()
 
 
 def check_residual(residual: Tensor, where: str) -> None:
@@ -59,7 +69,11 @@ def check_residual(residual: Tensor, where: str) -> None:
 
 
 def write_artifact(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], residual: Tensor, extra: Mapping[str, bytes]
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    residual: Tensor,
+    extra: Mapping[str, bytes],
+    shift: Tensor | None = None,
 ) -> None:
     """Write an artifact; after a crash the folder holds the old one or the new one.
 
@@ -68,22 +82,25 @@ def write_artifact(
         config: the content of config.json; `residual_sha256` is filled in.
         residual: [K, D], fp32 or fp16, finite.
         extra: further files by name.
+        shift: what the enhanced base adds to the base [K, D], or None.
 
     Raises:
         ArtifactError: the residual is not finite, or the folder cannot be written; nothing is changed then.
     """
     folder = Path(folder)
-    check_residual(residual, str(folder))
+    tensors = {RESIDUAL: residual} if shift is None else {RESIDUAL: residual, SHIFT: shift}
+    for tensor in tensors.values():
+        check_residual(tensor, str(folder))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
-    config = {**config, "residual_sha256": residual_digest(residual)}
+    config = {**config, "residual_sha256": tensors_digest(tensors)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     metadata = {"contents": "task residual [K, D]", "config": json.dumps(config, sort_keys=True, ensure_ascii=False)}
 
     def write_into(target: Path) -> None:
         for name, content in extra.items():
             write_bytes(target / name, content)
-        write_tensors(target / WEIGHTS, {RESIDUAL: residual}, metadata)
+        write_tensors(target / WEIGHTS, tensors, metadata)
         write_bytes(target / CONFIG, text.encode("utf-8"))
 
     if folder.exists() and any(folder.iterdir()):
@@ -107,11 +124,11 @@ def write_artifact(
                 shutil.rmtree(staging)
 
 
-def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor]:
+def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """Read and verify an artifact's two files.
 
     Returns:
-        The config as a dict, and the residual [K, D] in fp32.
+        The config as a dict, the residual [K, D] ([1, D] on the image side) in fp32, and the base's shift [K, D] or None.
 
     Raises:
         ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
@@ -119,14 +136,15 @@ def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.Pa
     """
     config = read_json(config_path)
     tensors, metadata = read_tensors(weights_path)
-    if set(tensors) != {RESIDUAL}:
+    if set(tensors) not in ({RESIDUAL}, {RESIDUAL, SHIFT}):
         raise ArtifactError(
-            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r}; it holds {sorted(tensors)[:5]}. "
-            "It is not a TaskRes artifact."
+            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base); it "
+            f"holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
         )
-    residual = tensors[RESIDUAL]
-    check_residual(residual, str(weights_path))
-    digest = residual_digest(residual)
+    for tensor in tensors.values():
+        check_residual(tensor, str(weights_path))
+    residual, shift = tensors[RESIDUAL], tensors.get(SHIFT)
+    digest = tensors_digest(tensors)
     if config.get("residual_sha256") not in (None, digest):
         # A save was cut between the two files: the weights carry the config they were written with.
         carried = json.loads(metadata.get("config", "{}"))
@@ -137,13 +155,14 @@ def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.Pa
             )
         config = carried
     check_config(config, str(config_path))
-    expected = [len(config["id2label"]), config["projection_dim"]]
-    if list(residual.shape) != expected:
+    table = [len(config["id2label"]), config["projection_dim"]]
+    expected = [1, table[1]] if config.get("residual_side") == "image" else table
+    if list(residual.shape) != expected or (shift is not None and list(shift.shape) != table):
         raise ArtifactError(
-            f"The residual in {weights_path} has shape {list(residual.shape)}; config.json speaks of {expected[0]} "
-            f"classes and projection_dim {expected[1]}. The two files do not belong together."
+            f"The residual in {weights_path} has shape {list(residual.shape)}; config.json speaks of {table[0]} "
+            f"classes and projection_dim {table[1]}. The two files do not belong together."
         )
-    return config, residual.float()
+    return config, residual.float(), None if shift is None else shift.float()
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:

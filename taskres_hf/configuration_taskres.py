@@ -28,6 +28,8 @@ class TaskResConfig(PreTrainedConfig):
         underscores: `"replace"` or `"keep"`, see `prompts.class_prompts`.
         prompt_average: `"raw"` (published) or `"normalized"`, see `base_classifier.base_embeddings`.
         alpha: scale of the residual (paper: 0.5).
+        residual_side: `"text"` (published) or `"image"` (one shared residual on image embeddings).
+        enhanced_base: how the base's shift was made (TaskRes*), or None for the regular base.
         logit_scale: factor on the cosine, exponentiated; logit_bias: constant on every logit.
         base_fingerprint: what the base classifier was made from, checked on loading.
         few_shot, training, metrics, data: how the residual came to be; shown by `taskres info` and the card.
@@ -52,6 +54,8 @@ class TaskResConfig(PreTrainedConfig):
         underscores: str = "replace",
         prompt_average: str = "raw",
         alpha: float = 0.5,
+        residual_side: str = "text",
+        enhanced_base: dict[str, Any] | None = None,
         logit_scale: float | None = None,
         logit_bias: float = 0.0,
         base_fingerprint: dict[str, Any] | None = None,
@@ -75,6 +79,8 @@ class TaskResConfig(PreTrainedConfig):
         self.underscores = underscores
         self.prompt_average = prompt_average
         self.alpha = float(alpha)
+        self.residual_side = residual_side
+        self.enhanced_base = enhanced_base
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.base_fingerprint = base_fingerprint

@@ -77,8 +77,10 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             )
         self.clip = base
         scale, bias = score_parameters(base)
-        self.classifier = TaskResClassifier(base_classifier, config.alpha, scale, bias)
+        self.classifier = TaskResClassifier(base_classifier, config.alpha, scale, bias, config.residual_side)
         self._image_processor: Any = None
+        self._tokenizer: Any = None
+        self._base_source: tuple[str, dict[str, Any]] | None = None
         self._processor_source: tuple[str, dict[str, Any]] | None = None
         self.post_init()
         self.clip.requires_grad_(False)
@@ -100,6 +102,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         class_descriptions: Mapping[str, Sequence[str]] | None = None,
         underscores: str = "replace",
         prompt_average: str = "raw",
+        residual_side: str = "text",
         revision: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
@@ -119,6 +122,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             class_descriptions: sentences per class as prompts (CuPL).
             underscores: `"replace"` or `"keep"` (as the published code does).
             prompt_average: `"raw"` (published) or `"normalized"`.
+            residual_side: `"text"` (published: one row per class) or `"image"` (one shared row, TaskRes-Image).
             revision: branch, tag or commit of the base; the commit is recorded.
             dtype: dtype of the base; fp32 by default, `"auto"` for the checkpoint's own. The head stays fp32.
             trust_remote_code: let the base run code from its repository; your decision, never read from a config.
@@ -162,6 +166,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             underscores=underscores,
             prompt_average=prompt_average,
             alpha=alpha,
+            residual_side=residual_side,
             logit_scale=scale,
             logit_bias=bias,
             base_fingerprint=fingerprint(table, prompts, prompt_average),
@@ -170,9 +175,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             dtype=str(base.dtype).removeprefix("torch."),
         )
         model = cls(config, base, table)
-        model._image_processor = image_processor
+        model._image_processor, model._tokenizer = image_processor, tokenizer
         if name:
-            model._processor_source = (name, {**hub, "revision": commit or revision})
+            model._base_source = model._processor_source = (name, {**hub, "revision": commit or revision})
         return _place_head(model)
 
     @classmethod
@@ -225,7 +230,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             cached_file(name, file, revision=revision, **hub, **({"subfolder": subfolder} if subfolder else {}))
             for file in (CONFIG, WEIGHTS)
         ]
-        values, residual = read_artifact(*paths)  # type: ignore[arg-type]
+        values, residual, shift = read_artifact(*paths)  # type: ignore[arg-type]
         loaded = (config if config is not None else cls.config_class).from_dict(values)
         if config is not None:
             loaded._name_or_path = config._name_or_path
@@ -244,12 +249,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
 
-        prompts = class_prompts(
-            loaded.class_names,
-            loaded.templates or None,
-            underscores=loaded.underscores,
-            descriptions=loaded.class_descriptions,
-        )
+        prompts = _config_prompts(loaded)
         base_name = _base_name(loaded, base_model, local)
         pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
         base = table = kept = None
@@ -271,7 +271,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             table = base_embeddings(base, tokenizer, prompts, loaded.prompt_average)
             if not accept_base_mismatch:
                 check_fingerprint(table, prompts, loaded.prompt_average, loaded.base_fingerprint or {}, base_name)
-            elif table.shape != residual.shape:
+            elif table.shape[1] != residual.shape[1]:
                 raise ArtifactError(
                     f"The residual is {list(residual.shape)}, the base {base_name!r} gives {list(table.shape)}: they "
                     "can never fit. Choose a base with the same embedding size."
@@ -283,7 +283,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(residual)
+        model.classifier.shift = shift
         model._processor_source = (name, {**hub, "revision": revision, **({"subfolder": subfolder} if subfolder else {})})
+        model._base_source = (base_name, {**hub, "revision": pinned})
         model.config._name_or_path = name
         model = _place_head(model).eval()
         if output_loading_info:
@@ -390,6 +392,20 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         """Class names in label order."""
         return self.config.class_names
 
+    def class_prompts(self) -> list[list[str]]:
+        """The prompts of each class, K lists."""
+        return _config_prompts(self.config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; loaded when first needed."""
+        if self._tokenizer is None:
+            if self._base_source is None:
+                raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
+            name, options = self._base_source
+            self._tokenizer = load_tokenizer(name, **options)
+        return self._tokenizer
+
     @property
     def image_processor(self) -> Any:
         """The image processor pictures must go through; loaded when first needed."""
@@ -443,7 +459,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             card = _card(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(save_directory) / "README.md")
             if card is not None:
                 extra["README.md"] = card
-            write_artifact(save_directory, values, residual.detach().to(residual_dtype), extra)
+            shift = self.classifier.shift
+            shift = None if shift is None else shift.to(residual_dtype)
+            write_artifact(save_directory, values, residual.detach().to(residual_dtype), extra, shift)
         if push_to_hub:
             kept = ("token", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
             repo_id = kwargs.get("repo_id") or Path(save_directory).name
@@ -550,6 +568,15 @@ def _rename_residual(module: Any, state_dict: dict[str, Any], prefix: str, *args
     """Files name the tensor `residual`; the module tree calls it `classifier.residual` (Trainer resumes this way)."""
     if f"{prefix}{RESIDUAL}" in state_dict:
         state_dict[f"{prefix}classifier.{RESIDUAL}"] = state_dict.pop(f"{prefix}{RESIDUAL}")
+
+
+def _config_prompts(config: TaskResConfig) -> list[list[str]]:
+    return class_prompts(
+        config.class_names,
+        config.templates or None,
+        underscores=config.underscores,
+        descriptions=config.class_descriptions,
+    )
 
 
 def _split_kwargs(kwargs: dict[str, Any], separate_hub_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -103,7 +103,7 @@ def loss_and_gradient(
     Returns:
         loss (scalar), correct (scalar, integer), gradient [K, D].
     """
-    weight = head.weight()
+    weight = head.weight()  # a fresh tensor: reused below
     length = weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
     unit = weight.div_(length)
     logits = torch.mm(images, unit.T).mul_(head.logit_scale).add_(head.logit_bias)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from .data import LabelledImages, class_counts, few_shot_indices
+from .enhanced_base import projection_inputs, tune_projection
 from .errors import ArtifactError, ConfigurationError, DataError, FewShotError
 from .evaluation import accuracy, metrics_from_logits
 from .features import ImageFeatures, augment, crop_size, embed_images, forward_pictures
@@ -47,6 +48,7 @@ class TaskResTrainingArguments:
         num_train_epochs, learning_rate, weight_decay, warmup_lr, train_batch_size, penalty: override the recipe;
             `train_batch_size` counts examples per step over all processes.
         views: augmented views cached per picture; 0 trains on the plain picture.
+        enhanced_base: tune the text projection on the few-shot data first (TaskRes*), then the residual on that base.
         augment_online: augment and embed afresh every epoch, as published, instead of caching.
         embed_batch_size: pictures a forward pass of the frozen tower.
         cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for no cache.
@@ -79,6 +81,7 @@ class TaskResTrainingArguments:
     train_batch_size: int | None = None
     penalty: float | None = None
     views: int = 0
+    enhanced_base: bool = False
     augment_online: bool = False
     embed_batch_size: int = 32
     cache_dir: str | bool | None = None
@@ -180,11 +183,14 @@ class TaskResTrainer:
         head = self.model.classifier
         recipe = self._recipe(len(data.labels) / len(self.model.class_names))
         self._record(recipe, data.digest, len(data.labels))
+        if self.args.enhanced_base:
+            self._enhance(data)
         optimizer = torch.optim.Adam(
             [head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         run = {"recipe": asdict(recipe), "data": data.digest, "seed": self.args.seed, "alpha": head.alpha}
         run |= {"views": self.args.views, "augment_online": self.args.augment_online}
+        run |= {"enhanced_base": self.args.enhanced_base}
         start = self._resume(resume_from_checkpoint, optimizer, run)
         if self.args.report_to:
             self.accelerator.init_trackers("taskres", config=recipe.__dict__)
@@ -230,6 +236,20 @@ class TaskResTrainer:
             self.push_to_hub()
         return TrainOutput(steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()})
 
+    def _enhance(self, data: ImageFeatures) -> None:
+        """Put the enhanced base under the residual; the same data and seed give the same base on every process."""
+        if not data.image_embeds.shape[-1]:
+            raise ConfigurationError("enhanced_base needs cached embeddings: use views=V instead of augment_online.")
+        head, config = self.model.classifier, self.model.config
+        inputs, projection = projection_inputs(self.model.clip, self.model.tokenizer, self.model.class_prompts())
+        shots = len(data) / len(self.model.class_names)
+        shift = tune_projection(
+            inputs, projection, head.base.cpu(), data,
+            logit_scale=head.logit_scale, logit_bias=head.logit_bias, shots=shots, seed=self.args.seed,
+        )  # fmt: skip
+        head.shift = shift.to(head.base)
+        config.enhanced_base = {"epochs": 50, "data_digest": data.digest, "seed": self.args.seed}
+
     def _make_step(self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures, images: Any) -> Any:
         """A function of (rows, views, epoch) that makes one optimiser step and returns [loss, correct, examples] sums."""
         head = self.model.classifier
@@ -240,7 +260,9 @@ class TaskResTrainer:
         one_process = self.accelerator.num_processes == 1
         embeds = None
         if images is None:
-            embeds = F.normalize(data.image_embeds.to(device=device, dtype=dtype), dim=-1)
+            embeds = data.image_embeds.to(device=device, dtype=dtype)
+            if head.side == "text":  # there the length of an image embedding does not matter
+                embeds = F.normalize(embeds, dim=-1)
 
         def closed_form(rows: Tensor, views: Tensor, epoch: int) -> Tensor:
             assert embeds is not None
@@ -249,7 +271,7 @@ class TaskResTrainer:
             optimizer.step()
             return torch.tensor([float(loss) * len(rows), float(correct), len(rows)], dtype=torch.float64)
 
-        if images is None and one_process and self.args.closed_form:
+        if images is None and one_process and self.args.closed_form and head.side == "text":
             return closed_form
 
         wrapped, prepared = self.accelerator.prepare(head, optimizer)
