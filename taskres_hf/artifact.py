@@ -5,7 +5,6 @@
                               the base was enhanced; its metadata repeats config.json
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
-    few_shot.json             indices of the training images, to replay the run
 
 A new folder appears whole or not at all. In an existing one, replacing `model.safetensors` is the commit point: it
 carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
@@ -93,6 +92,7 @@ def write_artifact(
         check_residual(tensor, str(folder))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
+    _refuse_foreign(folder)
     config = {**config, "residual_sha256": tensors_digest(tensors)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     metadata = {"contents": "task residual [K, D]", "config": json.dumps(config, sort_keys=True, ensure_ascii=False)}
@@ -122,6 +122,21 @@ def write_artifact(
         if staging is not None:
             with suppress(OSError):
                 shutil.rmtree(staging)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Never replace the config.json of another model."""
+    if not (folder / CONFIG).is_file():
+        return
+    try:
+        kind = read_json(folder / CONFIG).get("model_type")
+    except ArtifactError:  # damaged: nothing to lose
+        return
+    if kind != "taskres":
+        raise ArtifactError(
+            f"Cannot save to {folder}: its config.json belongs to another model (model_type {kind!r}), which would be "
+            "lost. Choose another folder."
+        )
 
 
 def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor, Tensor | None]:

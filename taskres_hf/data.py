@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from .prompts import check_class_names
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
 _IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "file", "file_name", "image_path", "path")
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label", "cls")
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 
 
@@ -152,12 +154,13 @@ def _load_folder(path: Path, cache_dir: str | None) -> DatasetDict:
         return stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
     files: dict[str, list[str]] = {}
     for file in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        split = file.stem.split("-")[0]  # train.parquet, or train-00000-of-00002.parquet
-        files.setdefault(_SPLIT_ALIASES.get(split, split), []).append(str(file))
+        split = _SHARD.sub("", file.stem)  # train.parquet, or train-00000-of-00002.parquet
+        split = re.sub(r"\W", "_", _SPLIT_ALIASES.get(split, split))
+        files.setdefault(split, []).append(str(file))
     if files:
         splits = {}
         for split, names in files.items():  # one by one: files of a folder may differ in columns
-            splits[split] = load_dataset("parquet", data_files=names, split="train", cache_dir=cache_dir)
+            splits[split] = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=cache_dir)
         return DatasetDict(splits)
     if not any(file.suffix.lower() in IMAGE_EXTENSIONS for file in path.rglob("*")):
         raise DataError(

@@ -12,7 +12,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,12 +232,6 @@ def augment(picture: PIL.Image.Image, size: tuple[int, int], generator: random.R
     picture = picture.crop((left, top, left + wide, top + high))
     picture = picture.resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
     return ImageOps.mirror(picture) if generator.random() < 0.5 else picture
-
-
-def batches(count: int, size: int) -> Iterator[range]:
-    """Consecutive ranges of at most `size` covering `range(count)`."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
 
 
 def _image_tower(base: PreTrainedModel) -> torch.nn.Module:
