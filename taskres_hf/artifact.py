@@ -1,8 +1,8 @@
 """The saved folder: one residual in safetensors, a config, a processor and a card. Knows tensors and dicts, not models.
 
     config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
-    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side), and `base_shift` [K, D] where
-                              the base was enhanced; its metadata repeats config.json
+    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side), and `base_shift` [K, D]
+                              where the base was enhanced; its metadata repeats config.json
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
 
@@ -13,8 +13,10 @@ carries the config it belongs to, so a crash between the two files is found by t
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,14 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError
+from .errors import ArtifactError, BaseModelError
 from .files import _umask, read_json, read_tensors, write_bytes, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
-_REQUIRED = ("base_model_name_or_path", "base_fingerprint", "projection_dim", "id2label", "alpha", "logit_scale")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_REQUIRED = (
+    "base_model_name_or_path",
+    "base_fingerprint",
+    "projection_dim",
+    "id2label",
+    "alpha",
+    "logit_scale",
+)
 
 
 def residual_digest(residual: Tensor) -> str:
@@ -57,7 +67,8 @@ def check_residual(residual: Tensor, where: str) -> None:
     """
     if residual.ndim != 2 or not residual.is_floating_point():
         raise ArtifactError(
-            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.dtype} {list(residual.shape)}."
+            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.dtype} "
+            f"{list(residual.shape)}."
         )
     if not bool(torch.isfinite(residual).all()):
         bad = int((~torch.isfinite(residual)).any(dim=1).sum())
@@ -95,7 +106,10 @@ def write_artifact(
     _refuse_foreign(folder)
     config = {**config, "residual_sha256": tensors_digest(tensors)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    metadata = {"contents": "task residual [K, D]", "config": json.dumps(config, sort_keys=True, ensure_ascii=False)}
+    metadata = {
+        "contents": "task residual [K, D]",
+        "config": json.dumps(config, sort_keys=True, ensure_ascii=False),
+    }
 
     def write_into(target: Path) -> None:
         for name, content in extra.items():
@@ -139,11 +153,14 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def read_artifact(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+def read_artifact(
+    config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """Read and verify an artifact's two files.
 
     Returns:
-        The config as a dict, the residual [K, D] ([1, D] on the image side) in fp32, and the base's shift [K, D] or None.
+        The config as a dict, the residual [K, D] ([1, D] on the image side) in fp32, and the base's shift [K, D] or
+        None.
 
     Raises:
         ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
@@ -194,4 +211,89 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         )
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
-        raise ArtifactError(f"{where} lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again.")
+        raise ArtifactError(
+            f"{where} lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again."
+        )
+
+
+def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
+    """What an artifact is, from its two files alone: the base is not loaded.
+
+    Args:
+        name_or_path: folder or Hub id. revision: branch, tag or commit of it.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
+
+    Raises:
+        ArtifactError: it is incomplete or damaged.
+        OSError: there is no such folder or repository.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    name = os.fspath(name_or_path)
+    paths = [cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS)]
+    config, residual, shift = read_artifact(*paths)  # type: ignore[arg-type]
+    names = {int(index): label for index, label in config["id2label"].items()}
+    metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
+    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)  # type: ignore[arg-type]
+    return {
+        "artifact": name,
+        "commit": extract_commit_hash(paths[1], None),
+        "base_model": config["base_model_name_or_path"],
+        "base_model_revision": config.get("base_model_revision"),
+        "base_model_type": config.get("base_model_type"),
+        "num_classes": len(names),
+        "class_names": [names[index] for index in sorted(names)],
+        "templates": config.get("templates"),
+        "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
+        "alpha": config["alpha"],
+        "residual": {
+            "shape": list(residual.shape),
+            "side": config.get("residual_side", "text"),
+            "mean_length": float(residual.norm(dim=1).mean()),
+        },
+        "enhanced_base": shift is not None,
+        "shots": few_shot.get("shots"),
+        "seed": few_shot.get("seed"),
+        "train_images": few_shot.get("num_images"),
+        "recipe": (config.get("training") or {}).get("recipe"),
+        "dataset": (config.get("data") or {}).get("name"),
+        "data_digest": (config.get("data") or {}).get("train_digest"),
+        "accuracy": metrics.get("accuracy"),
+        "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
+        "measured_on": {"split": metrics.get("split"), "images": metrics.get("num_images")} if metrics else None,
+        "bytes": {file.name: file.stat().st_size for file in sorted(files)},
+        "format_version": config.get("format_version", 1),
+        "library_versions": config.get("library_versions"),
+    }
+
+
+def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:
+    """Where to load the base from; a path is taken from an artifact on this machine only, never from a download."""
+    if hasattr(base_model, "config"):
+        return str(base_model.config._name_or_path or config.base_model_name_or_path)
+    if base_model is not None:
+        return str(os.fspath(base_model))
+    name = str(config.base_model_name_or_path)
+    if local:
+        if os.path.isabs(name) and not os.path.isdir(name):
+            raise BaseModelError(
+                f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
+            )
+        return name
+    if not _HUB_ID.match(name) or ".." in name or os.path.exists(name):
+        raise BaseModelError(
+            f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
+            "download is not followed. Pass base_model= with the base you trust."
+        )
+    return name
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the packages that write an artifact, as recorded in it."""
+    versions = {}
+    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

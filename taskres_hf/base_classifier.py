@@ -132,7 +132,8 @@ def check_fingerprint(
             f"with, so its rows would meet other classes. Restore config.json. {accept}"
         )
     gap = max(
-        (abs(now - then) for now, then in zip(_sketch(base), stored.get("sketch", []), strict=False)), default=math.inf
+        (abs(now - then) for now, then in zip(_sketch(base), stored.get("sketch", []), strict=False)),
+        default=math.inf,
     )
     gap = max(gap, abs(float(base.norm()) / max(float(stored.get("norm", 0.0)), 1e-12) - 1.0))
     if gap > _TOLERANCE:

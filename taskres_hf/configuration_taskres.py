@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
-from .prompts import DEFAULT_TEMPLATE
+from .prompts import DEFAULT_TEMPLATE, class_prompts
 
 FORMAT_VERSION = 1
 
@@ -98,3 +98,12 @@ class TaskResConfig(PreTrainedConfig):
         """Class names in label order, K of them."""
         names = {int(index): name for index, name in (self.id2label or {}).items()}
         return [names[index] for index in sorted(names)]
+
+    def class_prompts(self) -> list[list[str]]:
+        """The prompts of each class, K lists."""
+        return class_prompts(
+            self.class_names,
+            self.templates or None,
+            underscores=self.underscores,
+            descriptions=self.class_descriptions,
+        )

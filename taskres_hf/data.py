@@ -34,10 +34,27 @@ from .errors import DataError, FewShotError, ImageError
 from .prompts import check_class_names
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
-_IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "file", "file_name", "image_path", "path")
+_IMAGE_NAMES = (
+    "image",
+    "img",
+    "images",
+    "picture",
+    "photo",
+    "pixel_values",
+    "file",
+    "file_name",
+    "image_path",
+    "path",
+)
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label", "cls")
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
+_SPLIT_ALIASES = {
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "training": "train",
+    "testing": "test",
+}
 
 
 # ---------------------------------------------------------------------- pictures
@@ -83,7 +100,8 @@ def read_image(source: Any) -> PIL.Image.Image:
             warnings.warn(f"{name} has more than 8 bits a channel; values above 255 are clipped.", stacklevel=2)
         elif source.mode in ("RGBA", "LA") and source.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
             warnings.warn(
-                f"{name} has transparent pixels; their hidden colour is used, as pipeline() does.", stacklevel=2
+                f"{name} has transparent pixels; their hidden colour is used, as pipeline() does.",
+                stacklevel=2,
             )
         return load_image(source)
     except ImageError:
@@ -175,7 +193,9 @@ def _load_folder(path: Path, cache_dir: str | None) -> DatasetDict:
         named = {"train": path}
     return DatasetDict(
         {
-            split: load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False, cache_dir=cache_dir)
+            split: load_dataset(
+                "imagefolder", data_dir=str(folder), split="train", drop_labels=False, cache_dir=cache_dir
+            )
             for split, folder in named.items()
         }
     )
@@ -221,9 +241,7 @@ class LabelledImages:
         self.label_column = _find_column(dataset, label_column, "label", _LABEL_NAMES, ClassLabel)
         feature = dataset.features[self.label_column]
         labels = _column(dataset, self.label_column)
-        self.class_names, self.labels = _resolve_labels(
-            labels, feature, class_names, default_names, self.label_column
-        )
+        self.class_names, self.labels = _resolve_labels(labels, feature, class_names, default_names, self.label_column)
         self.indices = list(range(len(dataset)))
         images = dataset.with_format(None).select_columns([self.image_column])
         if isinstance(dataset.features[self.image_column], Image):
@@ -262,7 +280,7 @@ class LabelledImages:
         if content is None:
             path = cell.get("path") if isinstance(cell, Mapping) else cell
             try:
-                content = Path(path).read_bytes()
+                content = Path(str(path)).read_bytes()
             except (OSError, TypeError) as error:
                 raise ImageError(f"Row {self.indices[index]}: {path!r} cannot be read: {error}") from error
         return hashlib.sha256(content).hexdigest()
@@ -297,7 +315,11 @@ class LabelledImages:
                     f"{len(class_names) - 1})."
                 )
             return part
-        names = [label_map.get(name, name) for name in self.class_names] if isinstance(label_map, Mapping) else self.class_names
+        names = (
+            [label_map.get(name, name) for name in self.class_names]
+            if isinstance(label_map, Mapping)
+            else self.class_names
+        )
         position = {name: index for index, name in enumerate(class_names)}
         used = sorted(set(self.labels))
         unknown = [names[label] for label in used if names[label] not in position]
@@ -321,12 +343,10 @@ def _find_column(dataset: Dataset, given: str | None, kind: str, usual: Sequence
     for candidates in (typed, columns):
         by_name = [name for name in usual if name in candidates]
         if by_name:
-            return by_name[0]
+            return str(by_name[0])
         if candidates is typed and len(typed) == 1:
-            return typed[0]
-    raise DataError(
-        f"No {kind} column was recognised among {columns}. Name it with {kind}_column= (--{kind}-column)."
-    )
+            return str(typed[0])
+    raise DataError(f"No {kind} column was recognised among {columns}. Name it with {kind}_column= (--{kind}-column).")
 
 
 def _column(dataset: Dataset, name: str) -> list[Any]:
@@ -442,7 +462,11 @@ def sample_few_shot(
     column = _find_column(dataset, label_column, "label", _LABEL_NAMES, ClassLabel)
     feature = dataset.features[column]
     labels = _column(dataset, column)
-    names = list(feature.names) if isinstance(feature, ClassLabel) else [str(n) for n in dict.fromkeys(labels) if n is not None]
+    names = (
+        list(feature.names)
+        if isinstance(feature, ClassLabel)
+        else [str(n) for n in dict.fromkeys(labels) if n is not None]
+    )
     ids = {name: index for index, name in enumerate(names)}
     labels = [-1 if n is None else n if isinstance(feature, ClassLabel) else ids[str(n)] for n in labels]
     return dataset.select(few_shot_indices(labels, shots, seed, on_short=on_short, class_names=names))

@@ -22,7 +22,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .errors import BaseModelError
+from .errors import BaseModelError, ConfigurationError
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,12 @@ def load_base(
         if value is not None:
             model_kwargs[key] = value
     model = AutoModel.from_pretrained(
-        name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **hub, **model_kwargs
+        name_or_path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **hub,
+        **model_kwargs,
     )
     for method in ("get_text_features", "get_image_features"):
         if not callable(getattr(model, method, None)):
@@ -191,7 +199,8 @@ def load_image_tower(
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
     base.config._name_or_path = name_or_path
-    return base.eval().requires_grad_(False)
+    frozen: PreTrainedModel = base.eval().requires_grad_(False)
+    return frozen
 
 
 # What belongs to the text side, for the families whose towers are loaded separately.
@@ -238,10 +247,11 @@ def tokenize(base: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Ten
 def encode_texts(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Text embeddings [P, D] fp32 of prompts, projected and not normalised."""
     device = text_device(base)
+    model: Any = base
     embeddings = []
     for start in range(0, len(prompts), batch_size):
         tokens = tokenize(base, tokenizer, prompts[start : start + batch_size])
-        features = base.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
+        features = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
         embeddings.append(pooled(features).float().cpu())
     return torch.cat(embeddings)
 
@@ -271,10 +281,11 @@ def pooled(features: Any) -> Tensor:
 def score_parameters(base: PreTrainedModel) -> tuple[float, float]:
     """Factor and bias that turn a cosine into the base's own logit: `logit = factor * cosine + bias`."""
     score = family_of(base).score
+    model: Any = base
     if score == "temperature":
-        return 1.0 / float(base.temperature), 0.0
-    scale = float(base.logit_scale.float().exp())
-    return scale, float(base.logit_bias) if score == "exp_scale_bias" else 0.0
+        return 1.0 / float(model.temperature), 0.0
+    scale = float(model.logit_scale.float().exp())
+    return scale, float(model.logit_bias) if score == "exp_scale_bias" else 0.0
 
 
 def text_device(base: PreTrainedModel) -> torch.device:
@@ -296,3 +307,45 @@ def weights_digest(module: nn.Module) -> str:
         sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
     return digest.hexdigest()
+
+
+def load_base_fp32(
+    name: str,
+    revision: str | None,
+    dtype: Any,
+    trust_remote_code: bool,
+    hub: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, str | None, torch.dtype]:
+    """The base in fp32, so that `t` does not depend on the dtype it will run in, and that dtype."""
+    dtype = dtype if dtype == "auto" else torch_dtype(dtype)
+    placed = "device_map" in kwargs or "quantization_config" in kwargs
+    first = dtype if dtype == "auto" or placed else torch.float32
+    base, commit = load_base(
+        name, revision=revision, dtype=first, trust_remote_code=trust_remote_code, hub_kwargs=hub, **kwargs
+    )
+    target = base.dtype if dtype == "auto" or placed else dtype
+    if not placed:
+        base.float()
+    return base, commit, target
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """A torch dtype or its name, as a torch dtype."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError(f"`dtype` must be a torch dtype or 'auto'; got {dtype!r}.")
+    return dtype
+
+
+def split_kwargs(kwargs: dict[str, Any], separate_hub_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes to the Hub client, and the rest."""
+    hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
+    rest = {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
+    if not separate_hub_only:
+        unknown = [key for key in rest if key not in (*BASE_KWARGS, "low_cpu_mem_usage", "subfolder")]
+        if unknown:
+            raise TypeError(f"from_base() got unexpected arguments: {unknown}.")
+        rest = {key: value for key, value in rest.items() if value is not None and key != "low_cpu_mem_usage"}
+    return hub, rest

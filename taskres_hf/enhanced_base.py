@@ -3,8 +3,8 @@
 The paper tunes CLIP's text projection on the few-shot data and trains the residual on the new base; that training code
 was never published, only its projections for one backbone. Ours: the projection `P` [D, width] starts at the
 pretrained one and is trained on cached image embeddings with a penalty that holds it near there, without a validation
-set. Only what it adds to each class's row, `shift_k = (P' - P) h_k`, is kept, so an artifact still needs nothing but the
-public base model.
+set. Only what it adds to each class's row, `shift_k = (P' - P) h_k`, is kept, so an artifact still needs nothing but
+the public base model.
 """
 
 from __future__ import annotations

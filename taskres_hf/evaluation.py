@@ -33,7 +33,9 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, class_names: Sequence[st
     if len(labels) == 0 or len(labels) != len(logits):
         raise DataError(f"Metrics need as many labels as logits, at least one; got {len(labels)} and {len(logits)}.")
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
-        raise DataError(f"Labels must be from 0 to {logits.shape[1] - 1}; got {int(labels.min())} to {int(labels.max())}.")
+        raise DataError(
+            f"Labels must be from 0 to {logits.shape[1] - 1}; got {int(labels.min())} to {int(labels.max())}."
+        )
     from sklearn.metrics import f1_score, recall_score
 
     truth, predicted = labels.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()

@@ -60,7 +60,11 @@ class ImageFeatures:
         chosen = torch.as_tensor(list(indices), dtype=torch.long)
         digest = hashlib.sha256(f"{self.digest} {list(indices)}".encode()).hexdigest()
         return replace(
-            self, image_embeds=self.image_embeds[:, chosen], labels=self.labels[chosen], digest=digest, skipped=()
+            self,
+            image_embeds=self.image_embeds[:, chosen],
+            labels=self.labels[chosen],
+            digest=digest,
+            skipped=(),
         )
 
 
@@ -102,7 +106,12 @@ def embed_images(
     content = hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
     path = None
     if cache_dir is not None:
-        spec = [_FORMAT, weights_digest(_image_tower(base)), str(base.dtype), image_processor.to_json_string()]
+        spec = [
+            _FORMAT,
+            weights_digest(_image_tower(base)),
+            str(base.dtype),
+            image_processor.to_json_string(),
+        ]
         spec += [views, seed if views else 0, digests]
         path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]}.safetensors"
     stored = _read_cache(path, len(digests), max(views, 1))
@@ -149,9 +158,7 @@ def _embed(
     mine = jobs[rank::world]
     rows: list[Tensor] = []
     good: list[bool] = []
-    bar = tqdm(
-        total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False
-    )
+    bar = tqdm(total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False)
     for start in range(0, len(mine), batch_size):
         batch: list[PIL.Image.Image] = []
         for index, digest, view in mine[start : start + batch_size]:
@@ -177,7 +184,10 @@ def _embed(
     if world > 1:
         table, mask = _gather(table, mask, len(jobs), world, accelerator)
     count = len(jobs) // max(views, 1)
-    return {"image_embeds": table.view(-1, count, table.shape[1]), "readable": mask.view(-1, count)[0].to(torch.uint8)}
+    return {
+        "image_embeds": table.view(-1, count, table.shape[1]),
+        "readable": mask.view(-1, count)[0].to(torch.uint8),
+    }
 
 
 def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: Any) -> tuple[Tensor, Tensor]:
@@ -187,7 +197,9 @@ def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: An
     padded = torch.zeros(share, dims + 1, device=accelerator.device)
     padded[: len(table), : table.shape[1]] = table.to(accelerator.device)
     padded[: len(table), -1] = mask.to(accelerator.device, padded.dtype)
-    everyone = accelerator.gather(padded).view(world, share, dims + 1).transpose(0, 1).reshape(-1, dims + 1)[:total].cpu()
+    everyone = (
+        accelerator.gather(padded).view(world, share, dims + 1).transpose(0, 1).reshape(-1, dims + 1)[:total].cpu()
+    )
     return everyone[:, :-1].contiguous(), everyone[:, -1].bool()
 
 

@@ -56,7 +56,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors as safetensors in one step; see `write_bytes`."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import CONFIG, RESIDUAL, WEIGHTS, read_artifact, write_artifact
+from .artifact import CONFIG, RESIDUAL, WEIGHTS, library_versions, read_artifact, trusted_base_name, write_artifact
 from .base_classifier import (
     base_embeddings,
     cached_table_path,
@@ -29,19 +27,26 @@ from .base_classifier import (
     write_table,
 )
 from .configuration_taskres import TaskResConfig
-from .encoders import image_features, load_base, load_image_tower, load_tokenizer, pooled, score_parameters
+from .encoders import (
+    BASE_KWARGS,
+    image_features,
+    load_base_fp32,
+    load_image_tower,
+    load_tokenizer,
+    pooled,
+    score_parameters,
+    split_kwargs,
+    torch_dtype,
+)
 from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
 from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier
 
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-_BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
 # What the Auto classes and pipeline pass along and a single small safetensors file has no use for.
 _IGNORED_KWARGS = {
     "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
     "weights_only", "variant", "code_revision", "trust_remote_code", "offload_state_dict",
 }  # fmt: skip
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 class TaskResCLIPForImageClassification(PreTrainedModel):
@@ -59,15 +64,18 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
     config: TaskResConfig
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar[list[str]] = []
+    _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
 
     def __init__(
-        self, config: TaskResConfig, base: PreTrainedModel | None = None, base_classifier: Tensor | None = None
+        self,
+        config: TaskResConfig,
+        base: PreTrainedModel | None = None,
+        base_classifier: Tensor | None = None,
     ) -> None:
         super().__init__(config)
         if base is None or base_classifier is None:
@@ -82,12 +90,12 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         self._tokenizer: Any = None
         self._base_source: tuple[str, dict[str, Any]] | None = None
         self._processor_source: tuple[str, dict[str, Any]] | None = None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
         self.clip.requires_grad_(False)
         self.train(self.training)
         # The base is never saved; set after post_init, which makes this a set per instance.
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if key != f"classifier.{RESIDUAL}"}
-        self.register_load_state_dict_pre_hook(_rename_residual)
+        self.register_load_state_dict_pre_hook(_rename_residual)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ making and loading
 
@@ -137,14 +145,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if templates is not None or class_descriptions is None:
             templates = resolve_templates(templates)
         prompts = class_prompts(names, templates, underscores=underscores, descriptions=class_descriptions)
-        hub, base_kwargs = _split_kwargs(kwargs)
+        hub, base_kwargs = split_kwargs(kwargs)
         commit = None
         if isinstance(base_model, PreTrainedModel):
             base, name = base_model.eval().requires_grad_(False), base_model.config._name_or_path
             target = base.dtype
         else:
             name = os.fspath(base_model)
-            base, commit, target = _load_base(name, revision, dtype, trust_remote_code, hub, base_kwargs)
+            base, commit, target = load_base_fp32(name, revision, dtype, trust_remote_code, hub, base_kwargs)
         if tokenizer is None:
             if not name:
                 raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
@@ -225,22 +233,22 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if "torch_dtype" in kwargs:
             dtype = kwargs.pop("torch_dtype") if dtype is None else dtype
         local = os.path.isdir(name)
-        hub, kwargs = _split_kwargs(kwargs, separate_hub_only=True)
+        hub, kwargs = split_kwargs(kwargs, separate_hub_only=True)
         paths = [
             cached_file(name, file, revision=revision, **hub, **({"subfolder": subfolder} if subfolder else {}))
             for file in (CONFIG, WEIGHTS)
         ]
         values, residual, shift = read_artifact(*paths)  # type: ignore[arg-type]
-        loaded = (config if config is not None else cls.config_class).from_dict(values)
+        loaded: TaskResConfig = (config if config is not None else cls.config_class).from_dict(values)  # type: ignore[assignment]
         if config is not None:
             loaded._name_or_path = config._name_or_path
             loaded.alpha = getattr(config, "alpha", loaded.alpha)
             if kwargs.get("attn_implementation") is None:
                 # AutoModel absorbs attn_implementation into the config.
                 kwargs["attn_implementation"] = getattr(config, "_attn_implementation_internal", None)
-        base_kwargs = {key: kwargs.pop(key) for key in _BASE_KWARGS if kwargs.get(key) is not None}
+        base_kwargs = {key: kwargs.pop(key) for key in BASE_KWARGS if kwargs.get(key) is not None}
         for key in list(kwargs):
-            if key in _IGNORED_KWARGS or key in _BASE_KWARGS:
+            if key in _IGNORED_KWARGS or key in BASE_KWARGS:
                 kwargs.pop(key)
             elif hasattr(loaded, key):
                 setattr(loaded, key, kwargs.pop(key))
@@ -249,15 +257,15 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
 
-        prompts = _config_prompts(loaded)
-        base_name = _base_name(loaded, base_model, local)
+        prompts = loaded.class_prompts()
+        base_name = trusted_base_name(loaded, base_model, local)
         pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
         base = table = kept = None
         if not isinstance(base_model, PreTrainedModel):
             kept = cached_table_path(base_name, pinned, prompts, loaded.prompt_average)
             table = None if text_tower or set(base_kwargs) - {"attn_implementation"} else read_table(kept)
         if table is not None and _matches(table, prompts, loaded):
-            dtype = _torch_dtype(dtype)
+            dtype = torch_dtype(dtype)
             base = load_image_tower(
                 base_name, revision=pinned, dtype=dtype, hub_kwargs=hub,
                 attn_implementation=base_kwargs.get("attn_implementation"),
@@ -266,7 +274,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             if isinstance(base_model, PreTrainedModel):
                 base, commit, target = base_model.eval().requires_grad_(False), None, base_model.dtype
             else:
-                base, commit, target = _load_base(base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs)
+                base, commit, target = load_base_fp32(
+                    base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs
+                )
             tokenizer = load_tokenizer(base_name, revision=commit, **hub)
             table = base_embeddings(base, tokenizer, prompts, loaded.prompt_average)
             if not accept_base_mismatch:
@@ -277,19 +287,27 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                     "can never fit. Choose a base with the same embedding size."
                 )
             write_table(kept, table)
-            base.to(target) if base.dtype != target else None
+            base.to(target) if base.dtype != target else None  # type: ignore[arg-type]
         loaded.dtype = base.dtype
         loaded.architectures = [cls.__name__]
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(residual)
         model.classifier.shift = shift
-        model._processor_source = (name, {**hub, "revision": revision, **({"subfolder": subfolder} if subfolder else {})})
+        model._processor_source = (
+            name,
+            {**hub, "revision": revision, **({"subfolder": subfolder} if subfolder else {})},
+        )
         model._base_source = (base_name, {**hub, "revision": pinned})
         model.config._name_or_path = name
-        model = _place_head(model).eval()
+        _place_head(model).train(False)
         if output_loading_info:
-            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+            return model, {
+                "missing_keys": set(),
+                "unexpected_keys": set(),
+                "mismatched_keys": set(),
+                "error_msgs": [],
+            }
         return model
 
     # ------------------------------------------------------------------ classifying
@@ -364,7 +382,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 )
         if num_items is None:
             return F.cross_entropy(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="sum") / num_items
+        total: Tensor = F.cross_entropy(logits, labels, reduction="sum") / num_items
+        return total
 
     def zero_shot_logits(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """Logits [N, K] of the base classifier alone; arguments as in `forward`."""
@@ -394,7 +413,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
     def class_prompts(self) -> list[list[str]]:
         """The prompts of each class, K lists."""
-        return _config_prompts(self.config)
+        return self.config.class_prompts()
 
     @property
     def tokenizer(self) -> Any:
@@ -411,7 +430,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         """The image processor pictures must go through; loaded when first needed."""
         if self._image_processor is None:
             if self._processor_source is None:
-                raise ConfigurationError("The base model has no name to find its image processor by: set image_processor.")
+                raise ConfigurationError(
+                    "The base model has no name to find its image processor by: set image_processor."
+                )
             name, options = self._processor_source
             # Without torchvision the default would only warn before it takes the PIL one.
             backend = {} if is_torchvision_available() else {"backend": "pil"}
@@ -463,9 +484,19 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             shift = None if shift is None else shift.to(residual_dtype)
             write_artifact(save_directory, values, residual.detach().to(residual_dtype), extra, shift)
         if push_to_hub:
-            kept = ("token", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
+            kept = (
+                "token",
+                "private",
+                "revision",
+                "create_pr",
+                "commit_message",
+                "commit_description",
+                "tags",
+            )
             repo_id = kwargs.get("repo_id") or Path(save_directory).name
-            self.push_to_hub(repo_id, **{key: kwargs[key] for key in kept if key in kwargs}, residual_dtype=residual_dtype)
+            self.push_to_hub(
+                repo_id, **{key: kwargs[key] for key in kept if key in kwargs}, residual_dtype=residual_dtype
+            )
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -505,7 +536,11 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self.save_pretrained(
-                    folder, residual_dtype=residual_dtype, include_code=include_code, repo_id=repo_id, tags=tags
+                    folder,
+                    residual_dtype=residual_dtype,
+                    include_code=include_code,
+                    repo_id=repo_id,
+                    tags=tags,
                 )
                 return upload(
                     folder,
@@ -522,7 +557,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
     def _config_values(self, with_code: bool) -> dict[str, Any]:
         self.config.alpha = self.classifier.alpha
-        self.config.library_versions = _versions()
+        self.config.library_versions = library_versions()
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.clip.dtype
         values: dict[str, Any] = self.config.to_diff_dict()
@@ -570,50 +605,6 @@ def _rename_residual(module: Any, state_dict: dict[str, Any], prefix: str, *args
         state_dict[f"{prefix}classifier.{RESIDUAL}"] = state_dict.pop(f"{prefix}{RESIDUAL}")
 
 
-def _config_prompts(config: TaskResConfig) -> list[list[str]]:
-    return class_prompts(
-        config.class_names,
-        config.templates or None,
-        underscores=config.underscores,
-        descriptions=config.class_descriptions,
-    )
-
-
-def _split_kwargs(kwargs: dict[str, Any], separate_hub_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
-    rest = {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
-    if not separate_hub_only:
-        unknown = [key for key in rest if key not in (*_BASE_KWARGS, "low_cpu_mem_usage", "subfolder")]
-        if unknown:
-            raise TypeError(f"from_base() got unexpected arguments: {unknown}.")
-        rest = {key: value for key, value in rest.items() if value is not None and key != "low_cpu_mem_usage"}
-    return hub, rest
-
-
-def _load_base(
-    name: str, revision: str | None, dtype: Any, trust_remote_code: bool, hub: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[PreTrainedModel, str | None, torch.dtype]:
-    """The base in fp32, so that `t` does not depend on the dtype it will run in, and that dtype."""
-    dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
-    placed = "device_map" in kwargs or "quantization_config" in kwargs
-    first = dtype if dtype == "auto" or placed else torch.float32
-    base, commit = load_base(
-        name, revision=revision, dtype=first, trust_remote_code=trust_remote_code, hub_kwargs=hub, **kwargs
-    )
-    target = base.dtype if dtype == "auto" or placed else dtype
-    if not placed:
-        base.float()
-    return base, commit, target
-
-
-def _torch_dtype(dtype: Any) -> torch.dtype:
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigurationError(f"`dtype` must be a torch dtype or 'auto'; got {dtype!r}.")
-    return dtype
-
-
 def _matches(table: Tensor, prompts: Sequence[Sequence[str]], config: TaskResConfig) -> bool:
     """Whether a kept base classifier is the one the residual was trained on; if not, it is made anew."""
     try:
@@ -621,27 +612,6 @@ def _matches(table: Tensor, prompts: Sequence[Sequence[str]], config: TaskResCon
     except BaseMismatchError:
         return False
     return True
-
-
-def _base_name(config: TaskResConfig, base_model: Any, local: bool) -> str:
-    """Where to load the base from; a path is taken from an artifact on this machine only, never from a download."""
-    if isinstance(base_model, PreTrainedModel):
-        return str(base_model.config._name_or_path or config.base_model_name_or_path)
-    if base_model is not None:
-        return os.fspath(base_model)
-    name = str(config.base_model_name_or_path)
-    if local:
-        if os.path.isabs(name) and not os.path.isdir(name):
-            raise BaseModelError(
-                f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
-            )
-        return name
-    if not _HUB_ID.match(name) or ".." in name or os.path.exists(name):
-        raise BaseModelError(
-            f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
-            "download is not followed. Pass base_model= with the base you trust."
-        )
-    return name
 
 
 def _place_head(model: TaskResCLIPForImageClassification) -> TaskResCLIPForImageClassification:
@@ -659,13 +629,3 @@ def _card(values: dict[str, Any], repo_id: str | None, tags: list[str] | None, e
     if existing.is_file() and keep_written_card(existing.read_text(encoding="utf-8", errors="replace")):
         return None
     return model_card(values, repo_id, tags).encode("utf-8")
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -1,9 +1,9 @@
 """How the residual is optimised: recipes, the learning-rate schedule, the order of batches, the gradient by hand.
 
 Recipe `paper` is TaskRes exactly as published (arXiv 2211.10277, section 4.1, and its code's configuration files).
-Recipe `auto` is ours: one setting for every task, no validation set. It keeps the residual near zero where shots are few
-(penalty 3 / shots on the relative squared length) and its step is relative to the length of the text embeddings, so
-it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
+Recipe `auto` is ours: one setting for every task, no validation set. It keeps the residual near zero where shots are
+few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the text embeddings,
+so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
 """
 
 from __future__ import annotations

@@ -82,6 +82,12 @@ class TaskResClassifier(nn.Module):
         """The classifier's rows before normalisation [K, D]: `t + alpha * x` on the text side."""
         return self.anchor() + self.alpha * self.residual if self.side == "text" else self.anchor()
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the zero-shot classifier: a zero residual on the regular base."""
+        self.residual.zero_()
+        self.shift = None
+
     def forward(self, image_embeds: Tensor) -> Tensor:
         """Logits [N, K] for image embeddings [N, D]: any length on the text side, raw on the image side."""
         if self.side == "image":

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,7 +50,8 @@ class TaskResTrainingArguments:
         enhanced_base: tune the text projection on the few-shot data first (TaskRes*), then the residual on that base.
         augment_online: augment and embed afresh every epoch, as published, instead of caching.
         embed_batch_size: pictures a forward pass of the frozen tower.
-        cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for no cache.
+        cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for
+            none.
         save_epochs: write a checkpoint every so many epochs; 0 never.
         save_total_limit: checkpoints kept.
         early_stopping_patience: stop after so many epochs without a better accuracy on the evaluation set and keep
@@ -105,7 +105,13 @@ class TaskResTrainingArguments:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("shots", "num_train_epochs", "train_batch_size", "embed_batch_size", "early_stopping_patience"):
+        for name in (
+            "shots",
+            "num_train_epochs",
+            "train_batch_size",
+            "embed_batch_size",
+            "early_stopping_patience",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 problems.append(f"`{name}` must be a whole number of at least 1; got {value!r}")
@@ -123,7 +129,12 @@ class TaskResTrainingArguments:
         if problems:
             raise ConfigurationError("; ".join(problems) + ".")
         if self.disable_tqdm is None:
-            self.disable_tqdm = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+            self.disable_tqdm = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {
+                "1",
+                "ON",
+                "YES",
+                "TRUE",
+            }
 
 
 class TaskResTrainer:
@@ -154,7 +165,9 @@ class TaskResTrainer:
         self.eval_dataset = eval_dataset
         if image_processor is not None:
             model.image_processor = image_processor
-        self.accelerator = Accelerator(cpu=self.args.use_cpu, log_with=self.args.report_to, project_dir=self.args.output_dir)
+        self.accelerator = Accelerator(
+            cpu=self.args.use_cpu, log_with=self.args.report_to, project_dir=self.args.output_dir
+        )
         if getattr(model, "hf_device_map", None) is None and getattr(model.clip, "hf_device_map", None) is None:
             model.to(self.accelerator.device)
         self.log_history: list[dict[str, Any]] = []
@@ -234,7 +247,9 @@ class TaskResTrainer:
             self.accelerator.end_training()
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
-        return TrainOutput(steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()})
+        return TrainOutput(
+            steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()}
+        )
 
     def _enhance(self, data: ImageFeatures) -> None:
         """Put the enhanced base under the residual; the same data and seed give the same base on every process."""
@@ -251,7 +266,7 @@ class TaskResTrainer:
         config.enhanced_base = {"epochs": 50, "data_digest": data.digest, "seed": self.args.seed}
 
     def _make_step(self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures, images: Any) -> Any:
-        """A function of (rows, views, epoch) that makes one optimiser step and returns [loss, correct, examples] sums."""
+        """A function of (rows, views, epoch) that makes one step and returns sums: loss, correct, examples."""
         head = self.model.classifier
         factor = penalty_factor(recipe, head)
         device = head.residual.device
@@ -319,24 +334,28 @@ class TaskResTrainer:
         """Metrics on the evaluation set, zero-shot beside trained.
 
         Returns:
-            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images` and `per_class`; shares from 0 to 1. Those
-            of the trainer's own evaluation set are recorded in the model's config, for the card.
+            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images` and `per_class`; shares from 0 to 1.
+            Those of the trainer's own evaluation set are recorded in the model's config, for the card.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise DataError("There is nothing to evaluate on: pass eval_dataset.")
-        data = self._embedded(dataset)
+        data = self.embed(dataset)
         logits, zero_shot = self._logits(data)
         metrics = metrics_from_logits(logits, data.labels, self.model.class_names)
         metrics["zero_shot_accuracy"] = accuracy(zero_shot, data.labels)
         if eval_dataset is None:
             split = getattr(dataset, "split", None)
-            self.model.config.metrics = {**metrics, **({"split": str(split)} if split else {}), "data_digest": data.digest}
+            self.model.config.metrics = {
+                **metrics,
+                **({"split": str(split)} if split else {}),
+                "data_digest": data.digest,
+            }
         return {f"{metric_key_prefix}_{key}" if metric_key_prefix else key: value for key, value in metrics.items()}
 
     def predict(self, test_dataset: Any) -> PredictionOutput:
         """Logits [N, K], labels [N] and metrics for a labelled dataset."""
-        data = self._embedded(test_dataset)
+        data = self.embed(test_dataset)
         logits, _ = self._logits(data)
         return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics_from_logits(logits, data.labels))
 
@@ -348,7 +367,7 @@ class TaskResTrainer:
     def _eval_accuracy(self) -> float:
         if self.eval_dataset is None:
             raise ConfigurationError("early_stopping_patience needs an eval_dataset: give a validation split.")
-        data = self._embedded(self.eval_dataset)
+        data = self.embed(self.eval_dataset)
         return accuracy(self._logits(data)[0], data.labels)
 
     # ------------------------------------------------------------------ saving
@@ -389,7 +408,8 @@ class TaskResTrainer:
             found = _checkpoints(self.args.output_dir)
             if not found:
                 raise ConfigurationError(
-                    f"There is no checkpoint in {self.args.output_dir} to resume from. Train with save_epochs=N to have some."
+                    f"There is no checkpoint in {self.args.output_dir} to resume from. Train with save_epochs=N to "
+                    "have some."
                 )
             source = found[-1]
         folder = Path(source)
@@ -430,7 +450,9 @@ class TaskResTrainer:
                 "leave the classes out of the model, or accept it with on_short='ignore'."
             )
         if self.args.shots is not None:
-            indices = few_shot_indices(labels, self.args.shots, self.args.seed, on_short=self.args.on_short, class_names=names)
+            indices = few_shot_indices(
+                labels, self.args.shots, self.args.seed, on_short=self.args.on_short, class_names=names
+            )
             source = source.select(indices)
             rows = [source.indices[i] for i in range(len(source))] if isinstance(source, LabelledImages) else indices
             self.model.config.few_shot = {
@@ -459,9 +481,11 @@ class TaskResTrainer:
                 default_names=self.model.class_names,
                 drop_unlabelled=self.args.drop_unlabelled,
             )
-        return dataset.aligned(self.model.class_names, self.args.label_map)
+        aligned: LabelledImages = dataset.aligned(self.model.class_names, self.args.label_map)
+        return aligned
 
-    def _embedded(self, dataset: Any) -> ImageFeatures:
+    def embed(self, dataset: Any) -> ImageFeatures:
+        """Embeddings of a dataset with the model's classes; what other trainers of the same model can train on."""
         if isinstance(dataset, ImageFeatures):
             return dataset
         if id(dataset) not in self._features:
@@ -487,7 +511,14 @@ class TaskResTrainer:
 
     def _recipe(self, mean_shots: float) -> Recipe:
         recipe = make_recipe(self.args.recipe, self.model.classifier, self.args.shots or mean_shots)
-        names = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
+        names = (
+            "num_train_epochs",
+            "learning_rate",
+            "weight_decay",
+            "warmup_lr",
+            "train_batch_size",
+            "penalty",
+        )
         given = {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
         return replace(recipe, **given)
 
@@ -530,4 +561,3 @@ def _checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / _STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-

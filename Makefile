@@ -1,0 +1,49 @@
+# `make demo` and `make test` need nothing but Python 3.10+ and the package index.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+BIN = $(VENV)/bin
+
+.PHONY: demo test check fix bench results clean
+
+demo: $(VENV)/.installed
+	$(BIN)/taskres demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+
+# Only the tests, for work on the code: make check TESTS=tests/test_data.py
+TESTS ?= tests
+check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+fix: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+# The table of docs/results.md
+results: $(VENV)/.installed
+	$(BIN)/taskres demo --all --markdown
+
+# torch first: it decides which build (CPU or CUDA) everything else meets.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[dev,plots]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
