@@ -216,6 +216,25 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def find_artifact(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
+) -> tuple[str, str]:
+    """Paths of an artifact's config and weights, downloaded into the Hub's cache where needed.
+
+    Raises:
+        ArtifactError: a path to a folder that does not exist. OSError: no such repository or file, from the Hub client.
+    """
+    from transformers.utils.hub import cached_file
+
+    name = os.fspath(name_or_path)
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ArtifactError(f"There is no folder {name}. Check the path, or give a Hub id such as me/pets-taskres.")
+    if subfolder:
+        hub_kwargs["subfolder"] = subfolder
+    config, weights = (cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS))
+    return str(config), str(weights)
+
+
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
     """What an artifact is, from its two files alone: the base is not loaded.
 
@@ -224,17 +243,16 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
 
     Raises:
-        ArtifactError: it is incomplete or damaged.
-        OSError: there is no such folder or repository.
+        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
     """
-    from transformers.utils.hub import cached_file, extract_commit_hash
+    from transformers.utils.hub import extract_commit_hash
 
     name = os.fspath(name_or_path)
-    paths = [cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS)]
-    config, residual, shift = read_artifact(*paths)  # type: ignore[arg-type]
+    paths = find_artifact(name, revision, **hub_kwargs)
+    config, residual, shift = read_artifact(*paths)
     names = {int(index): label for index, label in config["id2label"].items()}
     metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
-    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)  # type: ignore[arg-type]
+    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
     return {
         "artifact": name,
         "commit": extract_commit_hash(paths[1], None),

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import LabelledImages
-from .encoders import encode_images, weights_digest
+from .encoders import encode_images, image_weights_digest
 from .errors import ArtifactError, ConfigurationError, DataError, ImageError
 from .files import read_tensors, write_tensors
 
@@ -108,7 +108,7 @@ def embed_images(
     if cache_dir is not None:
         spec = [
             _FORMAT,
-            weights_digest(_image_tower(base)),
+            image_weights_digest(base),
             str(base.dtype),
             image_processor.to_json_string(),
         ]

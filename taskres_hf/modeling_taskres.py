@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import CONFIG, RESIDUAL, WEIGHTS, library_versions, read_artifact, trusted_base_name, write_artifact
+from .artifact import RESIDUAL, find_artifact, library_versions, read_artifact, trusted_base_name, write_artifact
 from .base_classifier import (
     base_embeddings,
     cached_table_path,
@@ -234,11 +233,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             dtype = kwargs.pop("torch_dtype") if dtype is None else dtype
         local = os.path.isdir(name)
         hub, kwargs = split_kwargs(kwargs, separate_hub_only=True)
-        paths = [
-            cached_file(name, file, revision=revision, **hub, **({"subfolder": subfolder} if subfolder else {}))
-            for file in (CONFIG, WEIGHTS)
-        ]
-        values, residual, shift = read_artifact(*paths)  # type: ignore[arg-type]
+        values, residual, shift = read_artifact(*find_artifact(name, revision, subfolder, **hub))
         loaded: TaskResConfig = (config if config is not None else cls.config_class).from_dict(values)  # type: ignore[assignment]
         if config is not None:
             loaded._name_or_path = config._name_or_path

@@ -1,0 +1,100 @@
+"""The Hub is a local server, every cache a temporary folder: nothing leaves the machine, nothing stays on it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+
+_SERVER = HubServer()
+_SERVER.start()
+_HOME = tempfile.TemporaryDirectory(prefix="taskres-tests-")
+# huggingface_hub reads these when it is imported.
+os.environ.update(
+    HF_ENDPOINT=_SERVER.url,
+    HF_HOME=f"{_HOME.name}/hf",
+    HF_TOKEN=_SERVER.token,
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TASKRES_CACHE=f"{_HOME.name}/taskres",
+    TOKENIZERS_PARALLELISM="false",
+    PYTHONWARNINGS="ignore::DeprecationWarning",
+)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments  # noqa: E402
+from taskres_hf.demo import demo_dataset, demo_model, demo_tasks  # noqa: E402
+
+TASK = "animals-plants"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The Hub's stand-in, empty."""
+    _SERVER.repos.clear()
+    _SERVER.requests.clear()
+    _SERVER.down = False
+    yield _SERVER
+    _SERVER.down = False
+
+
+@pytest.fixture(scope="session")
+def base() -> str:
+    """Folder of the shipped checkpoint."""
+    return demo_model()
+
+
+@pytest.fixture(scope="session")
+def splits() -> Any:
+    """A real task: 8 classes, 179 training and 159 test pictures."""
+    return demo_dataset(TASK)
+
+
+@pytest.fixture(scope="session")
+def spec() -> dict[str, Any]:
+    return demo_tasks()[TASK]
+
+
+@pytest.fixture
+def model(base: str, spec: dict[str, Any]) -> TaskResCLIPForImageClassification:
+    """A zero-shot classifier for that task."""
+    return TaskResCLIPForImageClassification.from_base(base, spec["classes"], spec["template"])
+
+
+def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> TaskResCLIPForImageClassification:
+    """The same model with a residual that matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.classifier.residual.copy_(torch.randn(model.classifier.residual.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained(base: str, spec: dict[str, Any], splits: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained, evaluated and saved classifier; do not change it."""
+    folder = tmp_path_factory.mktemp("trained") / "artifact"
+    model = TaskResCLIPForImageClassification.from_base(base, spec["classes"], spec["template"])
+    arguments = TaskResTrainingArguments(shots=4, seed=1, on_short="ignore", dataset_name=TASK, disable_tqdm=True)
+    trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixel_values(base: str, splits: Any) -> torch.Tensor:
+    """Eight real pictures, prepared."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    return processor(images=[splits["test"][i]["image"] for i in range(8)], return_tensors="pt")["pixel_values"]

@@ -1,0 +1,129 @@
+"""Frozen embeddings: the same as the model's own, cached by content, honest about unreadable pictures."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+
+from taskres_hf import TaskResCLIPForImageClassification, features
+from taskres_hf.data import LabelledImages
+from taskres_hf.errors import ConfigurationError, DataError, ImageError
+from taskres_hf.features import augment, embed_images
+
+Model = TaskResCLIPForImageClassification
+
+
+def _embed(model: Model, images: LabelledImages, **options: Any) -> features.ImageFeatures:
+    return embed_images(model.clip, model.image_processor, images, progress=False, **options)
+
+
+@pytest.fixture
+def few(splits: Any) -> LabelledImages:
+    return LabelledImages(splits["test"].select(range(12)))
+
+
+def test_equal_to_the_model_at_any_batch_size(model: Model, few: LabelledImages) -> None:
+    inputs = model.image_processor(images=[few.image(index) for index in range(12)], return_tensors="pt")
+    expected = model.get_image_features(inputs["pixel_values"])
+    for size in (1, 5, 32):
+        found = _embed(model, few, batch_size=size)
+        assert found.image_embeds.shape == (1, 12, 192)
+        torch.testing.assert_close(found.image_embeds[0], expected, atol=1e-4, rtol=1e-4)
+        assert found.labels.tolist() == few.labels
+
+
+def test_cache_is_used_and_keyed_by_content(
+    model: Model, few: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _embed(model, few, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    calls: list[int] = []
+    real = features.forward_pictures
+    monkeypatch.setattr(features, "forward_pictures", lambda *a, **k: calls.append(1) or real(*a, **k))
+    again = _embed(model, few, cache_dir=tmp_path)
+    assert not calls
+    assert torch.equal(first.image_embeds, again.image_embeds)
+    _embed(model, few.select([3, 1]), cache_dir=tmp_path)  # other pictures
+    _embed(model, few, cache_dir=tmp_path, views=1)  # augmented
+    with torch.no_grad():
+        model.clip.visual_projection.weight.mul_(2)  # other weights
+    _embed(model, few, cache_dir=tmp_path)
+    assert len(calls) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_cache_is_made_again(model: Model, few: LabelledImages, tmp_path: Path) -> None:
+    first = _embed(model, few, cache_dir=tmp_path)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="computed again"):
+        again = _embed(model, few, cache_dir=tmp_path)
+    assert torch.equal(first.image_embeds, again.image_embeds)
+
+
+def test_views_differ_and_follow_the_seed(model: Model, few: LabelledImages) -> None:
+    views = _embed(model, few, views=3, seed=5)
+    assert views.image_embeds.shape == (3, 12, 192)
+    assert not torch.allclose(views.image_embeds[0], views.image_embeds[1])
+    assert torch.equal(_embed(model, few, views=3, seed=5).image_embeds, views.image_embeds)
+    assert not torch.equal(_embed(model, few, views=3, seed=6).image_embeds, views.image_embeds)
+
+
+def test_augmentation_is_crop_and_flip(few: LabelledImages) -> None:
+    pictures = [augment(few.image(0), (32, 48), random.Random(seed)) for seed in range(20)]
+    assert {picture.size for picture in pictures} == {(48, 32)}
+    assert len({picture.tobytes() for picture in pictures}) == 20
+    assert augment(few.image(0).resize((4000, 4)), (8, 8), random.Random(0)).size == (8, 8)
+
+
+def _with_broken() -> LabelledImages:
+    import io
+
+    import PIL.Image
+
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (20, 20), (9, 99, 200)).save(stream, "PNG")
+    cells = [
+        {"bytes": stream.getvalue(), "path": None},
+        {"bytes": b"not a picture", "path": "broken.jpg"},
+        {"bytes": None, "path": "missing.jpg"},
+        {"bytes": stream.getvalue(), "path": None},
+    ]
+    data = Dataset.from_dict(
+        {"image": cells, "label": ["a", "b", "a", "b"]}, Features({"image": Image(decode=False), "label": Value("string")})
+    )
+    return LabelledImages(data)
+
+
+def test_unreadable_pictures_are_all_named(model: Model) -> None:
+    with pytest.raises(ImageError, match=r"(?s)2 of 4.*Row 1: 'broken.jpg'.*Row 2: 'missing.jpg'"):
+        _embed(model, _with_broken())
+
+
+def test_unreadable_pictures_can_be_skipped(model: Model, tmp_path: Path) -> None:
+    for _ in range(2):  # made, then read from the cache
+        with pytest.warns(UserWarning, match="left out"):
+            found = _embed(model, _with_broken(), on_error="skip", cache_dir=tmp_path)
+        assert found.skipped == (1, 2)
+        assert found.labels.tolist() == [0, 1]
+    with pytest.raises(DataError, match="None of the pictures"), pytest.warns(UserWarning):
+        _embed(model, _with_broken().select([1, 2]), on_error="skip")
+
+
+def test_bad_settings(model: Model, few: LabelledImages) -> None:
+    with pytest.raises(ConfigurationError, match="views"):
+        _embed(model, few, views=-1)
+    with pytest.raises(ConfigurationError, match="on_error"):
+        _embed(model, few, on_error="explode")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(model: Model, few: LabelledImages, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match=os.fspath(tmp_path / "file")):
+        _embed(model, few, cache_dir=tmp_path / "file" / "cache")
