@@ -32,6 +32,7 @@ from .files import _umask, read_json, read_tensors, write_bytes, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -232,6 +233,8 @@ def find_artifact(
     if subfolder:
         hub_kwargs["subfolder"] = subfolder
     config, weights = (cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS))
+    if not os.path.isdir(name):  # into the cache as well, so that the next load works without a network
+        cached_file(name, PROCESSOR, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     return str(config), str(weights)
 
 

@@ -198,6 +198,7 @@ class TaskResTrainer:
         self._record(recipe, data.digest, len(data.labels))
         if self.args.enhanced_base:
             self._enhance(data)
+        head.residual.grad = None  # whatever a caller or an earlier run left there
         optimizer = torch.optim.Adam(
             [head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
@@ -243,6 +244,7 @@ class TaskResTrainer:
                 break
         bar.close()
         stopper.restore(head.residual)
+        head.residual.grad = None
         if self.args.report_to:
             self.accelerator.end_training()
         if self.args.push_to_hub and self.accelerator.is_main_process:

@@ -1,0 +1,157 @@
+"""Upload, download and the card, through the real client against a local server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import random_residual
+from hub_server import HubServer
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoModelForImageClassification, pipeline
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.errors import BaseModelError
+from taskres_hf.hub import model_card
+
+Model = TaskResCLIPForImageClassification
+
+
+@pytest.fixture
+def online(hub: HubServer, base: str, spec: dict[str, Any]) -> Model:
+    """A classifier whose base lives on the Hub."""
+    hub.add_folder("tester/tiny-clip", base)
+    return random_residual(Model.from_base("tester/tiny-clip", spec["classes"], spec["template"]))
+
+
+def test_push_and_load_by_every_loader(online: Model, hub: HubServer, pixel_values: torch.Tensor) -> None:
+    commit = online.push_to_hub("tester/animals", commit_message="First", tags=["emoji"])
+    assert commit.oid in hub.repos["models/tester/animals"].commits
+    assert set(hub.files("tester/animals")) == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md",
+    }  # fmt: skip
+    assert sum(len(content) for content in hub.files("tester/animals").values()) < 20_000
+    expected = online(pixel_values=pixel_values).logits
+    for loader in (Model, AutoModelForImageClassification):
+        assert torch.equal(loader.from_pretrained("tester/animals")(pixel_values=pixel_values).logits, expected)
+    assert len(pipeline("image-classification", model="tester/animals").model.class_names) == 8
+
+
+def test_base_is_pinned_to_its_commit(online: Model, hub: HubServer, base: str, tmp_path: Path) -> None:
+    online.push_to_hub("tester/animals")
+    pinned = json.loads(hub.files("tester/animals")["config.json"])["base_model_revision"]
+    assert pinned == hub.repos["models/tester/tiny-clip"].refs["main"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")  # the base's main moves on to something useless
+    hub.add_folder("tester/tiny-clip", tmp_path / "other")
+    assert torch.equal(Model.from_pretrained("tester/animals").classifier.residual, online.classifier.residual)
+
+
+def test_revision_is_the_artifacts_not_the_bases(online: Model) -> None:
+    online.push_to_hub("tester/animals")
+    with torch.no_grad():
+        online.classifier.residual.zero_()
+    online.push_to_hub("tester/animals", revision="zeros")
+    assert Model.from_pretrained("tester/animals").classifier.residual.any()
+    assert not Model.from_pretrained("tester/animals", revision="zeros").classifier.residual.any()
+
+
+def test_private_repositories_and_tokens(online: Model, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    online.push_to_hub("tester/secret", private=True)
+    assert hub.repos["models/tester/secret"].private
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match="tester/secret") as error:
+        Model.from_pretrained("tester/secret")
+    assert isinstance(error.value.__cause__, RepositoryNotFoundError)
+    assert Model.from_pretrained("tester/secret", token=hub.token).class_names == online.class_names
+    for content in hub.files("tester/secret").values():
+        assert hub.token.encode() not in content
+
+
+def test_gated_base_says_so(online: Model, hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online.push_to_hub("tester/animals")
+    hub.repos["models/tester/tiny-clip"].gated = True
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match="gated") as error:
+        Model.from_pretrained("tester/animals", cache_dir=str(tmp_path))
+    assert isinstance(error.value.__cause__, GatedRepoError)
+
+
+def test_cached_copy_serves_when_the_hub_is_down(online: Model, hub: HubServer) -> None:
+    online.push_to_hub("tester/animals")
+    Model.from_pretrained("tester/animals")
+    hub.down = True
+    loaded = Model.from_pretrained("tester/animals", local_files_only=True)
+    assert torch.equal(loaded.classifier.residual, online.classifier.residual)
+    assert loaded.image_processor is not None
+
+
+def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str) -> None:
+    online.push_to_hub("tester/animals")
+    repo = hub.repos["models/tester/animals"]
+    config = json.loads(hub.files("tester/animals")["config.json"])
+    for name in (base, "../tiny-clip", "~/model"):
+        changed = {**config, "base_model_name_or_path": name}
+        repo.commit({"config.json": json.dumps(changed).encode()}, "main", "edit")
+        with pytest.raises(BaseModelError, match="not followed"):
+            Model.from_pretrained("tester/animals")
+    assert Model.from_pretrained("tester/animals", base_model="tester/tiny-clip").class_names == online.class_names
+
+
+def test_local_base_is_not_published_as_a_path(model: Model, hub: HubServer, base: str) -> None:
+    with pytest.warns(UserWarning, match="base_model="):
+        model.push_to_hub("tester/local")
+    for name, content in hub.files("tester/local").items():
+        assert base.encode() not in content, name
+    assert model.config.base_model_name_or_path == str(Path(base).resolve())
+    assert Model.from_pretrained("tester/local", base_model=base).class_names == model.class_names
+
+
+def test_a_card_written_on_the_hub_is_kept(online: Model, hub: HubServer) -> None:
+    online.push_to_hub("tester/animals")
+    hub.repos["models/tester/animals"].commit({"README.md": b"Our own words."}, "main", "edit")
+    online.push_to_hub("tester/animals")
+    assert hub.files("tester/animals")["README.md"] == b"Our own words."
+
+
+def test_trainer_pushes(online: Model, hub: HubServer, splits: Any) -> None:
+    arguments = TaskResTrainingArguments(
+        shots=1, num_train_epochs=2, disable_tqdm=True, push_to_hub=True, hub_model_id="tester/trained"
+    )
+    TaskResTrainer(online, arguments, splits["train"], splits["test"]).train()
+    assert "model.safetensors" in hub.files("tester/trained")
+
+
+def test_pull_request(online: Model) -> None:
+    online.push_to_hub("tester/animals")
+    assert online.push_to_hub("tester/animals", create_pr=True).pr_url
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_card_says_what_the_artifact_is(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
+    card = model_card(config, "me/animals")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "taskres_hf"
+    assert header["pipeline_tag"] == "image-classification"
+    assert header["base_model"] == "openai/clip-vit-base-patch32"
+    assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
+        config["metrics"]["accuracy"], abs=1e-3
+    )
+    for text in ("zero-shot", "me/animals", "reptile or frog", "a drawing of a {}.", "| shots per class | 4 |"):
+        assert text in card
+
+
+def test_card_cannot_be_broken_by_names(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["id2label"]["0"] = "a|b<script>alert(1)</script>\n---\n`x`"
+    card = model_card(config, "me/x")
+    assert "<script>" not in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "taskres_hf"
