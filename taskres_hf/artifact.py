@@ -232,9 +232,15 @@ def find_artifact(
         raise ArtifactError(f"There is no folder {name}. Check the path, or give a Hub id such as me/pets-taskres.")
     if subfolder:
         hub_kwargs["subfolder"] = subfolder
+    if os.path.isdir(name):
+        folder = Path(name, subfolder)
+        missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+        if missing:
+            raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
+        return str(folder / CONFIG), str(folder / WEIGHTS)
     config, weights = (cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS))
-    if not os.path.isdir(name):  # into the cache as well, so that the next load works without a network
-        cached_file(name, PROCESSOR, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    # Into the cache as well, so that the next load works without a network.
+    cached_file(name, PROCESSOR, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     return str(config), str(weights)
 
 

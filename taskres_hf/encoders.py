@@ -151,6 +151,26 @@ class TextTowerNotLoaded(nn.Module):
         return self.missing
 
 
+def has_text_tower(base: PreTrainedModel) -> bool:
+    """Whether text can be embedded with a base."""
+    return not any(isinstance(module, TextTowerNotLoaded) for module in base.children())
+
+
+def check_same_base(base: PreTrainedModel, config: Any) -> None:
+    """Whether a base without its text tower, whose text embeddings cannot be compared, is the artifact's.
+
+    Raises:
+        BaseModelError: it has another name or commit.
+    """
+    name, wanted = base.config._name_or_path, str(config.base_model_name_or_path)
+    commit = getattr(base.config, "_commit_hash", None)
+    if name != wanted or (config.base_model_revision or commit) != commit:
+        raise BaseModelError(
+            f"The base given is {name!r} without its text tower, so it cannot be told whether it is {wanted!r}, which "
+            "the artifact was made for. Load the base with text_tower=True."
+        )
+
+
 def load_image_tower(
     name_or_path: str,
     *,
@@ -199,6 +219,7 @@ def load_image_tower(
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
     base.config._name_or_path = name_or_path
+    base.config._commit_hash = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
     frozen: PreTrainedModel = base.eval().requires_grad_(False)
     return frozen
 

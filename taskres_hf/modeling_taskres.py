@@ -28,6 +28,8 @@ from .base_classifier import (
 from .configuration_taskres import TaskResConfig
 from .encoders import (
     BASE_KWARGS,
+    check_same_base,
+    has_text_tower,
     image_features,
     load_base_fp32,
     load_image_tower,
@@ -253,21 +255,27 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             dtype = loaded.dtype or torch.float32
 
         prompts = loaded.class_prompts()
+        shared = base_model if isinstance(base_model, PreTrainedModel) else None
+        text_source = None  # a loaded model to make the base classifier with
+        if shared is not None and has_text_tower(shared):
+            text_source = shared
+        elif shared is not None:
+            check_same_base(shared, loaded)
+            base_model = None
         base_name = trusted_base_name(loaded, base_model, local)
         pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
         base = table = kept = None
-        if not isinstance(base_model, PreTrainedModel):
+        if text_source is None:
             kept = cached_table_path(base_name, pinned, prompts, loaded.prompt_average)
             table = None if text_tower or set(base_kwargs) - {"attn_implementation"} else read_table(kept)
         if table is not None and _matches(table, prompts, loaded):
-            dtype = torch_dtype(dtype)
-            base = load_image_tower(
-                base_name, revision=pinned, dtype=dtype, hub_kwargs=hub,
+            base = shared or load_image_tower(
+                base_name, revision=pinned, dtype=torch_dtype(dtype), hub_kwargs=hub,
                 attn_implementation=base_kwargs.get("attn_implementation"),
             )  # fmt: skip
         if base is None or table is None:
-            if isinstance(base_model, PreTrainedModel):
-                base, commit, target = base_model.eval().requires_grad_(False), None, base_model.dtype
+            if text_source is not None:
+                base, commit, target = text_source.train(False).requires_grad_(False), None, text_source.dtype
             else:
                 base, commit, target = load_base_fp32(
                     base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs
@@ -283,6 +291,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 )
             write_table(kept, table)
             base.to(target) if base.dtype != target else None  # type: ignore[arg-type]
+            base = shared or base
         loaded.dtype = base.dtype
         loaded.architectures = [cls.__name__]
         model = cls(loaded, base, table)

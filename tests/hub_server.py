@@ -1,7 +1,7 @@
 """A small server that speaks enough of the Hub's protocol for the real `huggingface_hub` client, in memory.
 
 Repositories of models and datasets: create, preupload, commit, list, resolve; revisions, branches, private repositories
-and gated ones, with the Hub's own error codes. Every upload is a regular (not LFS) one, so no other service is involved.
+and gated ones, with the Hub's own error codes. Every upload is a regular (not LFS) one, so no other service is met.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Repo:
 class HubServer:
     """Run with `start()`; `url` is the endpoint. `requests` records (method, path) pairs."""
 
-    token = "hf_local_test_token"  # noqa: S105
+    token = "hf_local_test_token"
     user = "tester"
 
     def __init__(self) -> None:
@@ -211,7 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts == ["api", "repos", "create"]:
             self._create(json.loads(body))
         elif parts[4:5] == ["preupload"]:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             self._json({"files": files})
         elif parts[4:5] == ["commit"]:
             self._commit(parts, body)
@@ -231,7 +233,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             wanted = json.loads(body)["paths"]
         except ValueError:
-            wanted = [unquote(pair.split("=", 1)[1].replace("+", " ")) for pair in body.decode().split("&") if pair.startswith("paths=")]
+            wanted = [
+                unquote(pair.split("=", 1)[1].replace("+", " "))
+                for pair in body.decode().split("&")
+                if pair.startswith("paths=")
+            ]
         found = []
         for path in [wanted] if isinstance(wanted, str) else wanted:
             if path in repo.commits[str(commit)]:

@@ -143,7 +143,9 @@ def test_text_tower_is_not_loaded_once_the_base_classifier_is_known(model: Model
     random_residual(model).save_pretrained(tmp_path)
     light = Model.from_pretrained(tmp_path)
     whole = Model.from_pretrained(tmp_path, text_tower=True)
-    count = {name: sum(p.numel() for p in m.clip.text_model.parameters()) for name, m in (("light", light), ("all", whole))}
+    count = {
+        name: sum(p.numel() for p in m.clip.text_model.parameters()) for name, m in (("light", light), ("all", whole))
+    }
     assert count["light"] == 0 < count["all"]
     with pytest.raises(BaseModelError, match="text_tower=True"):
         light.clip.get_text_features(input_ids=torch.tensor([[1]]))
@@ -155,6 +157,23 @@ def test_a_loaded_base_can_be_shared(model: Model, pixel_values: torch.Tensor, t
     other = Model.from_pretrained(tmp_path, base_model=model.clip)
     assert other.clip is model.clip
     assert torch.equal(other(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+
+
+def test_a_base_without_its_text_tower_can_be_shared(
+    model: Model, base: str, splits: Any, pixel_values: torch.Tensor, tmp_path: Path
+) -> None:
+    random_residual(model).save_pretrained(tmp_path / "a")
+    random_residual(Model.from_base(base, ["cat", "dog", "fish"])).save_pretrained(tmp_path / "b")
+    first = Model.from_pretrained(tmp_path / "a")
+    second = Model.from_pretrained(tmp_path / "b", base_model=first.clip)
+    assert second.clip is first.clip
+    assert torch.equal(
+        second(pixel_values=pixel_values).logits,
+        Model.from_pretrained(tmp_path / "b")(pixel_values=pixel_values).logits,
+    )
+    first.clip.config._name_or_path = "some/other-clip"
+    with pytest.raises(BaseModelError, match="text_tower=True"):
+        Model.from_pretrained(tmp_path / "b", base_model=first.clip)
 
 
 def test_from_base_with_a_loaded_clip(base: str, model: Model, spec: dict[str, Any]) -> None:
@@ -173,11 +192,14 @@ def test_saving_with_fp16_residual(model: Model, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, residual_dtype=torch.int8)
 
 
-def test_image_side_and_enhanced_base_round_trip(base: str, spec: dict[str, Any], pixel_values: torch.Tensor, tmp_path: Path) -> None:
+def test_image_side_and_enhanced_base_round_trip(
+    base: str, spec: dict[str, Any], pixel_values: torch.Tensor, tmp_path: Path
+) -> None:
     image_side = random_residual(Model.from_base(base, spec["classes"], residual_side="image"))
     image_side.save_pretrained(tmp_path / "i")
     assert torch.equal(
-        Model.from_pretrained(tmp_path / "i")(pixel_values=pixel_values).logits, image_side(pixel_values=pixel_values).logits
+        Model.from_pretrained(tmp_path / "i")(pixel_values=pixel_values).logits,
+        image_side(pixel_values=pixel_values).logits,
     )
     enhanced = random_residual(Model.from_base(base, spec["classes"]))
     enhanced.classifier.shift = torch.randn_like(enhanced.classifier.base)

@@ -13,7 +13,10 @@ from taskres_hf.prompts import check_class_names, class_prompts, named_templates
 
 def test_one_prompt_per_template_and_class() -> None:
     prompts = class_prompts(["tabby_cat", "beagle"], ["a photo of a {}.", "art of the {}."])
-    assert prompts == [["a photo of a tabby cat.", "art of the tabby cat."], ["a photo of a beagle.", "art of the beagle."]]
+    assert prompts == [
+        ["a photo of a tabby cat.", "art of the tabby cat."],
+        ["a photo of a beagle.", "art of the beagle."],
+    ]
 
 
 def test_underscores_kept_as_the_published_code_does() -> None:

@@ -65,9 +65,7 @@ def test_pictures_and_their_embeddings_train_the_same(
 
 
 @pytest.mark.parametrize("recipe", ["auto", "paper"])
-def test_closed_form_equals_the_accelerate_loop(
-    model: Model, embedded: dict[str, ImageFeatures], recipe: str
-) -> None:
+def test_closed_form_equals_the_accelerate_loop(model: Model, embedded: dict[str, ImageFeatures], recipe: str) -> None:
     results = []
     for closed_form in (True, False):
         model.classifier.reset()
@@ -78,7 +76,9 @@ def test_closed_form_equals_the_accelerate_loop(
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"views": 2}, {"closed_form": False}, {"enhanced_base": True}, {"augment_online": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"views": 2}, {"closed_form": False}, {"enhanced_base": True}, {"augment_online": True}]
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(
     model: Model, splits: DatasetDict, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -119,7 +119,7 @@ def test_resuming_another_run_is_refused(model: Model, embedded: dict[str, Image
     arguments = _arguments(output_dir=str(tmp_path), num_train_epochs=2, save_epochs=1)
     TaskResTrainer(model, arguments, embedded["train"]).train()
     other = replace(arguments, seed=9)
-    with pytest.raises(ConfigurationError, match="another run: .*seed"):
+    with pytest.raises(ConfigurationError, match=r"another run: .*seed"):
         TaskResTrainer(model, other, embedded["train"]).train(resume_from_checkpoint=True)
     with pytest.raises(ConfigurationError, match="no checkpoint"):
         TaskResTrainer(model, replace(arguments, output_dir=str(tmp_path / "x")), embedded["train"]).train(True)

@@ -1,0 +1,83 @@
+"""Every snippet and command in the documentation runs, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+
+from taskres_hf.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def world(hub: HubServer, base: str, splits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of: `photos`, `cat.jpg`, and their repositories on the Hub."""
+    for name in ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"):
+        hub.add_folder(name, base)
+    here = tmp_path / "world"
+    for split in ("train", "test"):
+        for label, name in ((0, "cat"), (1, "dog")):
+            folder = here / "photos" / split / name
+            folder.mkdir(parents=True)
+            rows = [row for row in splits[split] if row["label"] == label][:6]
+            for number, row in enumerate(rows, start=1):
+                row["image"].convert("RGB").save(folder / f"{number}.jpg")
+    (here / "cat.jpg").write_bytes((here / "photos" / "test" / "cat" / "1.jpg").read_bytes())
+    pets = tmp_path / "pets"
+    pets.mkdir()
+    for split in ("train", "test"):
+        splits[split].to_parquet(pets / f"{split}.parquet")
+    hub.add_folder("timm/oxford-iiit-pet", pets, "datasets")
+    monkeypatch.chdir(here)
+    return here
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page: Path, world: Path) -> None:
+    names: dict[str, Any] = {}
+    for language, code in _BLOCK.findall(page.read_text()):
+        if language == "python":
+            exec(compile(code, page.name, "exec"), names)
+        elif language == "bash":
+            for line in code.splitlines():
+                if line.startswith("taskres "):
+                    with pytest.raises(SystemExit) as stop:
+                        main(shlex.split(line)[1:])
+                    assert not stop.value.code, line
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train.py", "--shots", "2"], ["transformers_trainer.py", "--epochs", "1"], ["many_classifiers_one_backbone.py"]],
+    ids=lambda command: command[0],
+)
+def test_examples_run(command: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text()
+    assert all(file.name in text for file in (ROOT / "examples").glob("*.py"))
