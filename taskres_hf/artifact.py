@@ -28,13 +28,19 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError, BaseModelError
-from .files import _umask, read_json, read_tensors, write_bytes, write_tensors
+from .files import (
+    CONFIG,
+    PROCESSOR,
+    RESIDUAL,
+    SHIFT,
+    WEIGHTS,
+    _umask,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_tensors,
+)
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PROCESSOR = "preprocessor_config.json"
-RESIDUAL = "residual"
-SHIFT = "base_shift"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _REQUIRED = (
     "base_model_name_or_path",

@@ -196,10 +196,9 @@ def train(
 
     Example:  taskres train --base-model openai/clip-vit-base-patch32 --dataset my-photos --shots 16 -o my-classifier
     """
-    from .artifact import CONFIG
     from .errors import ArtifactError, ConfigurationError
 
-    if (output_dir / CONFIG).exists() and not (overwrite or resume):
+    if (output_dir / "config.json").exists() and not (overwrite or resume):
         raise ArtifactError(
             f"{output_dir} already holds a model. Pass --overwrite to replace it, or another --output-dir."
         )

@@ -16,6 +16,13 @@ from safetensors.torch import save
 
 from .errors import ArtifactError
 
+# The files of an artifact, and the tensors in its weights.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+RESIDUAL = "residual"
+SHIFT = "base_shift"
+
 
 def cache_root() -> Path:
     """Folder for embeddings and base classifiers: `$TASKRES_CACHE`, else `taskres` inside `$HF_HOME`."""

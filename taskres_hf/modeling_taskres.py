@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import RESIDUAL, find_artifact, library_versions, read_artifact, trusted_base_name, write_artifact
+from .artifact import find_artifact, library_versions, read_artifact, trusted_base_name, write_artifact
 from .base_classifier import (
     base_embeddings,
     cached_table_path,
@@ -40,6 +40,7 @@ from .encoders import (
     torch_dtype,
 )
 from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
+from .files import RESIDUAL
 from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier
 
