@@ -40,7 +40,9 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
     base = config.get("base_model_name_or_path")
     data = config.get("data") or {}
     metrics = config.get("metrics") or {}
-    dataset = data.get("id") if is_hub_id(data.get("id")) else None
+    # A bare name is more likely a folder of somebody's machine than one of the few old ids without an owner.
+    name = str(data.get("id") or "")
+    dataset = name if "/" in name and is_hub_id(name) else None
     fields: dict[str, Any] = {
         "library_name": "taskres_hf",
         "pipeline_tag": "image-classification",

@@ -234,7 +234,9 @@ class TaskResTrainer:
             if self.args.early_stopping_patience is not None:
                 log["eval_accuracy"] = self._eval_accuracy()
             self.log_history.append(log)
-            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("loss", "accuracy", "eval_accuracy") if key in log})
+            bar.set_postfix(
+                {key: f"{log[key]:.3f}" for key in ("loss", "accuracy", "eval_accuracy") if key in log}, refresh=False
+            )
             bar.update()
             if self.args.report_to:
                 self.accelerator.log(log, step=epoch + 1)

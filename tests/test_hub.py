@@ -149,6 +149,13 @@ def test_card_says_what_the_artifact_is(trained: Path) -> None:
         assert text in card
 
 
+def test_card_names_a_dataset_only_if_the_hub_can_have_it(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    for name, expected in (("food", None), ("me/food", ["me/food"])):
+        config["data"] = {"id": name, "name": name}
+        assert yaml.safe_load(model_card(config).split("---")[1]).get("datasets") == expected
+
+
 def test_card_cannot_be_broken_by_names(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     config["id2label"]["0"] = "a|b<script>alert(1)</script>\n---\n`x`"
