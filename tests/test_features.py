@@ -58,6 +58,12 @@ def test_cache_is_used_and_keyed_by_content(
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_digest_tells_labels_apart(model: Model, few: LabelledImages) -> None:
+    other = few.select(range(12))
+    other.labels = [*few.labels[:-1], 7 - few.labels[-1]]
+    assert _embed(model, few).digest != _embed(model, other).digest
+
+
 def test_a_damaged_cache_is_made_again(model: Model, few: LabelledImages, tmp_path: Path) -> None:
     first = _embed(model, few, cache_dir=tmp_path)
     file = next(tmp_path.iterdir())
