@@ -50,6 +50,7 @@ from .cli_options import (
     read_numbers,
     read_templates,
 )
+from .cli_research import add_commands
 
 if TYPE_CHECKING:
     pass
@@ -109,6 +110,12 @@ def train(
         Path | None,
         typer.Option(help="JSON file of sentences per class, used as prompts.", rich_help_panel=MODEL),
     ] = None,
+    prompt_names: Annotated[
+        Path | None, typer.Option(help="JSON file {class: what prompts call it}.", rich_help_panel=MODEL)
+    ] = None,
+    prompt_average: Annotated[
+        str, typer.Option(help="'raw' (published) or 'normalized'.", rich_help_panel=MODEL)
+    ] = "raw",
     keep_underscores: Annotated[
         bool, typer.Option("--keep-underscores", help="As the published code does.", rich_help_panel=MODEL)
     ] = False,
@@ -238,6 +245,7 @@ def train(
     model = TaskResCLIPForImageClassification.from_base(
         base_model, pictures.class_names, read_templates(template), alpha, residual_side=residual_side,
         class_descriptions=read_json_option(descriptions), underscores="keep" if keep_underscores else "replace",
+        prompt_names=read_json_option(prompt_names), prompt_average=prompt_average,
         revision=base_revision, trust_remote_code=trust_remote_code, dtype=dtype or "float32",
     )  # fmt: skip
     trainer = TaskResTrainer(model, arguments, pictures, held_out)
@@ -510,6 +518,9 @@ def demo(
             typer.echo(shipped.as_story(result))
 
     emit(as_json, result, show)
+
+
+add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ class TaskResConfig(PreTrainedConfig):
         projection_dim: D, the length of an embedding.
         templates: prompt templates, each with one `{}`; empty when descriptions alone make the prompts.
         class_descriptions: sentences per class used as prompts (CuPL), or None.
+        prompt_names: what stands in a prompt instead of a class name, or None.
         underscores: `"replace"` or `"keep"`, see `prompts.class_prompts`.
         prompt_average: `"raw"` (published) or `"normalized"`, see `base_classifier.base_embeddings`.
         alpha: scale of the residual (paper: 0.5).
@@ -51,6 +52,7 @@ class TaskResConfig(PreTrainedConfig):
         projection_dim: int | None = None,
         templates: list[str] | None = None,
         class_descriptions: dict[str, list[str]] | None = None,
+        prompt_names: dict[str, str] | None = None,
         underscores: str = "replace",
         prompt_average: str = "raw",
         alpha: float = 0.5,
@@ -76,6 +78,7 @@ class TaskResConfig(PreTrainedConfig):
         self.projection_dim = projection_dim
         self.templates = [DEFAULT_TEMPLATE] if templates is None else list(templates)
         self.class_descriptions = class_descriptions
+        self.prompt_names = prompt_names
         self.underscores = underscores
         self.prompt_average = prompt_average
         self.alpha = float(alpha)
@@ -106,4 +109,5 @@ class TaskResConfig(PreTrainedConfig):
             self.templates or None,
             underscores=self.underscores,
             descriptions=self.class_descriptions,
+            prompt_names=self.prompt_names,
         )

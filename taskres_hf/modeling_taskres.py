@@ -110,6 +110,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         alpha: float = 0.5,
         *,
         class_descriptions: Mapping[str, Sequence[str]] | None = None,
+        prompt_names: Mapping[str, str] | None = None,
         underscores: str = "replace",
         prompt_average: str = "raw",
         residual_side: str = "text",
@@ -130,6 +131,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 `"a photo of a {}."`.
             alpha: scale of the residual (paper: 0.5).
             class_descriptions: sentences per class as prompts (CuPL).
+            prompt_names: what stands in a prompt instead of a class name, such as {"n02123045": "tabby cat"}.
             underscores: `"replace"` or `"keep"` (as the published code does).
             prompt_average: `"raw"` (published) or `"normalized"`.
             residual_side: `"text"` (published: one row per class) or `"image"` (one shared row, TaskRes-Image).
@@ -146,7 +148,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         names = check_class_names(class_names)
         if templates is not None or class_descriptions is None:
             templates = resolve_templates(templates)
-        prompts = class_prompts(names, templates, underscores=underscores, descriptions=class_descriptions)
+        prompts = class_prompts(
+            names, templates, underscores=underscores, descriptions=class_descriptions, prompt_names=prompt_names
+        )
         hub, base_kwargs = split_kwargs(kwargs)
         commit = None
         if isinstance(base_model, PreTrainedModel):
@@ -173,6 +177,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             class_descriptions={key: list(value) for key, value in class_descriptions.items()}
             if class_descriptions
             else None,
+            prompt_names=dict(prompt_names) if prompt_names else None,
             underscores=underscores,
             prompt_average=prompt_average,
             alpha=alpha,

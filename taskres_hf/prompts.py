@@ -121,6 +121,7 @@ def class_prompts(
     *,
     underscores: str = "replace",
     descriptions: Mapping[str, Sequence[str]] | None = None,
+    prompt_names: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
     """The prompts of each class.
 
@@ -130,20 +131,27 @@ def class_prompts(
         underscores: `"replace"` writes `tabby_cat` as `tabby cat`; `"keep"` leaves it, as the published TaskRes code
             does (its class names reach the tokenizer verbatim).
         descriptions: sentences per class name, as in CuPL's JSON files; used as whole prompts.
+        prompt_names: what stands in a prompt instead of a class name, for names that say little or must differ where
+            their prompts do not (ImageNet has two classes called `missile`).
 
     Returns:
         K lists of prompts.
 
     Raises:
-        ConfigurationError: bad template, unknown `underscores`, or a class without a description.
+        ConfigurationError: bad template, unknown `underscores`, a class without a description, or a name in
+            `prompt_names` that is no class.
     """
     if underscores not in _UNDERSCORES:
         raise ConfigurationError(f"`underscores` must be one of {_UNDERSCORES}; got {underscores!r}.")
     resolved = resolve_templates(templates) if templates is not None or descriptions is None else []
     prompts = []
     missing = []
+    unknown = sorted(set(prompt_names or {}) - set(class_names))
+    if unknown:
+        raise ConfigurationError(f"`prompt_names` speaks of classes that do not exist: {unknown[:5]}.")
     for name in class_names:
-        words = name.replace("_", " ") if underscores == "replace" else name
+        words = (prompt_names or {}).get(name, name)
+        words = words.replace("_", " ") if underscores == "replace" else words
         sentences = [template.replace("{}", words) for template in resolved]
         if descriptions is not None:
             described = descriptions.get(name, descriptions.get(words))

@@ -171,7 +171,7 @@ class TaskResTrainer:
         if getattr(model, "hf_device_map", None) is None and getattr(model.clip, "hf_device_map", None) is None:
             model.to(self.accelerator.device)
         self.log_history: list[dict[str, Any]] = []
-        self._features: dict[int, ImageFeatures] = {}
+        self._features: dict[tuple[int, int], tuple[Any, ImageFeatures]] = {}
 
     # ------------------------------------------------------------------ training
 
@@ -488,13 +488,18 @@ class TaskResTrainer:
         aligned: LabelledImages = dataset.aligned(self.model.class_names, self.args.label_map)
         return aligned
 
-    def embed(self, dataset: Any) -> ImageFeatures:
-        """Embeddings of a dataset with the model's classes; what other trainers of the same model can train on."""
+    def embed(self, dataset: Any, views: int = 0) -> ImageFeatures:
+        """Embeddings of a dataset with the model's classes, which other trainers of the same model can train on.
+
+        Args:
+            dataset: as for `train_dataset`. views: 0 for the plain picture, V for V augmented views.
+        """
         if isinstance(dataset, ImageFeatures):
             return dataset
-        if id(dataset) not in self._features:
-            self._features[id(dataset)] = self._embed(self._labelled(dataset), 0)
-        return self._features[id(dataset)]
+        kept = self._features.get((id(dataset), views))
+        if kept is None:  # the dataset is kept beside its embeddings, or its id could come back as another's
+            kept = self._features[id(dataset), views] = (dataset, self._embed(self._labelled(dataset), views))
+        return kept[1]
 
     def _embed(self, images: LabelledImages, views: int) -> ImageFeatures:
         cache_dir = self.args.cache_dir
