@@ -351,17 +351,19 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
 
     matplotlib.rcParams["svg.hashsalt"] = hashlib.sha256(b"taskres").hexdigest()  # the same file for the same numbers
     names = list(dict.fromkeys(row["dataset"] for row in rows))
+    colours = {recipe: f"C{number}" for number, recipe in enumerate(sorted({row["recipe"] for row in rows}))}
     columns = min(4, len(names))
     height = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * height), layout="constrained")
     for number, name in enumerate(names, start=1):
         axes = figure.add_subplot(height, columns, number)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name.replace(" -> ", "\n-> "), fontsize=9)
         same = [row for row in rows if row["dataset"] == name]
         for row in same:
+            shots, scores = list(row["accuracy"]), list(row["accuracy"].values())
             axes.plot(
-                list(row["accuracy"]), list(row["accuracy"].values()), marker="o", markersize=3, label=row["recipe"]
-            )
+                shots, scores, marker="o", markersize=3, label=row["recipe"], color=colours[row["recipe"]]
+            )  # fmt: skip
         axes.axhline(same[0]["zero_shot"], color="grey", linestyle="--", linewidth=1, label="zero-shot")
         axes.set_xscale("log", base=2)
         shots = list(same[0]["accuracy"])
