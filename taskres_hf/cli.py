@@ -30,11 +30,13 @@ from .cli_options import (
     Device,
     DropUnlabelled,
     Dtype,
+    Engine,
     ImageColumn,
     Json,
     LabelColumn,
     LabelMap,
     OnError,
+    Precision,
     Quiet,
     console,
     emit,
@@ -177,7 +179,9 @@ def train(
     ] = False,
     dtype: Dtype = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.", rich_help_panel=MODEL)] = False,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     cache_dir: CacheDir = None,
     fp16_residual: Annotated[
         bool, typer.Option("--fp16-residual", help="Half the file.", rich_help_panel=OUTPUT)
@@ -219,7 +223,8 @@ def train(
         num_train_epochs=epochs, learning_rate=learning_rate, views=views, enhanced_base=enhanced_base,
         augment_online=augment_online, embed_batch_size=batch_size, cache_dir=str(cache_dir) if cache_dir else None,
         save_epochs=save_epochs, early_stopping_patience=early_stopping_patience, on_error=on_error,
-        dataset_name=public_name(dataset), use_cpu=cpu, disable_tqdm=quiet or as_json,
+        dataset_name=public_name(dataset), engine=engine, precision=precision, use_cpu=cpu,
+        disable_tqdm=quiet or as_json,
     )  # fmt: skip
     splits = open_splits(dataset, dataset_config, dataset_revision)
     names = read_class_names(class_names)
@@ -313,7 +318,9 @@ def evaluate(
     drop_unlabelled: DropUnlabelled = False,
     on_error: OnError = "raise",
     dtype: Dtype = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     cache_dir: CacheDir = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.", rich_help_panel=MODEL)] = False,
     as_json: Json = False,
@@ -335,7 +342,7 @@ def evaluate(
     arguments = TaskResTrainingArguments(
         embed_batch_size=batch_size, cache_dir=str(cache_dir) if cache_dir else None, label_map=mapping,
         image_column=image_column, label_column=label_column, drop_unlabelled=drop_unlabelled, on_error=on_error,
-        use_cpu=cpu, disable_tqdm=quiet or as_json,
+        engine=engine, precision=precision, use_cpu=cpu, disable_tqdm=quiet or as_json,
     )  # fmt: skip
     metrics = {"split": split, **TaskResTrainer(classifier, arguments, eval_dataset=pictures).evaluate()}
 
@@ -376,7 +383,9 @@ def predict(
     base_model: BaseModel = None,
     device: Device = None,
     dtype: Dtype = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -402,7 +411,12 @@ def predict(
     )
     if device:
         classifier.to(device)
-    rows = list(classify_files(classifier, files, top_k=top_k, batch_size=batch_size, progress=not (quiet or as_json)))
+    rows = list(
+        classify_files(
+            classifier, files, top_k=top_k, batch_size=batch_size, engine=engine, precision=precision,
+            progress=not (quiet or as_json),
+        )
+    )  # fmt: skip
     skipped = [row for row in rows if row["error"]]
     for row in skipped:
         typer.echo(f"Skipped: {row['error']}", err=True)

@@ -45,7 +45,11 @@ DropUnlabelled = Annotated[
 OnError = Annotated[
     str, typer.Option(help="Unreadable pictures: 'raise' (name them all) or 'skip'.", rich_help_panel=DATA)
 ]
-BatchSize = Annotated[int, typer.Option(help="Pictures a forward pass.", min=1, rich_help_panel=MODEL)]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Pictures a forward pass; the engine's best.", min=1, rich_help_panel=MODEL)
+]
+Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.", rich_help_panel=MODEL)]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for the frozen tower.", rich_help_panel=MODEL)]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto, for the base.", rich_help_panel=MODEL)
 ]

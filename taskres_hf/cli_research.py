@@ -16,7 +16,9 @@ from .cli_options import (
     BatchSize,
     CacheDir,
     Debug,
+    Engine,
     Json,
+    Precision,
     Quiet,
     console,
     emit,
@@ -77,7 +79,9 @@ def benchmark(
     output_dir: Annotated[
         Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
     ] = Path("taskres-benchmark"),
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     cache_dir: CacheDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -112,7 +116,7 @@ def benchmark(
     model = base_model or demo_model()
     chosen = [part.strip() for part in recipes.split(",")]
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
-    arguments: dict[str, Any] = {"embed_batch_size": batch_size}
+    arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine, "precision": precision}
     if cache_dir is not None:
         arguments["cache_dir"] = str(cache_dir)
     total = len(names) * len(counts) * len(draws) * len(chosen)

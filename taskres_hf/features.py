@@ -12,10 +12,11 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL.Image
 import torch
@@ -25,11 +26,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import LabelledImages
-from .encoders import encode_images, image_weights_digest
+from .encoders import image_weights_digest
+from .engines import make_engine
 from .errors import ArtifactError, ConfigurationError, DataError, ImageError
 from .files import read_tensors, write_tensors
+from .preprocessing import Preprocessor
 
-_FORMAT = 1
+_FORMAT = 2
+_T = TypeVar("_T")
 _CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
 _CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -69,13 +73,12 @@ class ImageFeatures:
 
 
 def embed_images(
-    base: PreTrainedModel,
-    image_processor: Any,
+    embedder: Embedder,
     images: LabelledImages,
     *,
     views: int = 0,
     seed: int = 1,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     on_error: str = "raise",
     progress: bool = True,
@@ -84,11 +87,11 @@ def embed_images(
     """Embed pictures with the frozen image tower, once per view.
 
     Args:
-        base: the dual encoder. image_processor: its image processor.
+        embedder: the base, its processor and the engine.
         images: N labelled pictures.
         views: 0 for the plain picture as in evaluation, V > 0 for V augmented views (random resized crop and flip,
             drawn from `seed` and the picture's content).
-        batch_size: pictures a forward pass; it changes nothing but speed and memory.
+        batch_size: pictures a forward pass, by default the engine's best; it changes nothing but speed and memory.
         cache_dir: folder to keep embeddings in; None keeps nothing.
         on_error: `"raise"` names all unreadable pictures at once; `"skip"` leaves them out with a warning.
         accelerator: an `accelerate.Accelerator`: each process embeds its share, all get the whole.
@@ -106,18 +109,14 @@ def embed_images(
     content = hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
     path = None
     if cache_dir is not None:
-        spec = [
-            _FORMAT,
-            image_weights_digest(base),
-            str(base.dtype),
-            image_processor.to_json_string(),
-        ]
-        spec += [views, seed if views else 0, digests]
+        spec = [_FORMAT, *embedder.key, views, seed if views else 0, digests]
         path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]}.safetensors"
     stored = _read_cache(path, len(digests), max(views, 1))
     if stored is None:
         jobs = [(index, digest, view) for view in range(max(views, 1)) for index, digest in readable]
-        stored = _embed(base, image_processor, images, jobs, views, seed, batch_size, progress, accelerator, problems)
+        stored = _embed(
+            embedder, images, jobs, views, seed, batch_size or embedder.batch_size, progress, accelerator, problems
+        )
         if path is not None and (accelerator is None or accelerator.is_main_process):
             write_tensors(path, stored)
     ok = stored["readable"].bool()
@@ -142,8 +141,7 @@ def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, s
 
 
 def _embed(
-    base: PreTrainedModel,
-    image_processor: Any,
+    embedder: Embedder,
     images: LabelledImages,
     jobs: list[tuple[int, str, int]],
     views: int,
@@ -156,38 +154,40 @@ def _embed(
     """Embeddings [V, N, D] of all jobs (picture, digest, view), and which pictures could be decoded [N]."""
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
     mine = jobs[rank::world]
-    rows: list[Tensor] = []
-    good: list[bool] = []
-    bar = tqdm(total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False)
-    for start in range(0, len(mine), batch_size):
-        batch: list[PIL.Image.Image] = []
-        for index, digest, view in mine[start : start + batch_size]:
+    good = torch.zeros(len(mine), dtype=torch.bool)
+    size = crop_size(embedder.image_processor) if views else (0, 0)
+
+    def load(places: range) -> list[PIL.Image.Image]:
+        pictures = []
+        for place in places:
+            index, digest, view = mine[place]
             try:
                 picture = images.image(index)
             except ImageError as error:
                 problems[index] = str(error)
-                good.append(False)
                 continue
             if views:
-                picture = augment(picture, crop_size(image_processor), random.Random(f"{seed} {digest} {view}"))
-            batch.append(picture)
-            good.append(True)
-        if batch:
-            rows.append(forward_pictures(base, image_processor, batch, augmented=views > 0))
-        bar.update(len(mine[start : start + batch_size]))
-    bar.close()
-    dim = rows[0].shape[1] if rows else 1
-    table = torch.zeros(len(mine), dim)
-    mask = torch.tensor(good, dtype=torch.bool)
+                picture = augment(picture, size, random.Random(f"{seed} {digest} {view}"))
+            good[place] = True
+            pictures.append(picture)
+        return pictures
+
+    batches = [range(start, min(start + batch_size, len(mine))) for start in range(0, len(mine), batch_size)]
+    rows: list[Tensor] = []
+    with tqdm(
+        total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False
+    ) as bar:
+        for places, embeds in embedder.stream(batches, load, augmented=views > 0):
+            if embeds is not None:
+                rows.append(embeds)
+            bar.update(len(places))
+    table = torch.zeros(len(mine), rows[0].shape[1] if rows else 1)
     if rows:
-        table[mask] = torch.cat(rows)
+        table[good] = torch.cat(rows)
     if world > 1:
-        table, mask = _gather(table, mask, len(jobs), world, accelerator)
+        table, good = _gather(table, good, len(jobs), world, accelerator)
     count = len(jobs) // max(views, 1)
-    return {
-        "image_embeds": table.view(-1, count, table.shape[1]),
-        "readable": mask.view(-1, count)[0].to(torch.uint8),
-    }
+    return {"image_embeds": table.view(-1, count, table.shape[1]), "readable": good.view(-1, count)[0].to(torch.uint8)}
 
 
 def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: Any) -> tuple[Tensor, Tensor]:
@@ -203,16 +203,64 @@ def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: An
     return everyone[:, :-1].contiguous(), everyone[:, -1].bool()
 
 
-@torch.no_grad()
-def forward_pictures(
-    base: PreTrainedModel, image_processor: Any, pictures: Sequence[PIL.Image.Image], augmented: bool = False
-) -> Tensor:
-    """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
-    options = {"do_resize": False, "do_center_crop": False} if augmented else {}
-    inputs = image_processor(images=list(pictures), return_tensors="pt", **options)
-    device = next(_image_tower(base).parameters()).device
-    moved = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
-    return encode_images(base, moved).float().cpu()
+class Embedder:
+    """Pictures to embeddings with one base, one processor and one engine.
+
+    Args:
+        base: the dual encoder. image_processor: its image processor.
+        engine, precision: see `engines`; the defaults give exactly what the model itself gives.
+        exact_preprocessing: always use the stock image processor.
+
+    Attributes:
+        engine: the `ImageEngine` that runs. batch_size: pictures a forward pass at which it is fastest.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        image_processor: Any,
+        engine: str = "torch",
+        precision: str = "fp32",
+        exact_preprocessing: bool = False,
+    ) -> None:
+        self.base, self.image_processor = base, image_processor
+        self.engine = make_engine(base, engine, precision)
+        self.preprocess = Preprocessor(image_processor, exact_preprocessing)
+        self.batch_size = self.engine.batch_size
+
+    @property
+    def key(self) -> list[Any]:
+        """What an embedding depends on besides the picture."""
+        kind = "fast" if self.preprocess.fast else "stock"
+        digest = image_weights_digest(self.base)
+        return [digest, str(self.base.dtype), self.engine.name, kind, self.image_processor.to_json_string()]
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> Tensor:
+        """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
+        return self.engine(self.preprocess(pictures, augmented))
+
+    @torch.no_grad()
+    def stream(
+        self, batches: Iterable[_T], load: Callable[[_T], Sequence[PIL.Image.Image]], augmented: bool
+    ) -> Iterator[tuple[_T, Tensor | None]]:
+        """Each batch with its embeddings; the next one is decoded while the tower works on this one."""
+
+        def prepare(batch: _T) -> dict[str, Tensor] | None:
+            pictures = load(batch)
+            return self.preprocess(pictures, augmented) if pictures else None
+
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: list[tuple[_T, Future[dict[str, Tensor] | None]]] = []
+            for batch in batches:
+                waiting.append((batch, pool.submit(prepare, batch)))
+                if len(waiting) > 2:
+                    first, prepared = waiting.pop(0)
+                    inputs = prepared.result()
+                    yield first, None if inputs is None else self.engine(inputs)
+            for first, prepared in waiting:
+                inputs = prepared.result()
+                yield first, None if inputs is None else self.engine(inputs)
 
 
 def crop_size(image_processor: Any) -> tuple[int, int]:
@@ -244,10 +292,6 @@ def augment(picture: PIL.Image.Image, size: tuple[int, int], generator: random.R
     picture = picture.crop((left, top, left + wide, top + high))
     picture = picture.resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
     return ImageOps.mirror(picture) if generator.random() < 0.5 else picture
-
-
-def _image_tower(base: PreTrainedModel) -> torch.nn.Module:
-    return getattr(base, "vision_model", base)
 
 
 def _read_cache(path: Path | None, count: int, views: int) -> dict[str, Tensor] | None:

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
 from .data import read_image
 from .errors import ConfigurationError, ImageError
-from .features import forward_pictures
+from .features import Embedder
 from .files import write_bytes
 from .modeling_taskres import TaskResCLIPForImageClassification
 
@@ -27,32 +28,41 @@ def classify_files(
     files: Sequence[str | os.PathLike[str]],
     *,
     top_k: int = 1,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    engine: str = "torch",
+    precision: str = "fp32",
     progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Classes of picture files, in order; what cannot be read is reported, not raised.
 
     Args:
         top_k: classes per picture, at most K.
-        batch_size: pictures a forward pass.
+        batch_size: pictures a forward pass, by default the engine's best.
+        engine, precision: see `engines`.
 
     Yields:
         `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
         or says why there are no predictions.
     """
     names = model.class_names
+    embedder = Embedder(model.clip, model.image_processor, engine, precision)
+    size = batch_size or embedder.batch_size
+    batches = [[os.fspath(file) for file in files[start : start + size]] for start in range(0, len(files), size)]
+    errors: dict[str, str] = {}
+
+    def load(chunk: list[str]) -> list[PIL.Image.Image]:
+        pictures = []
+        for file in chunk:
+            try:
+                pictures.append(read_image(file))
+            except ImageError as error:
+                errors[file] = str(error)
+        return pictures
+
     with tqdm(total=len(files), desc="Classifying", unit="img", disable=not progress) as bar:
-        for start in range(0, len(files), batch_size):
-            chunk = [os.fspath(file) for file in files[start : start + batch_size]]
-            pictures, errors = [], {}
-            for file in chunk:
-                try:
-                    pictures.append(read_image(file))
-                except ImageError as error:
-                    errors[file] = str(error)
+        for chunk, embeds in embedder.stream(batches, load, augmented=False):
             found: Iterator[list[dict[str, Any]]] = iter(())
-            if pictures:
-                embeds = forward_pictures(model.clip, model.image_processor, pictures)
+            if embeds is not None:
                 with torch.no_grad():
                     logits = model.classifier(embeds.to(model.classifier.residual.device))
                 scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)

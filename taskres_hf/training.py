@@ -25,7 +25,7 @@ from .data import LabelledImages, class_counts, few_shot_indices
 from .enhanced_base import projection_inputs, tune_projection
 from .errors import ArtifactError, ConfigurationError, DataError, FewShotError
 from .evaluation import accuracy, metrics_from_logits
-from .features import ImageFeatures, augment, crop_size, embed_images, forward_pictures
+from .features import Embedder, ImageFeatures, augment, crop_size, embed_images
 from .files import cache_root, read_json, read_tensors, write_json, write_tensors
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .optimization import Recipe, epoch_batches, learning_rate, loss_and_gradient, make_recipe, penalty_factor
@@ -49,7 +49,10 @@ class TaskResTrainingArguments:
         views: augmented views cached per picture; 0 trains on the plain picture.
         enhanced_base: tune the text projection on the few-shot data first (TaskRes*), then the residual on that base.
         augment_online: augment and embed afresh every epoch, as published, instead of caching.
-        embed_batch_size: pictures a forward pass of the frozen tower.
+        embed_batch_size: pictures a forward pass of the frozen tower, by default the engine's best.
+        engine, precision: how the tower runs, see `engines`; `"auto"` takes what the machine has, and fp32 in torch for
+            recipe `"paper"`. Recorded in the artifact.
+        exact_preprocessing: use the stock image processor, not the faster one that agrees to two grey levels.
         cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for
             none.
         save_epochs: write a checkpoint every so many epochs; 0 never.
@@ -83,7 +86,10 @@ class TaskResTrainingArguments:
     views: int = 0
     enhanced_base: bool = False
     augment_online: bool = False
-    embed_batch_size: int = 32
+    embed_batch_size: int | None = None
+    engine: str = "auto"
+    precision: str = "auto"
+    exact_preprocessing: bool = False
     cache_dir: str | bool | None = None
     save_epochs: int = 0
     save_total_limit: int | None = None
@@ -171,6 +177,7 @@ class TaskResTrainer:
         if getattr(model, "hf_device_map", None) is None and getattr(model.clip, "hf_device_map", None) is None:
             model.to(self.accelerator.device)
         self.log_history: list[dict[str, Any]] = []
+        self._embedder: Embedder | None = None
         self._features: dict[tuple[int, int], tuple[Any, ImageFeatures]] = {}
 
     # ------------------------------------------------------------------ training
@@ -323,13 +330,14 @@ class TaskResTrainer:
         processor = self.model.image_processor
         size = crop_size(processor)
         parts = []
-        for start in range(0, len(rows), self.args.embed_batch_size):
-            chunk = rows[start : start + self.args.embed_batch_size]
+        batch_size = self.args.embed_batch_size or self.embedder.batch_size
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
             pictures = [
                 augment(images.image(row), size, random.Random(f"{self.args.seed} {images.digest(row)} {epoch}"))
                 for row in chunk
             ]
-            parts.append(forward_pictures(self.model.clip, processor, pictures, augmented=True))
+            parts.append(self.embedder(pictures, augmented=True))
         return torch.cat(parts)
 
     # ------------------------------------------------------------------ evaluation
@@ -501,13 +509,24 @@ class TaskResTrainer:
             kept = self._features[id(dataset), views] = (dataset, self._embed(self._labelled(dataset), views))
         return kept[1]
 
+    @property
+    def embedder(self) -> Embedder:
+        """Base, processor and engine; made when first needed."""
+        if self._embedder is None:
+            engine, precision = self.args.engine, self.args.precision
+            if self.args.recipe == "paper":  # as published unless asked otherwise
+                engine = "torch" if engine == "auto" else engine
+                precision = "fp32" if precision == "auto" else precision
+            processor = self.model.image_processor
+            self._embedder = Embedder(self.model.clip, processor, engine, precision, self.args.exact_preprocessing)
+        return self._embedder
+
     def _embed(self, images: LabelledImages, views: int) -> ImageFeatures:
         cache_dir = self.args.cache_dir
         if cache_dir is None or cache_dir is True:
             cache_dir = str(cache_root() / "features")
         return embed_images(
-            self.model.clip,
-            self.model.image_processor,
+            self.embedder,
             images,
             views=views,
             seed=self.args.seed,
@@ -537,6 +556,7 @@ class TaskResTrainer:
         values["recipe"] = values.pop("name")
         self.model.config.training = {
             **values, "seed": self.args.seed, "views": self.args.views, "augment_online": self.args.augment_online,
+            "engine": None if self._embedder is None else self._embedder.engine.name,
         }  # fmt: skip
         self.model.config.data = {"train_digest": digest, "train_images": count}
         if self.args.dataset_name:

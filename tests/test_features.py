@@ -14,13 +14,13 @@ from datasets import Dataset, Features, Image, Value
 from taskres_hf import TaskResCLIPForImageClassification, features
 from taskres_hf.data import LabelledImages
 from taskres_hf.errors import ConfigurationError, DataError, ImageError
-from taskres_hf.features import augment, embed_images
+from taskres_hf.features import Embedder, augment, embed_images
 
 Model = TaskResCLIPForImageClassification
 
 
 def _embed(model: Model, images: LabelledImages, **options: Any) -> features.ImageFeatures:
-    return embed_images(model.clip, model.image_processor, images, progress=False, **options)
+    return embed_images(Embedder(model.clip, model.image_processor), images, progress=False, **options)
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_cache_is_used_and_keyed_by_content(
     first = _embed(model, few, cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     calls: list[int] = []
-    real = features.forward_pictures
-    monkeypatch.setattr(features, "forward_pictures", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = Embedder.stream
+    monkeypatch.setattr(Embedder, "stream", lambda *a, **k: calls.append(1) or real(*a, **k))
     again = _embed(model, few, cache_dir=tmp_path)
     assert not calls
     assert torch.equal(first.image_embeds, again.image_embeds)

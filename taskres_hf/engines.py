@@ -1,0 +1,206 @@
+"""Runs the frozen image tower in the fastest form the machine has, and says which that was.
+
+`engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, or `"auto"`. Automatic
+choices never change what an answer means, only its last bits: bf16 is chosen where the processor multiplies it natively
+and the tower is large enough to gain, OpenVINO where it is installed and there is no GPU. Both are recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .encoders import encode_images, image_weights_digest
+from .errors import ConfigurationError, MissingExtraError
+from .files import cache_root
+
+ENGINES = ("auto", "torch", "openvino", "onnxruntime")
+PRECISIONS = ("auto", "fp32", "bf16")
+_LARGE = 512  # width of a tower from which bf16 pays
+
+
+@dataclass(frozen=True)
+class ImageEngine:
+    """A way to run the tower: call it with pixel values [B, 3, H, W] to get embeddings [B, D] fp32 on the CPU.
+
+    Attributes:
+        engine, precision: what was chosen. batch_size: pictures a pass at which it is fastest.
+    """
+
+    engine: str
+    precision: str
+    batch_size: int
+    run: Any
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        embeds: Tensor = self.run(inputs)
+        return embeds
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.precision}"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        probe = getattr(torch.cpu, test, None)
+        if probe is not None and probe():
+            return True
+    return False
+
+
+def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "auto") -> ImageEngine:
+    """The engine for a base.
+
+    Args:
+        base: the dual encoder, on its device. engine, precision: see the module.
+
+    Raises:
+        ConfigurationError: an unknown name, or a combination that does not exist.
+        MissingExtraError: the engine's package is not installed.
+    """
+    if engine not in ENGINES or precision not in PRECISIONS:
+        raise ConfigurationError(
+            f"`engine` must be one of {ENGINES} and `precision` one of {PRECISIONS}; got {engine!r}, {precision!r}."
+        )
+    tower = getattr(base, "vision_model", base)
+    parameter = next(tower.parameters())
+    on_cpu = parameter.device.type == "cpu"
+    half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
+    plain = base.config.model_type in ("clip", "metaclip_2", "siglip", "chinese_clip", "altclip")
+    if precision == "auto":
+        wide = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE
+        precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
+    if engine == "auto":
+        found = importlib.util.find_spec("openvino") is not None
+        engine = "openvino" if found and on_cpu and not half and plain and precision == "bf16" else "torch"
+    if engine == "torch":
+        if precision == "bf16" and not half:
+            clone = _in_bf16(base)
+            return ImageEngine("torch", "bf16", 16, lambda inputs: _torch(clone, inputs, torch.bfloat16))
+        return ImageEngine(
+            "torch",
+            str(parameter.dtype).removeprefix("torch.") if half else "fp32",
+            32,
+            lambda inputs: _torch(base, inputs, None),
+        )
+    if not plain or not on_cpu or half:
+        raise ConfigurationError(
+            f"engine={engine!r} runs fp32 CLIP-like towers on the CPU; this base is {base.config.model_type!r}, "
+            f"{parameter.dtype}, on {parameter.device}. Use engine='torch'."
+        )
+    return _openvino(base, precision) if engine == "openvino" else _onnxruntime(base, precision)
+
+
+def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+    device = next(getattr(base, "vision_model", base).parameters()).device
+    moved = {
+        name: value.to(device, dtype) if dtype is not None and value.is_floating_point() else value.to(device)
+        for name, value in inputs.items()
+    }
+    return encode_images(base, moved).float().cpu()
+
+
+def _in_bf16(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model with its image side copied to bf16; the text side is shared, not copied."""
+    clone: PreTrainedModel = copy.copy(base)
+    clone._modules = dict(base._modules)
+    for name, module in base._modules.items():
+        if module is not None and not name.startswith("text"):
+            clone._modules[name] = copy.deepcopy(module).to(torch.bfloat16)
+    return clone
+
+
+class _Tower(nn.Module):
+    """Pixel values to embeddings, as one module to convert."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return encode_images(self.base, {"pixel_values": pixel_values})
+
+
+def _picture_size(base: PreTrainedModel) -> tuple[int, int]:
+    size = base.config.vision_config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
+    height, width = _picture_size(base)
+    core = openvino.Core()
+    file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}.xml"
+    if file.is_file():
+        model = core.read_model(file)
+    else:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
+            model = openvino.convert_model(_Tower(base), example_input=torch.zeros(1, 3, height, width))
+        model.reshape([-1, 3, height, width])
+        _keep(openvino, model, file)
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    )
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
+
+    return ImageEngine("openvino", precision, 16, run)
+
+
+def _keep(openvino: Any, model: Any, file: Any) -> None:
+    """Save the converted tower for the next time; a cache that cannot be written only costs time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_name(f".{file.stem}.tmp.xml")
+        openvino.save_model(model, staging, compress_to_fp16=False)
+        staging.with_suffix(".bin").replace(file.with_suffix(".bin"))
+        staging.replace(file)
+    except OSError:
+        return
+
+
+def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
+    if precision == "bf16":
+        raise ConfigurationError("engine='onnxruntime' runs in fp32 on the CPU. Pass precision='fp32'.")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise MissingExtraError('engine="onnxruntime" needs its packages: pip install "taskres_hf[onnx]".') from error
+    height, width = _picture_size(base)
+    file = cache_root() / "onnx" / f"{image_weights_digest(base)[:24]}.onnx"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_name(f".{file.name}.tmp")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Tower(base), (torch.zeros(2, 3, height, width),), str(staging), input_names=["pixel_values"],
+                output_names=["image_embeds"], dynamo=True, external_data=False, verbose=False,
+                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            )  # fmt: skip
+        staging.replace(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0])
+
+    return ImageEngine("onnxruntime", "fp32", 32, run)

@@ -1,0 +1,121 @@
+"""Pictures to pixel values, the same as the stock image processor's to two grey levels, in about half its time.
+
+The stock processors resize in Pillow and normalise in floating-point numpy, one step at a time. Here a picture is
+resized as bytes in torch and normalised in one multiplication. Which processors this fits is not assumed but tried: a
+probe picture goes both ways, and the stock processor stays where they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MODES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+_TOLERANCE = 2.01 / 255.0  # two grey levels, before normalisation
+
+
+class Preprocessor:
+    """Prepares pictures for an image tower.
+
+    Args:
+        image_processor: of the base model.
+        exact: always use the stock processor.
+
+    Attributes:
+        fast: whether the short way is used.
+    """
+
+    def __init__(self, image_processor: Any, exact: bool = False) -> None:
+        self.stock = image_processor
+        self._plan = None if exact else _Plan.of(image_processor)
+        self.fast = self._plan is not None and self._agrees()
+
+    def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> dict[str, Tensor]:
+        """Inputs of the tower for RGB pictures; `augmented` ones already have its size and are only normalised."""
+        if self.fast and self._plan is not None:
+            rows = [self._plan.normalised(self._plan.cropped(picture, augmented)) for picture in pictures]
+            return {"pixel_values": torch.stack(rows)}
+        options = {"do_resize": False, "do_center_crop": False} if augmented else {}
+        inputs = self.stock(images=list(pictures), return_tensors="pt", **options)
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+    def target_size(self) -> tuple[int, int] | None:
+        """Height and width the tower sees, for coarser decoding; None if not fixed."""
+        return None if self._plan is None else self._plan.crop or self._plan.size
+
+    def _agrees(self) -> bool:
+        """Whether a picture of awkward size and strong edges comes out the same both ways."""
+        assert self._plan is not None
+        generator = np.random.default_rng(0)
+        coarse = generator.integers(0, 256, (9, 13, 3), dtype=np.uint8)
+        probe = PIL.Image.fromarray(coarse).resize((333, 211), PIL.Image.Resampling.BILINEAR)
+        try:
+            expected = self.stock(images=[probe], return_tensors="pt")
+            if set(expected) != {"pixel_values"}:
+                return False
+            found = self._plan.normalised(self._plan.cropped(probe, False))
+            if found.shape != expected["pixel_values"][0].shape:
+                return False
+            gap = (found - expected["pixel_values"][0]).abs().amax(dim=(1, 2)) * self._plan.std
+        except Exception:  # a processor of another kind: whatever it refuses, the stock way is right
+            return False
+        return bool((gap <= _TOLERANCE).all())
+
+
+class _Plan:
+    """What a processor does, as numbers: resize, crop, and one multiplication and addition per channel."""
+
+    def __init__(self, processor: Any) -> None:
+        size = processor.size
+        self.shortest = size.get("shortest_edge") if isinstance(size, Mapping) or hasattr(size, "get") else None
+        self.size = None if self.shortest else (int(size["height"]), int(size["width"]))
+        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        self.crop = (int(crop["height"]), int(crop["width"])) if crop else None
+        self.mode = _MODES[int(processor.resample)]
+        mean = torch.tensor(processor.image_mean) if processor.do_normalize else torch.zeros(3)
+        self.std = torch.tensor(processor.image_std) if processor.do_normalize else torch.ones(3)
+        self.scale = (float(processor.rescale_factor) / self.std).view(3, 1, 1)
+        self.offset = (-mean / self.std).view(3, 1, 1)
+
+    @staticmethod
+    def of(processor: Any) -> _Plan | None:
+        """The plan of a processor, or None if it does something else."""
+        try:
+            return _Plan(processor) if processor.do_resize and processor.do_rescale else None
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def cropped(self, picture: PIL.Image.Image, augmented: bool) -> Tensor:
+        """Bytes [3, H, W] of the tower's size."""
+        array = np.asarray(picture)
+        if not array.flags.writeable:
+            array = array.copy()
+        pixels = torch.from_numpy(array).permute(2, 0, 1)
+        if augmented:
+            return pixels
+        height, width = pixels.shape[1:]
+        if self.shortest:
+            short, long = sorted((height, width))
+            longer = int(self.shortest * long / short)
+            target = (self.shortest, longer) if height <= width else (longer, self.shortest)
+        else:
+            assert self.size is not None
+            target = self.size
+        if target != (height, width):
+            pixels = F.interpolate(pixels[None], size=target, mode=self.mode, antialias=True)[0]
+        if self.crop is None:
+            return pixels
+        top, left = (target[0] - self.crop[0]) // 2, (target[1] - self.crop[1]) // 2
+        if top < 0 or left < 0:
+            raise ValueError("the crop is larger than the picture")
+        return pixels[:, top : top + self.crop[0], left : left + self.crop[1]]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Float pixel values [3, H, W]."""
+        return torch.addcmul(self.offset, pixels.float(), self.scale)
