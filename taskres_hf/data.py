@@ -60,12 +60,14 @@ _SPLIT_ALIASES = {
 # ---------------------------------------------------------------------- pictures
 
 
-def read_image(source: Any) -> PIL.Image.Image:
+def read_image(source: Any, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
     """A picture as RGB, upright, exactly as `pipeline` would see it.
 
     Args:
         source: path, URL, bytes, `{"bytes": ..., "path": ...}` (a cell of an undecoded `datasets` column), PIL image or
             uint8 array [H, W(, C)].
+        draft: let JPEG decoding stop at the smallest scale that still covers this height and width; faster on large
+            pictures, and not exactly what `pipeline` would see.
 
     Raises:
         ImageError: not a picture, truncated, more pixels than Pillow's limit, or floating-point pixels, whose range
@@ -94,6 +96,8 @@ def read_image(source: Any) -> PIL.Image.Image:
         limit = PIL.Image.MAX_IMAGE_PIXELS
         if limit is not None and source.width * source.height > limit:
             raise ImageError(f"{name} has {source.width}x{source.height} pixels, more than the limit of {limit}.")
+        if draft is not None:
+            source.draft("RGB", draft[::-1])
         if source.mode == "F":
             raise ImageError(f"{name} has floating-point pixels of unknown range. Convert it to 8 bits first.")
         if source.mode.startswith("I"):
@@ -266,10 +270,10 @@ class LabelledImages:
         """The undecoded cell of one picture: `{"bytes", "path"}` or a path."""
         return self._images[index][self.image_column]
 
-    def image(self, index: int) -> PIL.Image.Image:
+    def image(self, index: int, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
         """One picture, see `read_image`."""
         try:
-            return read_image(self.source(index))
+            return read_image(self.source(index), draft)
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 

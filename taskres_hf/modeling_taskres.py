@@ -401,6 +401,21 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             image_embeds = self.get_image_features(pixel_values=pixel_values)
         return self.classifier.zero_shot_logits(image_embeds)
 
+    def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
+        """Serve another task over the same backbone, from now on: its head and config take the place of these.
+
+        Raises:
+            ConfigurationError: the other model was made for another base.
+        """
+        ours, theirs = self.config, other.config
+        for name in ("base_model_name_or_path", "base_model_revision", "projection_dim"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ConfigurationError(
+                    f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
+                    f"{getattr(theirs, name)!r} there."
+                )
+        self.classifier, self.config = other.classifier, theirs
+
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
         """Image embeddings [N, D] of the frozen base, projected and not normalised."""

@@ -42,8 +42,12 @@ class Recipe:
     penalty: float = 0.0
 
 
-def make_recipe(name: str, head: TaskResClassifier, shots: float) -> Recipe:
-    """The recipe of that name for a head and a number of shots (mean training pictures per class).
+def make_recipe(name: str, head: TaskResClassifier, shots: float, count: int = 0) -> Recipe:
+    """The recipe of that name for a head.
+
+    Args:
+        shots: mean training pictures per class. count: training pictures; `auto` takes four steps an epoch where there
+            are more than 1,024, in batches of at most 4,096: fewer, larger products are faster.
 
     Raises:
         ConfigurationError: unknown name.
@@ -54,7 +58,9 @@ def make_recipe(name: str, head: TaskResClassifier, shots: float) -> Recipe:
     if name == "auto":
         rms = float(head.base.pow(2).mean().sqrt())
         rate = 0.035 * rms / max(abs(head.alpha), 1e-3)
-        return Recipe("auto", rate, weight_decay=0.0, num_train_epochs=epochs, penalty=3.0 / max(shots, 1.0))
+        batch = min(max(256, -(-count // 4)), 4096)
+        penalty = 3.0 / max(shots, 1.0)
+        return Recipe("auto", rate, 0.0, epochs, train_batch_size=batch, penalty=penalty)
     raise ConfigurationError(f"`recipe` must be 'auto' or 'paper'; got {name!r}.")
 
 

@@ -25,7 +25,7 @@ from .data import LabelledImages, class_counts, few_shot_indices
 from .enhanced_base import projection_inputs, tune_projection
 from .errors import ArtifactError, ConfigurationError, DataError, FewShotError
 from .evaluation import accuracy, metrics_from_logits
-from .features import Embedder, ImageFeatures, augment, crop_size, embed_images
+from .features import Embedder, ImageFeatures, StoredFeatures, augment, crop_size, embed_images
 from .files import cache_root, read_json, read_tensors, write_json, write_tensors
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .optimization import Recipe, epoch_batches, learning_rate, loss_and_gradient, make_recipe, penalty_factor
@@ -53,8 +53,10 @@ class TaskResTrainingArguments:
         engine, precision: how the tower runs, see `engines`; `"auto"` takes what the machine has, and fp32 in torch for
             recipe `"paper"`. Recorded in the artifact.
         exact_preprocessing: use the stock image processor, not the faster one that agrees to two grey levels.
+        draft_decoding: decode large JPEG pictures coarsely, see `features.Embedder`.
         cache_dir: folder of cached embeddings; None for `$TASKRES_CACHE` or the Hugging Face cache, `False` for
             none.
+        buffer_mb: megabytes of embeddings held in memory when training from `features.StoredFeatures`.
         save_epochs: write a checkpoint every so many epochs; 0 never.
         save_total_limit: checkpoints kept.
         early_stopping_patience: stop after so many epochs without a better accuracy on the evaluation set and keep
@@ -90,7 +92,9 @@ class TaskResTrainingArguments:
     engine: str = "auto"
     precision: str = "auto"
     exact_preprocessing: bool = False
+    draft_decoding: bool = False
     cache_dir: str | bool | None = None
+    buffer_mb: int = 64
     save_epochs: int = 0
     save_total_limit: int | None = None
     early_stopping_patience: int | None = None
@@ -115,6 +119,7 @@ class TaskResTrainingArguments:
             "shots",
             "num_train_epochs",
             "train_batch_size",
+            "buffer_mb",
             "embed_batch_size",
             "early_stopping_patience",
         ):
@@ -161,7 +166,7 @@ class TaskResTrainer:
         self,
         model: TaskResCLIPForImageClassification,
         args: TaskResTrainingArguments | None = None,
-        train_dataset: Dataset | LabelledImages | ImageFeatures | None = None,
+        train_dataset: Dataset | LabelledImages | ImageFeatures | StoredFeatures | None = None,
         eval_dataset: Dataset | LabelledImages | ImageFeatures | None = None,
         image_processor: Any = None,
     ) -> None:
@@ -201,7 +206,7 @@ class TaskResTrainer:
             raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
         images, data = self._training_data()
         head = self.model.classifier
-        recipe = self._recipe(len(data.labels) / len(self.model.class_names))
+        recipe = self._recipe(len(data.labels))
         self._record(recipe, data.digest, len(data.labels))
         if self.args.enhanced_base:
             self._enhance(data)
@@ -227,9 +232,8 @@ class TaskResTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
-            order = epoch_batches(len(data), data.image_embeds.shape[0], recipe.train_batch_size, self.args.seed, epoch)
-            for rows, views in order:
-                totals += step(rows, views, epoch)
+            for batch in self._batches(data, recipe, epoch):
+                totals += step(epoch, *batch)
                 steps += 1
             loss, correct = (totals[:2] / totals[2]).tolist()
             log = {"epoch": epoch + 1, "loss": loss, "accuracy": correct, "learning_rate": rate}
@@ -262,9 +266,14 @@ class TaskResTrainer:
             steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()}
         )
 
-    def _enhance(self, data: ImageFeatures) -> None:
+    def _batches(self, data: ImageFeatures | StoredFeatures, recipe: Recipe, epoch: int) -> Any:
+        if isinstance(data, StoredFeatures):
+            return data.batches(recipe.train_batch_size, self.args.seed, epoch, self.args.buffer_mb)
+        return epoch_batches(len(data), len(data.image_embeds), recipe.train_batch_size, self.args.seed, epoch)
+
+    def _enhance(self, data: ImageFeatures | StoredFeatures) -> None:
         """Put the enhanced base under the residual; the same data and seed give the same base on every process."""
-        if not data.image_embeds.shape[-1]:
+        if isinstance(data, StoredFeatures) or not data.image_embeds.shape[-1]:
             raise ConfigurationError("enhanced_base needs cached embeddings: use views=V instead of augment_online.")
         head, config = self.model.classifier, self.model.config
         inputs, projection = projection_inputs(self.model.clip, self.model.tokenizer, self.model.class_prompts())
@@ -276,8 +285,13 @@ class TaskResTrainer:
         head.shift = shift.to(head.base)
         config.enhanced_base = {"epochs": 50, "data_digest": data.digest, "seed": self.args.seed}
 
-    def _make_step(self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures, images: Any) -> Any:
-        """A function of (rows, views, epoch) that makes one step and returns sums: loss, correct, examples."""
+    def _make_step(
+        self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures | StoredFeatures, images: Any
+    ) -> Any:
+        """A function of (epoch, rows, views) that makes one step and returns sums: loss, correct, examples.
+
+        For embeddings on disk it takes (epoch, labels, embeddings) instead.
+        """
         head = self.model.classifier
         factor = penalty_factor(recipe, head)
         device = head.residual.device
@@ -285,12 +299,23 @@ class TaskResTrainer:
         labels = data.labels.to(device)
         one_process = self.accelerator.num_processes == 1
         embeds = None
+
+        def stored(epoch: int, ids: Tensor, batch: Tensor) -> Tensor:
+            batch = F.normalize(batch.to(device=device, dtype=dtype), dim=-1)
+            loss, correct, head.residual.grad = loss_and_gradient(head, batch, ids.to(device), factor)
+            optimizer.step()
+            return torch.tensor([float(loss) * len(ids), float(correct), len(ids)], dtype=torch.float64)
+
+        if isinstance(data, StoredFeatures):
+            if not one_process or head.side != "text":
+                raise ConfigurationError("Embeddings on disk are trained in one process, on the text side.")
+            return stored
         if images is None:
             embeds = data.image_embeds.to(device=device, dtype=dtype)
             if head.side == "text":  # there the length of an image embedding does not matter
                 embeds = F.normalize(embeds, dim=-1)
 
-        def closed_form(rows: Tensor, views: Tensor, epoch: int) -> Tensor:
+        def closed_form(epoch: int, rows: Tensor, views: Tensor) -> Tensor:
             assert embeds is not None
             batch = embeds[0].index_select(0, rows) if len(embeds) == 1 else embeds[views, rows]
             loss, correct, head.residual.grad = loss_and_gradient(head, batch, labels[rows], factor)
@@ -303,7 +328,7 @@ class TaskResTrainer:
         wrapped, prepared = self.accelerator.prepare(head, optimizer)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
 
-        def autograd(rows: Tensor, views: Tensor, epoch: int) -> Tensor:
+        def autograd(epoch: int, rows: Tensor, views: Tensor) -> Tensor:
             mine = rows[rank::world].to(device)
             if embeds is None:
                 batch = self._augmented(images, mine.tolist(), epoch).to(device=device, dtype=dtype)
@@ -448,10 +473,12 @@ class TaskResTrainer:
 
     # ------------------------------------------------------------------ data
 
-    def _training_data(self) -> tuple[LabelledImages | None, ImageFeatures]:
+    def _training_data(self) -> tuple[LabelledImages | None, ImageFeatures | StoredFeatures]:
         """The drawn pictures (for online augmentation) and their embeddings or, online, just their labels."""
         dataset = self.train_dataset
         names = self.model.class_names
+        if isinstance(dataset, StoredFeatures):
+            return None, self._stored(dataset)
         source = dataset if isinstance(dataset, ImageFeatures) else self._labelled(dataset)
         labels = source.labels.tolist() if isinstance(source, ImageFeatures) else source.labels
         counts = class_counts(labels, names)
@@ -483,6 +510,20 @@ class TaskResTrainer:
             blank = torch.zeros(1, len(source), 0)
             return source, ImageFeatures(blank, torch.tensor(source.labels), names, digest)
         return None, self._embed(source, self.args.views)
+
+    def _stored(self, data: StoredFeatures) -> StoredFeatures:
+        head, args = self.model.classifier, self.args
+        if args.shots is not None or args.augment_online or args.views:
+            raise ConfigurationError(
+                "Embeddings on disk are taken as they are: shots, views and augment_online do not apply."
+            )
+        if data.class_names != self.model.class_names or data.shape[2] != head.base.shape[1]:
+            raise DataError(
+                f"{data.path} has {len(data.class_names)} classes and length {data.shape[2]}; the model has "
+                f"{head.base.shape[0]} and {head.base.shape[1]}, or names or order differ."
+            )
+        self.model.config.few_shot = {"shots": None, "seed": args.seed, "num_images": len(data)}
+        return data
 
     def _labelled(self, dataset: Any) -> LabelledImages:
         if not isinstance(dataset, LabelledImages):
@@ -518,7 +559,8 @@ class TaskResTrainer:
                 engine = "torch" if engine == "auto" else engine
                 precision = "fp32" if precision == "auto" else precision
             processor = self.model.image_processor
-            self._embedder = Embedder(self.model.clip, processor, engine, precision, self.args.exact_preprocessing)
+            options = (self.args.exact_preprocessing, self.args.draft_decoding)
+            self._embedder = Embedder(self.model.clip, processor, engine, precision, *options)
         return self._embedder
 
     def _embed(self, images: LabelledImages, views: int) -> ImageFeatures:
@@ -537,8 +579,9 @@ class TaskResTrainer:
             accelerator=self.accelerator,
         )
 
-    def _recipe(self, mean_shots: float) -> Recipe:
-        recipe = make_recipe(self.args.recipe, self.model.classifier, self.args.shots or mean_shots)
+    def _recipe(self, count: int) -> Recipe:
+        shots = self.args.shots or count / len(self.model.class_names)
+        recipe = make_recipe(self.args.recipe, self.model.classifier, shots, count)
         names = (
             "num_train_epochs",
             "learning_rate",
