@@ -205,12 +205,14 @@ def load_image_tower(
         setattr(base, attribute, TextTowerNotLoaded())
     with safe_open(str(path), framework="pt") as stream:
         stored = set(stream.keys())
-        if not stored.issuperset(base.state_dict()):
-            return None
         for prefix, module in base.named_modules():  # several times faster than load_state_dict(assign=True)
-            for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-                tensor = stream.get_tensor(f"{prefix}.{leaf}" if prefix else leaf)
-                module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+            module.training = False
+            for leaf, parameter in module._parameters.items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if parameter is not None and name not in stored:
+                    return None
+                if parameter is not None:
+                    module._parameters[leaf] = nn.Parameter(stream.get_tensor(name).to(dtype), requires_grad=False)
     for name, buffer in list(base.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -220,8 +222,8 @@ def load_image_tower(
             base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
     base.config._name_or_path = name_or_path
     base.config._commit_hash = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
-    frozen: PreTrainedModel = base.eval().requires_grad_(False)
-    return frozen
+    whole: PreTrainedModel = base
+    return whole
 
 
 # What belongs to the text side, for the families whose towers are loaded separately.
