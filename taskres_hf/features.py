@@ -158,20 +158,15 @@ def _embed(
     good = torch.zeros(len(mine), dtype=torch.bool)
     size = crop_size(embedder.image_processor) if views else (0, 0)
 
-    def load(places: range) -> list[PIL.Image.Image]:
-        pictures = []
-        for place in places:
-            index, digest, view = mine[place]
-            try:
-                picture = images.image(index, None if views else embedder.draft)
-            except ImageError as error:
-                problems[index] = str(error)
-                continue
-            if views:
-                picture = augment(picture, size, random.Random(f"{seed} {digest} {view}"))
-            good[place] = True
-            pictures.append(picture)
-        return pictures
+    def load(place: int) -> PIL.Image.Image | None:
+        index, digest, view = mine[place]
+        try:
+            picture = images.image(index, None if views else embedder.draft)
+        except ImageError as error:
+            problems[index] = str(error)
+            return None
+        good[place] = True
+        return augment(picture, size, random.Random(f"{seed} {digest} {view}")) if views else picture
 
     batches = [range(start, min(start + batch_size, len(mine))) for start in range(0, len(mine), batch_size)]
     rows: list[Tensor] = []
@@ -322,18 +317,31 @@ class Embedder:
 
     @torch.no_grad()
     def stream(
-        self, batches: Iterable[_T], load: Callable[[_T], Sequence[PIL.Image.Image]], augmented: bool
-    ) -> Iterator[tuple[_T, Tensor | None]]:
-        """Each batch with its embeddings; the next one is decoded while the tower works on this one."""
+        self, batches: Iterable[Sequence[_T]], load: Callable[[_T], PIL.Image.Image | None], augmented: bool
+    ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
+        """Each batch with the embeddings of the pictures that `load` gave, decoded on all cores.
 
-        def prepare(batch: _T) -> dict[str, Tensor] | None:
-            pictures = load(batch)
-            return self.preprocess(pictures, augmented) if pictures else None
+        Beside a GPU the next batch is decoded meanwhile. On a CPU decoding and the tower take turns: the tower uses all
+        cores, and a thread that decodes beside it holds up all of them.
+        """
+        overlap = next(self.base.parameters()).device.type != "cpu"
 
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: list[tuple[_T, Future[dict[str, Tensor] | None]]] = []
+        def prepare(batch: Sequence[_T], pool: ThreadPoolExecutor) -> dict[str, Tensor] | None:
+            def one(item: _T) -> Any:
+                picture = load(item)
+                return None if picture is None else self.preprocess.one(picture, augmented)
+
+            ready = [prepared for prepared in pool.map(one, batch) if prepared is not None]
+            return self.preprocess.together(ready, augmented) if ready else None
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
+            waiting: list[tuple[Sequence[_T], Future[dict[str, Tensor] | None]]] = []
             for batch in batches:
-                waiting.append((batch, pool.submit(prepare, batch)))
+                if not overlap:
+                    inputs = prepare(batch, pool)
+                    yield batch, None if inputs is None else self.engine(inputs)
+                    continue
+                waiting.append((batch, ahead.submit(prepare, batch, pool)))
                 if len(waiting) > 2:
                     first, prepared = waiting.pop(0)
                     inputs = prepared.result()

@@ -50,14 +50,12 @@ def classify_files(
     batches = [[os.fspath(file) for file in files[start : start + size]] for start in range(0, len(files), size)]
     errors: dict[str, str] = {}
 
-    def load(chunk: list[str]) -> list[PIL.Image.Image]:
-        pictures = []
-        for file in chunk:
-            try:
-                pictures.append(read_image(file))
-            except ImageError as error:
-                errors[file] = str(error)
-        return pictures
+    def load(file: str) -> PIL.Image.Image | None:
+        try:
+            return read_image(file)
+        except ImageError as error:
+            errors[file] = str(error)
+            return None
 
     with tqdm(total=len(files), desc="Classifying", unit="img", disable=not progress) as bar:
         for chunk, embeds in embedder.stream(batches, load, augmented=False):

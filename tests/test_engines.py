@@ -66,13 +66,17 @@ def test_a_trained_classifier_is_as_good(model: Model, splits: Any, engine: str,
 def test_the_automatic_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_engine(model.clip).name == "torch-fp32"  # a tower this small gains nothing
     monkeypatch.setattr(engines, "_LARGE", 1)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
     monkeypatch.setattr(engines, "cpu_has_bf16", lambda: False)
     assert make_engine(model.clip).name == "torch-fp32"
     monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
     assert make_engine(model.clip).name == "torch-bf16"
     assert make_engine(model.clip, precision="fp32").name == "torch-fp32"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real(name, *a))
+    if real("openvino"):
+        assert make_engine(model.clip, precision="fp32").name == "openvino-fp32"
+        assert make_engine(model.clip).name == "torch-bf16"
     half = make_engine(model.clip.to(torch.bfloat16))
     assert half.name == "torch-bfloat16"  # the dtype the user chose
 

@@ -1,0 +1,55 @@
+"""`python -m benchmarks [GROUP ...]`: measure, print a table, and write `benchmarks/results.json`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import warnings
+
+import torch
+
+from . import embedding, epochs, peers, serving
+from .timing import Report
+
+GROUPS = {
+    "start-up": [serving.start_up],
+    "loading": [serving.loading],
+    "serving": [serving.inference],
+    "epochs": [epochs.epochs, epochs.growth],
+    "preprocessing": [embedding.preprocessing],
+    "throughput": [embedding.throughput, lambda report: embedding.throughput(report, 16, 48)],
+    "precision": [embedding.precision],
+    "training": [embedding.training],
+    "peers": [peers.peers],
+    "million": [epochs.million],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("group", nargs="*", choices=[*GROUPS, []], help="default: all")
+    parser.add_argument("--markdown", action="store_true", help="print the table once more as Markdown")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    report = Report()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TASKRES_CACHE", cache)
+        for name in options.group or GROUPS:
+            for part in GROUPS[name]:
+                part(report)
+            report.save()
+    if options.markdown:
+        print(report.markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Goals 1 and 2: training end to end, embedding, preprocessing, and what the faster modes cost in accuracy."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPImageProcessor, CLIPModel
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_splits
+from taskres_hf.data import LabelledImages, few_shot_indices, find_images, read_image
+from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
+from taskres_hf.evaluation import accuracy
+from taskres_hf.features import Embedder, embed_images
+from taskres_hf.preprocessing import Preprocessor
+
+from .material import clip_folder, jpeg_folder
+from .timing import Report, timed
+
+MODES = {
+    "torch, exact fp32": ("torch", "fp32"),
+    "torch, bf16": ("torch", "bf16"),
+    "openvino, fp32": ("openvino", "fp32"),
+    "openvino, bf16": ("openvino", "bf16"),
+}
+
+
+def training(report: Report, count: int = 640, classes: int = 40) -> None:
+    """From JPEG files to a saved artifact, in units of one bare fp32 pass over the prepared pictures."""
+    base, folder = clip_folder(32), jpeg_folder(count, (400, 300), classes)
+    clip = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
+    processor = CLIPImageProcessor()
+    files = find_images([folder])
+    pixels = torch.cat([processor(images=[read_image(f)], return_tensors="pt")["pixel_values"] for f in files])
+    names = sorted(path.name for path in folder.iterdir())
+
+    def bare() -> None:
+        with torch.no_grad():
+            for part in pixels.split(32):
+                clip.get_image_features(pixel_values=part)
+
+    def end_to_end(engine: str, precision: str, views: int = 0) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            splits = load_splits(folder, cache_dir=f"{scratch}/datasets")
+            model = TaskResCLIPForImageClassification.from_base(base, names)
+            arguments = TaskResTrainingArguments(
+                shots=16, views=views, engine=engine, precision=precision, disable_tqdm=True, cache_dir=False
+            )
+            TaskResTrainer(model, arguments, splits["train"]).train()
+            model.save_pretrained(f"{scratch}/artifact")
+
+    ways: dict[str, Any] = {"bare": bare}
+    for name, mode in MODES.items():
+        ways[name] = lambda mode=mode: end_to_end(*mode)
+    ways["4 views"] = lambda: end_to_end("torch", "bf16", 4)
+    found = timed(ways, rounds=2)
+    note = f"{count} pictures of 400x300, {classes} classes, ViT-B/32"
+    report.add_ratio("training end to end, exact fp32", found, "torch, exact fp32", "bare", 1.05, note)
+    report.add_ratio("training end to end, plain install (torch bf16)", found, "torch, bf16", "bare", 0.30, note)
+    report.add_ratio("training end to end, openvino bf16", found, "openvino, bf16", "bare", 0.22, note)
+    report.add_ratio("training end to end, openvino fp32", found, "openvino, fp32", "bare", 1.05, note)
+    report.add_ratio("training end to end, 4 cached views, torch bf16", found, "4 views", "bare", 0.27 * 4 + 0.05, note)
+
+
+def throughput(report: Report, patch: int = 32, count: int = 160) -> None:
+    """Against the loop a user would write with `CLIPModel` and `CLIPImageProcessor`."""
+    base = clip_folder(patch)
+    clip = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
+    processor = CLIPImageProcessor()
+    files = find_images([jpeg_folder(640, (400, 300), 40)])[:count]
+
+    def loop() -> None:
+        with torch.no_grad():
+            for start in range(0, len(files), 32):
+                pictures = [read_image(file) for file in files[start : start + 32]]
+                clip.get_image_features(**processor(images=pictures, return_tensors="pt"))
+
+    def embed(embedder: Embedder) -> None:
+        batches = [files[start : start + embedder.batch_size] for start in range(0, len(files), embedder.batch_size)]
+        for _ in embedder.stream(batches, read_image, augmented=False):
+            pass
+
+    ways: dict[str, Any] = {"loop": loop}
+    for name, mode in MODES.items():
+        ways[name] = lambda embedder=Embedder(clip, processor, *mode): embed(embedder)
+    found = timed(ways, rounds=4)
+    note = f"{count} pictures of 400x300, ViT-B/{patch}"
+    for name in MODES:
+        goal = 1.3 if "fp32" in name else 3.5
+        report.add_ratio(
+            f"embedding, {name}, times the plain loop, B/{patch}", found, name, "loop", goal, note, invert=True
+        )
+
+
+def preprocessing(report: Report) -> None:
+    """JPEG bytes to pixel values, against the stock processor."""
+    processor = CLIPImageProcessor()
+    fast = Preprocessor(processor)
+    for size, count in (((400, 300), 64), ((4000, 3000), 4)):
+        files = find_images([jpeg_folder(640 if count > 4 else 4, size, 40 if count > 4 else 1)])[:count]
+        target = fast.target_size()
+        found = timed(
+            {
+                "stock": lambda files=files: [processor(images=[read_image(f)], return_tensors="pt") for f in files],
+                "fast": lambda files=files: [fast([read_image(f)]) for f in files],
+                "draft": lambda files=files: [fast([read_image(f, target)]) for f in files],
+            }
+        )
+        note = f"{size[0]}x{size[1]}"
+        report.add_ratio(f"preprocessing, within two grey levels, {note}", found, "fast", "stock", 0.8)
+        report.add_ratio(f"preprocessing, draft decoding, {note}", found, "draft", "stock", 0.8)
+
+
+def precision(report: Report) -> None:
+    """What the faster modes change on the shipped tasks: accuracy after training, and the centred cosine."""
+    gaps: dict[str, list[float]] = {name: [] for name in MODES}
+    cosines: dict[str, list[float]] = {name: [] for name in MODES}
+    for task, spec in demo_tasks().items():
+        splits = demo_dataset(task)
+        model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+        reference: tuple[torch.Tensor, float] | None = None
+        modes = {"reference": ("torch", "fp32"), **MODES}
+        for name, mode in modes.items():
+            embedder = Embedder(model.clip, model.image_processor, *mode, exact_preprocessing=name == "reference")
+            train, test = (
+                embed_images(embedder, LabelledImages(splits[split]), progress=False) for split in ("train", "test")
+            )
+            scores = []
+            for seed in (1, 2, 3, 4, 5):
+                rows = few_shot_indices(train.labels.tolist(), 16, seed, on_short="ignore")
+                model.classifier.reset()
+                arguments = TaskResTrainingArguments(seed=seed, on_short="ignore", disable_tqdm=True)
+                TaskResTrainer(model, arguments, train.select(rows)).train()
+                with torch.no_grad():
+                    scores.append(100 * accuracy(model.classifier(test.image_embeds[0]), test.labels))
+            embeds = test.image_embeds[0]
+            if reference is None:
+                reference = (embeds, mean(scores))
+                continue
+            centre = reference[0].mean(dim=0)
+            cosines[name].append(float(F.cosine_similarity(embeds - centre, reference[0] - centre).min()))
+            gaps[name].append(abs(mean(scores) - reference[1]))
+    for name in MODES:
+        note = "largest of 7 tasks, 16 shots, mean of 5 seeds; per task in min/max"
+        report.add(
+            f"accuracy moved by {name} (points)", [min(gaps[name]), max(gaps[name]), max(gaps[name])], 0.2, note=note
+        )
+        report.add(
+            f"centred cosine of {name}, worst picture", [min(cosines[name])] * 2 + [max(cosines[name])], 0.98, True
+        )
+
+
+def clean() -> None:
+    shutil.rmtree(Path(__file__).parent / "out", ignore_errors=True)
