@@ -7,6 +7,7 @@ test parameter.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -23,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .errors import BaseModelError, ConfigurationError
+from .linear import quicken
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
@@ -130,6 +132,7 @@ def load_base(
     for method in ("get_text_features", "get_image_features"):
         if not callable(getattr(model, method, None)):
             raise BaseModelError(f"The base model {name_or_path!r} ({type(model).__name__}) has no `{method}`.")
+    quicken(model)
     return model.eval().requires_grad_(False), commit
 
 
@@ -196,17 +199,21 @@ def load_image_tower(
         return None
     config = AutoConfig.for_model(**values)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    text_layers = config.text_config.num_hidden_layers
+    text_layers, layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     config.text_config.num_hidden_layers = 0  # the text side is built and thrown away
+    config.vision_config.num_hidden_layers = 1  # and copying an empty layer costs a fraction of building one
     with torch.device("meta"), no_init_weights():
         base = AutoModel.from_config(config, dtype=dtype, **options)
     base.config.text_config.num_hidden_layers = text_layers
+    base.config.vision_config.num_hidden_layers = layers
+    stack = base.vision_model.encoder.layers
+    stack.extend(_copied(stack[0]) for _ in range(layers - 1))
     for attribute in _SPLIT_TOWERS[config.model_type]:
         setattr(base, attribute, TextTowerNotLoaded())
     with safe_open(str(path), framework="pt") as stream:
         stored = set(stream.keys())
         for prefix, module in base.named_modules():  # several times faster than load_state_dict(assign=True)
-            module.training = False
+            vars(module)["training"] = False
             for leaf, parameter in module._parameters.items():
                 name = f"{prefix}.{leaf}" if prefix else leaf
                 if parameter is not None and name not in stored:
@@ -220,10 +227,19 @@ def load_image_tower(
                 return None
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
+    quicken(base)
     base.config._name_or_path = name_or_path
     base.config._commit_hash = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
     whole: PreTrainedModel = base
     return whole
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy with the same empty parameters, and hooks, buffers and children of its own."""
+    clone = copy.copy(module)
+    vars(clone).update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict | set)})
+    clone._modules = {name: child and _copied(child) for name, child in module._modules.items()}
+    return clone
 
 
 # What belongs to the text side, for the families whose towers are loaded separately.

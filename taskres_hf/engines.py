@@ -2,7 +2,7 @@
 
 `engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, or `"auto"`. Automatic
 choices never change what an answer means, only its last bits: bf16 in torch is chosen where the processor multiplies it
-natively and the tower is large enough to gain, else OpenVINO's fp32 where it is installed. What ran is recorded.
+natively and the tower is large enough to gain, else fp32. What ran is recorded.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .encoders import encode_images, image_weights_digest
 from .errors import ConfigurationError, MissingExtraError
 from .files import cache_root
+from .linear import OneDnnLinear, PackedLinear, PackedPatches, onednn
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -35,16 +37,20 @@ class ImageEngine:
 
     Attributes:
         engine, precision: what was chosen. batch_size: pictures a pass at which it is fastest.
+        prepare: converts the tower and returns what runs it; called when the first pictures come.
     """
 
     engine: str
     precision: str
     batch_size: int
-    run: Any
+    prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
+
+    @cached_property
+    def _run(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return self.prepare()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        embeds: Tensor = self.run(inputs)
-        return embeds
+        return self._run(inputs)
 
     @property
     def name(self) -> str:
@@ -83,18 +89,17 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     if precision == "auto" and engine != "onnxruntime":
         precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
     precision = "fp32" if precision == "auto" else precision
-    if engine == "auto":  # OpenVINO's fp32 is exact and often faster; its bf16 moves accuracies more than torch's here
-        found = importlib.util.find_spec("openvino") is not None
+    if engine == "auto":  # with oneDNN torch is as fast in fp32; OpenVINO's bf16 moves accuracies more than torch's
+        found = importlib.util.find_spec("openvino") is not None and onednn(torch.float32) is None
         engine = "openvino" if found and on_cpu and not half and plain and wide and precision == "fp32" else "torch"
     if engine == "torch":
-        if precision == "bf16" and not half:
-            clone = _in_bf16(base)
-            return ImageEngine("torch", "bf16", 16, lambda inputs: _torch(clone, inputs))
+        convert = not half and (on_cpu or precision == "bf16")
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         return ImageEngine(
             "torch",
-            str(parameter.dtype).removeprefix("torch.") if half else "fp32",
-            32,
-            lambda inputs: _torch(base, inputs),
+            str(parameter.dtype).removeprefix("torch.") if half else precision,
+            _batch_size(base) if on_cpu else 32,
+            lambda: partial(_torch, _prepared(base, dtype) if convert else base),
         )
     if not plain or not on_cpu or half:
         raise ConfigurationError(
@@ -104,38 +109,32 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     return _openvino(base, precision) if engine == "openvino" else _onnxruntime(base, precision)
 
 
+def _tokens(base: PreTrainedModel) -> int:
+    config = getattr(base.config, "vision_config", None)
+    size, patch = getattr(config, "image_size", 224), getattr(config, "patch_size", 32)
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 49
+
+
+def _batch_size(base: PreTrainedModel) -> int:
+    """Pictures a pass at which a CPU is fastest: fewer, and its cores idle; more, and memory is asked for anew."""
+    return max(4, min(800 // _tokens(base), 32), min(os.cpu_count() or 1, 64))
+
+
 def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     device = next(getattr(base, "vision_model", base).parameters()).device
     return encode_images(base, {name: value.to(device) for name, value in inputs.items()}).float().cpu()
 
 
-class _Bf16Linear(nn.Module):
-    """A linear layer that multiplies in bf16.
-
-    Its result goes back to fp32 before it is added to the residual stream, which like the normalisations stays in fp32:
-    as fast as a tower wholly in bf16, with a twentieth of its error. Queries, keys, values and the hidden layer
-    (`inner`) stay in bf16, as the next product takes them.
-    """
-
-    def __init__(self, layer: nn.Linear, inner: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False)
-        bias = layer.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
-        self.inner = inner
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        found = F.linear(inputs.to(torch.bfloat16), self.weight, self.bias)
-        return found if self.inner else found.float()
-
-
-def _in_bf16(base: PreTrainedModel) -> PreTrainedModel:
-    """The same model with the linear layers of its image side in bf16; everything else is shared, not copied."""
+def _prepared(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with the linear layers of its image side ready for oneDNN; all else is shared, not copied."""
     inner = ("q_proj", "k_proj", "v_proj", "fc1")
+    rows = _batch_size(base) * _tokens(base)
 
     def convert(module: nn.Module, name: str) -> nn.Module:
-        if type(module) is nn.Linear:
-            return _Bf16Linear(module, name in inner)
+        if type(module) in (nn.Linear, OneDnnLinear):
+            return PackedLinear(module.weight, module.bias, dtype, rows, name in inner)  # type: ignore[arg-type]
+        if PackedPatches.fits(module):
+            return PackedPatches(module, rows)  # type: ignore[arg-type]
         clone = copy.copy(module)
         clone._modules = {key: child and convert(child, key) for key, child in module._modules.items()}
         return clone
@@ -169,6 +168,10 @@ def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
         import openvino
     except ImportError as error:
         raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
+    return ImageEngine("openvino", precision, _batch_size(base), lambda: _openvino_tower(openvino, base, precision))
+
+
+def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = _picture_size(base)
     core = openvino.Core()
     file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}.xml"
@@ -188,7 +191,7 @@ def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
 
-    return ImageEngine("openvino", precision, 16, run)
+    return run
 
 
 def _keep(openvino: Any, model: Any, file: Any) -> None:
@@ -211,6 +214,10 @@ def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise MissingExtraError('engine="onnxruntime" needs its packages: pip install "taskres_hf[onnx]".') from error
+    return ImageEngine("onnxruntime", "fp32", _batch_size(base), lambda: _onnxruntime_tower(onnxruntime, base))
+
+
+def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = _picture_size(base)
     file = cache_root() / "onnx" / f"{image_weights_digest(base)[:24]}.onnx"
     if not file.is_file():
@@ -232,4 +239,4 @@ def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.from_numpy(session.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0])
 
-    return ImageEngine("onnxruntime", "fp32", 32, run)
+    return run

@@ -245,7 +245,7 @@ class StoredFeatures:
         in `optimization.epoch_batches`.
         """
         count, dim = self.shape[1:]
-        rows = max(buffer_mb * 1_000_000 // (8 * dim), batch_size)  # the buffer, and the shuffled copy of a batch
+        rows = max(buffer_mb * 1_000_000 // (12 * dim), batch_size)  # the buffer, and the shuffled copy of a batch
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         starts = torch.randperm(-(-count // self._BLOCK), generator=generator) * self._BLOCK
         left_embeds, left_labels = torch.empty(0, dim), torch.empty(0, dtype=torch.long)

@@ -617,6 +617,7 @@ REMOTE_CODE_FILES = (
     "prompts.py",
     "residual.py",
     "configuration_taskres.py",
+    "linear.py",
     "encoders.py",
     "base_classifier.py",
     "artifact.py",

@@ -206,7 +206,7 @@ class TaskResTrainer:
             raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
         images, data = self._training_data()
         head = self.model.classifier
-        recipe = self._recipe(len(data.labels))
+        recipe = self._recipe(data)
         self._record(recipe, data.digest, len(data.labels))
         if self.args.enhanced_base:
             self._enhance(data)
@@ -579,9 +579,14 @@ class TaskResTrainer:
             accelerator=self.accelerator,
         )
 
-    def _recipe(self, count: int) -> Recipe:
+    def _recipe(self, data: ImageFeatures | StoredFeatures) -> Recipe:
+        count = len(data)
         shots = self.args.shots or count / len(self.model.class_names)
         recipe = make_recipe(self.args.recipe, self.model.classifier, shots, count)
+        if isinstance(data, StoredFeatures) and recipe.name == "auto":  # a batch and its logits fit the buffer too
+            classes, dim = self.model.classifier.base.shape
+            fitting = self.args.buffer_mb * 1_000_000 // (4 * (dim + 3 * classes))
+            recipe = replace(recipe, train_batch_size=max(256, min(recipe.train_batch_size, fitting)))
         names = (
             "num_train_epochs",
             "learning_rate",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, CLIPModel
 
+from taskres_hf import linear
 from taskres_hf.encoders import FAMILIES, family_of, image_features, load_image_tower, pooled, score_parameters
 from taskres_hf.errors import BaseModelError
 
@@ -87,7 +88,10 @@ def test_other_models_are_refused() -> None:
         family_of(AutoConfig.for_model("bert"))
 
 
-def test_the_image_tower_alone_is_the_same(base: str, pixel_values: torch.Tensor) -> None:
+def test_the_image_tower_alone_is_the_same(
+    base: str, pixel_values: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     whole = CLIPModel.from_pretrained(base, dtype=torch.float32)
     tower = load_image_tower(base, revision=None, dtype=torch.float32, hub_kwargs={}, attn_implementation=None)
     assert tower is not None
@@ -95,3 +99,6 @@ def test_the_image_tower_alone_is_the_same(base: str, pixel_values: torch.Tensor
         expected = pooled(image_features(whole, {"pixel_values": pixel_values}))
         found = pooled(image_features(tower, {"pixel_values": pixel_values}))
     assert torch.equal(found, expected)
+    modules = list(tower.modules())
+    assert len({id(module._forward_hooks) for module in modules}) == len(modules)  # a hook on one layer is on one layer
+    assert len({id(parameter) for parameter in tower.parameters()}) == len(list(tower.parameters()))

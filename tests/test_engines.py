@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
 
-from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, engines
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, engines, linear
 from taskres_hf.data import read_image
 from taskres_hf.engines import make_engine
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
 from taskres_hf.features import Embedder, StoredFeatures
+from taskres_hf.linear import OneDnnLinear, PackedLinear, PackedPatches, onednn
 from taskres_hf.preprocessing import Preprocessor
 
 Model = TaskResCLIPForImageClassification
@@ -75,6 +78,7 @@ def test_the_automatic_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
     assert make_engine(model.clip, precision="fp32").name == "torch-fp32"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real(name, *a))
     if real("openvino"):
+        monkeypatch.setattr(engines, "onednn", lambda dtype: None)  # a torch that multiplies fp32 slowly
         assert make_engine(model.clip, precision="fp32").name == "openvino-fp32"
         assert make_engine(model.clip).name == "torch-bf16"
     half = make_engine(model.clip.to(torch.bfloat16))
@@ -89,20 +93,20 @@ def test_recipe_paper_is_exact_unless_asked(model: Model, monkeypatch: pytest.Mo
         assert TaskResTrainer(model, arguments).embedder.engine.name == name
 
 
-def test_converted_towers_are_kept(model: Model) -> None:
+def test_converted_towers_are_kept(model: Model, pixel_values: Tensor) -> None:
     _needs("openvino")
     import openvino
 
-    make_engine(model.clip, "openvino", "fp32")
+    make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
     calls: list[int] = []
     real = openvino.convert_model
     try:
         openvino.convert_model = lambda *a, **k: calls.append(1) or real(*a, **k)
-        make_engine(model.clip, "openvino", "bf16")
+        make_engine(model.clip, "openvino", "bf16")({"pixel_values": pixel_values})
         assert not calls
         with torch.no_grad():
             model.clip.visual_projection.weight.mul_(2)
-        make_engine(model.clip, "openvino", "fp32")
+        make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
         assert calls
     finally:
         openvino.convert_model = real
@@ -119,6 +123,73 @@ def test_what_does_not_exist(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"taskres_hf\[openvino\]"):
         make_engine(model.clip, "openvino", "fp32")
+
+
+# ---------------------------------------------------------------------- linear layers
+
+needs_onednn = pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (0, 24), (1, 1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_multiplied_by_onednn_gives_what_it_gave(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    inputs = torch.randn(shape)
+    expected = layer(inputs)
+    packed = PackedLinear(layer.weight, layer.bias, torch.float32, 10, inner=True)
+    torch.testing.assert_close(packed(inputs), expected, atol=1e-5, rtol=1e-5)
+    layer.__class__ = OneDnnLinear
+    torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 8, "stride": 8}, {"kernel_size": (4, 8), "stride": (4, 8)}])
+def test_patches_are_a_linear_layer(options: Any) -> None:
+    layer = nn.Conv2d(3, 6, **options).requires_grad_(False)
+    assert PackedPatches.fits(layer)
+    for size in ((32, 32), (37, 20)):  # also what the patches do not cover
+        pixels = torch.randn(2, 3, *size)
+        torch.testing.assert_close(PackedPatches(layer, 10)(pixels), layer(pixels), atol=1e-5, rtol=1e-5)
+    for other in ({"kernel_size": 8, "stride": 4}, {"kernel_size": 8, "stride": 8, "padding": 1}):
+        assert not PackedPatches.fits(nn.Conv2d(3, 6, **other))
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_quickened_model_is_still_the_model(base: str, pixel_values: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients, dtypes and tracing are as before; only who multiplies differs."""
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
+    plain = Model.from_base(base, ["a", "b"])
+    assert not any(type(module) is OneDnnLinear for module in plain.modules())
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+    model = Model.from_base(base, ["a", "b"])
+    quick = [module for module in model.clip.modules() if type(module) is OneDnnLinear]
+    assert len(quick) > 20
+    assert model.clip.state_dict().keys() == plain.clip.state_dict().keys()
+    expected = plain(pixel_values=pixel_values).logits
+    torch.testing.assert_close(model(pixel_values=pixel_values).logits, expected, atol=1e-3, rtol=1e-4)
+
+    calls: list[int] = []
+    real = onednn(torch.float32)
+    assert real is not None
+    monkeypatch.setattr(linear, "onednn", lambda dtype: (real[0], lambda *a: calls.append(1) or real[1](*a)))
+    with torch.no_grad():
+        model(pixel_values=pixel_values)
+    assert len(calls) >= 20  # it is used
+    calls.clear()
+    pixels = pixel_values.clone().requires_grad_()
+    model.clip.get_image_features(pixel_values=pixels).pooler_output.sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().sum() > 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values=pixel_values[:1])
+    with torch.no_grad():
+        traced = torch.jit.trace(quick[0], torch.randn(2, quick[0].in_features), check_trace=False)
+    assert "mkldnn" not in str(traced.graph)
+    copy.deepcopy(model).to(torch.bfloat16)(pixel_values=pixel_values)
+    compiled = torch.compile(quick[0], backend="eager", fullgraph=True)
+    compiled(torch.randn(2, quick[0].in_features))
+    assert not calls  # all of that took torch's own way
 
 
 # ---------------------------------------------------------------------- preprocessing
