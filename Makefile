@@ -26,7 +26,7 @@ fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
 # The table of docs/results.md
@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,openvino,onnx]"
 	touch $@
 
 clean:
