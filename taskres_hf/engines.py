@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .encoders import encode_images, image_weights_digest
 from .errors import ConfigurationError, MissingExtraError
 from .files import cache_root
-from .linear import OneDnnLinear, PackedLinear, PackedPatches, onednn
+from .linear import LINEAR, PackedLinear, PackedPatches, onednn, packed_mlp
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -130,13 +130,24 @@ def _prepared(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     inner = ("q_proj", "k_proj", "v_proj", "fc1")
     rows = _batch_size(base) * _tokens(base)
 
+    few = dtype == torch.bfloat16 and _tokens(base) <= 64  # two small products beat the fused attention in bf16
+
     def convert(module: nn.Module, name: str) -> nn.Module:
-        if type(module) in (nn.Linear, OneDnnLinear):
-            return PackedLinear(module.weight, module.bias, dtype, rows, name in inner)  # type: ignore[arg-type]
+        if type(module) in LINEAR:
+            own = torch.float32 if name.endswith("_projection") and module.weight.is_cpu else dtype  # one small product
+            return PackedLinear(module.weight, module.bias, own, rows, name in inner)  # type: ignore[arg-type]
         if PackedPatches.fits(module):
             return PackedPatches(module, rows)  # type: ignore[arg-type]
         clone = copy.copy(module)
-        clone._modules = {key: child and convert(child, key) for key, child in module._modules.items()}
+        if few and "q_proj" in module._modules and hasattr(module, "config"):
+            config: Any = copy.copy(module.config)
+            if config._attn_implementation == "sdpa":
+                config._attn_implementation = "eager"
+            clone.config = config
+        children: dict[str, nn.Module | None] | None = packed_mlp(module, dtype, rows)
+        if children is None:
+            children = {key: child and convert(child, key) for key, child in module._modules.items()}
+        clone._modules = children
         return clone
 
     clone: PreTrainedModel = copy.copy(base)

@@ -62,6 +62,9 @@ class OneDnnLinear(nn.Linear):
         return found
 
 
+LINEAR = (nn.Linear, OneDnnLinear)  # exactly these: a subclass (LoRA, 8 bit) is more than its weight
+
+
 def quicken(module: nn.Module) -> None:
     """Let a loaded, frozen model use oneDNN where MKL is slow; its weights stay as and where they are."""
     if mkl_is_slow():
@@ -75,12 +78,21 @@ class PackedLinear(nn.Module):
 
     A bf16 result goes back to fp32 before it is added to the residual stream, which like the normalisations stays in
     fp32: as fast as a tower wholly in bf16, with a twentieth of its error. Queries, keys, values and the hidden layer
-    (`inner`) stay in bf16, as the next product takes them.
+    (`inner`) stay in bf16, as the next product takes them. `activation` is applied within the product: oneDNN's name
+    of it, and its variant.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, inner: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        rows: int,
+        inner: bool,
+        activation: tuple[str, str] = ("none", ""),
+    ) -> None:
         super().__init__()
-        self.dtype, self.inner = dtype, inner
+        self.dtype, self.inner, self.activation = dtype, inner, activation
         self.bias = None if bias is None else bias.detach().to(dtype)
         operators = onednn(dtype) if weight.device.type == "cpu" else None
         weight = weight.detach().to(dtype)
@@ -92,8 +104,39 @@ class PackedLinear(nn.Module):
         if self.multiply is None:
             found = F.linear(inputs, self.weight, self.bias)
         else:
-            found = self.multiply(inputs, self.weight, self.bias, "none", [], "")
+            found = self.multiply(inputs, self.weight, self.bias, self.activation[0], [], self.activation[1])
         return found if self.inner else found.float()
+
+
+# What oneDNN can apply within a product: its name and variant, and the factor its input needs and its output has.
+# quick_gelu(z) = z sigmoid(1.702 z) = swish(1.702 z) / 1.702.
+_ACTIVATIONS = {
+    "QuickGELUActivation": ("swish", "", 1.702),
+    "GELUActivation": ("gelu", "none", 1.0),
+    "GELUTanh": ("gelu", "tanh", 1.0),
+    "PytorchGELUTanh": ("gelu", "tanh", 1.0),
+}
+
+
+def packed_mlp(module: nn.Module, dtype: torch.dtype, rows: int) -> dict[str, nn.Module | None] | None:
+    """The children of an MLP (`fc1`, `activation_fn`, `fc2`) with the activation within the first product.
+
+    Returns None for anything else, and where oneDNN is missing.
+    """
+    if set(module._modules) != {"fc1", "activation_fn", "fc2"} or onednn(dtype) is None:
+        return None
+    first: Any = module.fc1
+    second: Any = module.fc2
+    known = _ACTIVATIONS.get(type(module.activation_fn).__name__)
+    if known is None or type(first) not in LINEAR or type(second) not in LINEAR or not first.weight.is_cpu:
+        return None
+    name, variant, factor = known
+    bias = None if first.bias is None else first.bias.detach() * factor
+    return {
+        "fc1": PackedLinear(first.weight.detach() * factor, bias, dtype, rows, True, (name, variant)),
+        "activation_fn": nn.Identity(),
+        "fc2": PackedLinear(second.weight.detach() / factor, second.bias, dtype, rows, False),
+    }
 
 
 class PackedPatches(nn.Module):

@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, SiglipImageProcessor, ViTImageProcessor
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, engines, linear
 from taskres_hf.data import read_image
 from taskres_hf.engines import make_engine
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
 from taskres_hf.features import Embedder, StoredFeatures
-from taskres_hf.linear import OneDnnLinear, PackedLinear, PackedPatches, onednn
+from taskres_hf.linear import OneDnnLinear, PackedLinear, PackedPatches, onednn, packed_mlp
 from taskres_hf.preprocessing import Preprocessor
 
 Model = TaskResCLIPForImageClassification
@@ -152,6 +153,28 @@ def test_patches_are_a_linear_layer(options: Any) -> None:
         torch.testing.assert_close(PackedPatches(layer, 10)(pixels), layer(pixels), atol=1e-5, rtol=1e-5)
     for other in ({"kernel_size": 8, "stride": 4}, {"kernel_size": 8, "stride": 8, "padding": 1}):
         assert not PackedPatches.fits(nn.Conv2d(3, 6, **other))
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+def test_an_activation_within_the_product_is_the_activation(activation: str) -> None:
+    module = CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=48, hidden_act=activation)).requires_grad_(
+        False
+    )
+    inputs = 4 * torch.randn(2, 7, 24)
+    expected = module(inputs)
+    packed = packed_mlp(module, torch.float32, 14)
+    assert packed is not None
+    module._modules = packed
+    torch.testing.assert_close(module(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_an_mlp_of_another_kind_is_left_alone(activation: str) -> None:
+    module = CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=48, hidden_act=activation))
+    assert packed_mlp(module, torch.float32, 14) is None
+    assert packed_mlp(nn.Sequential(nn.Linear(2, 2)), torch.float32, 14) is None
 
 
 @needs_onednn
