@@ -79,7 +79,7 @@ def growth(report: Report) -> None:
 
 
 _TRAIN = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np, torch
 from taskres_hf import TaskResCLIPForImageClassification as Model, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.demo import demo_model
@@ -94,10 +94,11 @@ model.classifier = TaskResClassifier(10 * torch.nn.functional.normalize(torch.ra
 model.config.id2label = dict(enumerate(names)); model.config.label2id = {n: k for k, n in enumerate(names)}
 data = StoredFeatures(path, labels, names)
 start = time.perf_counter()
-arguments = TaskResTrainingArguments(num_train_epochs=2, warmup_lr=0.05, disable_tqdm=True, buffer_mb=32)
+arguments = TaskResTrainingArguments(num_train_epochs=2, warmup_lr=0.05, disable_tqdm=True, buffer_mb=16)
 trainer = TaskResTrainer(model, arguments, data)
 trainer.train()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+status = open("/proc/self/status").read()  # ru_maxrss would count the parent before exec
+peak = int(status.split("VmHWM:")[1].split()[0]) / 2**20
 losses = [entry["loss"] for entry in trainer.log_history]
 print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start, "losses": losses}))
 """

@@ -69,6 +69,13 @@ class Report:
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps({**kept, **self.rows}, indent=1) + "\n")
 
+    @staticmethod
+    def stored() -> Report:
+        """What `results.json` holds."""
+        report = Report()
+        report.rows = json.loads(RESULTS.read_text())
+        return report
+
     def markdown(self) -> str:
         lines = ["| measured | goal | median | min | max | |", "|---|---:|---:|---:|---:|---|"]
         for name, row in self.rows.items():
