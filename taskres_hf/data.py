@@ -197,8 +197,14 @@ def _load_folder(path: Path, cache_dir: str | None) -> DatasetDict:
         named = {"train": path}
     return DatasetDict(
         {
+            # Named files: left to itself, `datasets` takes a class "test tubes" for a test split, after a long search.
             split: load_dataset(
-                "imagefolder", data_dir=str(folder), split="train", drop_labels=False, cache_dir=cache_dir
+                "imagefolder",
+                data_dir=str(folder),
+                data_files={"train": ["**"]},
+                split="train",
+                drop_labels=False,
+                cache_dir=cache_dir,
             )
             for split, folder in named.items()
         }

@@ -64,6 +64,16 @@ def test_dataset_of_the_hub(hub: HubServer, tmp_path: Path, splits: DatasetDict)
     assert LabelledImages(loaded["train"]).class_names == splits["train"].features["label"].names
 
 
+@pytest.mark.parametrize("above", ["", "train"])
+def test_a_class_may_be_called_like_a_split(tmp_path: Path, above: str) -> None:
+    for number, name in enumerate(["test tubes", "validation kit", "trains"]):
+        (tmp_path / above / name).mkdir(parents=True)
+        _picture(number).save(tmp_path / above / name / f"test_{number}.png")
+    train = load_splits(tmp_path)["train"]
+    assert train.features["label"].names == ["test tubes", "trains", "validation kit"]
+    assert sorted(train["label"]) == [0, 1, 2]
+
+
 def test_saved_to_disk_one_file_and_datasets(tmp_path: Path, splits: DatasetDict) -> None:
     small = DatasetDict({"train": splits["train"].select(range(4))})
     small.save_to_disk(tmp_path / "saved")
