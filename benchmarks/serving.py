@@ -80,12 +80,15 @@ def loading(report: Report) -> None:
         folder = _artifact(base, 1000, f"{scratch}/a")
         other = _artifact(base, 1000, f"{scratch}/b")
         live = TaskResCLIPForImageClassification.from_pretrained(folder)
+        five = range(5)
         swap = [TaskResCLIPForImageClassification.from_pretrained(other, base_model=live.clip), live]
-        found = timed(
+        found = timed(  # five at a time: one takes milliseconds
             {
-                "stock": lambda: CLIPVisionModelWithProjection.from_pretrained(base, dtype=torch.float32),
-                "tower": lambda: load_image_tower(base, dtype=torch.float32),
-                "artifact": lambda: TaskResCLIPForImageClassification.from_pretrained(folder),
+                "stock": lambda: [
+                    CLIPVisionModelWithProjection.from_pretrained(base, dtype=torch.float32) for _ in five
+                ],
+                "tower": lambda: [load_image_tower(base, dtype=torch.float32) for _ in five],
+                "artifact": lambda: [TaskResCLIPForImageClassification.from_pretrained(folder) for _ in five],
             },
             rounds=15,
         )

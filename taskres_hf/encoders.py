@@ -13,13 +13,14 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -194,10 +195,10 @@ def load_image_tower(
         path = cached_file(name_or_path, "model.safetensors", revision=revision, **hub)
     except OSError:
         return None
-    values = json.loads(Path(str(config_path)).read_text(encoding="utf-8"))
-    if values.get("model_type") not in _SPLIT_TOWERS or "auto_map" in values:
+    kept = _config_of_split_towers(Path(str(config_path)).read_text(encoding="utf-8"))
+    if kept is None:
         return None
-    config = AutoConfig.for_model(**values)
+    config = copy.deepcopy(kept)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     text_layers, layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     config.text_config.num_hidden_layers = 0  # the text side is built and thrown away
@@ -232,6 +233,15 @@ def load_image_tower(
     base.config._commit_hash = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
     whole: PreTrainedModel = base
     return whole
+
+
+@lru_cache(maxsize=16)
+def _config_of_split_towers(text: str) -> PreTrainedConfig | None:
+    """The config in a file's text, or None if its towers cannot be loaded separately; making one takes milliseconds."""
+    values = json.loads(text)
+    if values.get("model_type") not in _SPLIT_TOWERS or "auto_map" in values:
+        return None
+    return AutoConfig.for_model(**values)
 
 
 def _copied(module: nn.Module) -> nn.Module:

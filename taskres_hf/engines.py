@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,7 +29,10 @@ from .linear import LINEAR, PackedLinear, PackedPatches, onednn, packed_mlp
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16")
+_FORMAT = 2  # of converted towers kept on disk
 _LARGE = 512  # width of a tower from which bf16 pays
+READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
+CONVERTIBLE = (*READS_FIRST_TOKEN, "siglip")  # families that OpenVINO and ONNX Runtime can run
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     parameter = next(tower.parameters())
     on_cpu = parameter.device.type == "cpu"
     half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
-    plain = base.config.model_type in ("clip", "metaclip_2", "siglip", "chinese_clip", "altclip")
+    plain = base.config.model_type in CONVERTIBLE
     wide = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE
     if precision == "auto" and engine != "onnxruntime":
         precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
@@ -99,7 +103,7 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
             "torch",
             str(parameter.dtype).removeprefix("torch.") if half else precision,
             _batch_size(base) if on_cpu else 32,
-            lambda: partial(_torch, _prepared(base, dtype) if convert else base),
+            lambda: partial(_torch, _prepared(_short(base), dtype) if convert else _short(base)),
         )
     if not plain or not on_cpu or half:
         raise ConfigurationError(
@@ -123,6 +127,62 @@ def _batch_size(base: PreTrainedModel) -> int:
 def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     device = next(getattr(base, "vision_model", base).parameters()).device
     return encode_images(base, {name: value.to(device) for name, value in inputs.items()}).float().cpu()
+
+
+class _LastLayer(nn.Module):
+    """The last layer of a tower of which only the first token is read: all else of it is for that token alone.
+
+    The result is the same, for a fourteenth less work in a tower of twelve layers.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._modules = dict(layer._modules)
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Whether a module is a pre-norm layer whose parts have CLIP's names, and nothing else hooks into it."""
+        parts, attention = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}, layer._modules.get("self_attn")
+        return (
+            set(layer._modules) == parts
+            and attention is not None
+            and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+            and hasattr(attention, "num_heads")
+            and hasattr(attention, "scale")
+            and not any("forward" in vars(module) or module._forward_hooks for module in (layer, attention))
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts: Any = self._modules
+        attention: Any = parts["self_attn"]
+
+        def heads(values: Tensor) -> Tensor:
+            return values.view(*values.shape[:2], attention.num_heads, -1).transpose(1, 2)
+
+        first, normed = hidden_states[:, :1], parts["layer_norm1"](hidden_states)
+        query, key, value = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+        mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
+        first = first + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        found: Tensor = first + parts["mlp"](parts["layer_norm2"](first))
+        return found
+
+
+def _short(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model, sharing everything, whose last image layer works for the token that is read."""
+    if base.config.model_type not in READS_FIRST_TOKEN:
+        return base
+    path: list[Any] = [base, base.vision_model, base.vision_model.encoder, base.vision_model.encoder.layers]  # type: ignore[union-attr]
+    if not len(path[-1]) or not _LastLayer.fits(path[-1][-1]):
+        return base
+    clones = [copy.copy(module) for module in path]
+    for clone in clones:
+        clone._modules = dict(clone._modules)
+    last = str(len(path[-1]) - 1)
+    clones[3]._modules[last] = _LastLayer(path[-1][-1])
+    for outer, name, inner in zip(clones, ("vision_model", "encoder", "layers"), clones[1:], strict=False):
+        outer._modules[name] = inner
+    short: PreTrainedModel = clones[0]
+    return short
 
 
 def _prepared(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -163,7 +223,7 @@ class _Tower(nn.Module):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
-        self.base = base
+        self.base = _short(base)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return encode_images(self.base, {"pixel_values": pixel_values})
@@ -185,7 +245,7 @@ def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
 def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = _picture_size(base)
     core = openvino.Core()
-    file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}.xml"
+    file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}-{_FORMAT}.xml"
     if file.is_file():
         model = core.read_model(file)
     else:
@@ -230,7 +290,7 @@ def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
 
 def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = _picture_size(base)
-    file = cache_root() / "onnx" / f"{image_weights_digest(base)[:24]}.onnx"
+    file = cache_root() / "onnx" / f"{image_weights_digest(base)[:24]}-{_FORMAT}.onnx"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         staging = file.with_name(f".{file.name}.tmp")

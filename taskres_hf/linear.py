@@ -1,4 +1,4 @@
-"""Linear layers of a frozen tower, multiplied by oneDNN.
+"""Products of frozen matrices, and linear layers of a frozen tower, multiplied by oneDNN.
 
 torch multiplies fp32 on a CPU with MKL, which runs at half of its speed on processors of another maker than Intel, and
 lays a bf16 weight out anew at each call. oneDNN comes with torch and does neither. Its operators are those that
@@ -39,6 +39,15 @@ def mkl_is_slow() -> bool:
         except OSError:
             return False
     return torch.backends.mkl.is_available() and "AuthenticAMD" in maker and onednn(torch.float32) is not None
+
+
+def product(rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows @ columns.T` of two matrices outside autograd, by oneDNN where MKL is slow."""
+    operators = onednn(torch.float32) if mkl_is_slow() else None
+    if operators is None or not rows.dtype == columns.dtype == torch.float32 or not rows.is_cpu & columns.is_cpu:
+        return torch.mm(rows, columns.T)
+    found: Tensor = operators[1](rows, columns, None, "none", [], "")
+    return found
 
 
 class OneDnnLinear(nn.Linear):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .linear import product
 from .residual import TaskResClassifier
 
 
@@ -112,14 +113,14 @@ def loss_and_gradient(
     weight = head.weight()  # a fresh tensor: reused below
     length = weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
     unit = weight.div_(length)
-    logits = torch.mm(images, unit.T).mul_(head.logit_scale).add_(head.logit_bias)
+    logits = product(images, unit).mul_(head.logit_scale).add_(head.logit_bias)
     correct = (logits.argmax(dim=1) == labels).sum()
     log_probabilities = F.log_softmax(logits, dim=1)
     rows = labels.unsqueeze(1)
     loss = -log_probabilities.gather(1, rows).mean()
     error = log_probabilities.exp_()
     error.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=error.dtype))
-    gradient = torch.mm(error.T, images).mul_(head.logit_scale / len(labels))
+    gradient = product(error.T, images.T).mul_(head.logit_scale / len(labels))
     gradient.sub_(unit * (gradient * unit).sum(dim=1, keepdim=True)).mul_(head.alpha / length)
     if penalty:
         loss = loss + penalty * head.residual.pow(2).sum()

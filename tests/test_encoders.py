@@ -23,7 +23,8 @@ _VISION = {
 }  # fmt: skip
 
 
-def _config(family: str) -> Any:
+def tiny_config(family: str) -> Any:
+    """A config of a family, small enough to make at once."""
     text, vision = dict(_TEXT), dict(_VISION)
     if family in ("siglip", "siglip2"):
         text["projection_size"] = 32
@@ -52,10 +53,21 @@ def _config(family: str) -> Any:
     return AutoConfig.for_model(family, **options)
 
 
+def tiny_images(family: str) -> dict[str, Any]:
+    """What three prepared pictures are for it."""
+    if family == "siglip2":
+        return {
+            "pixel_values": torch.randn(3, 16, 8 * 8 * 3),
+            "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * 3),
+        }
+    return {"pixel_values": torch.randn(3, 3, 32, 32)}
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logits_of_the_family(family: str) -> None:
     torch.manual_seed(0)
-    model = AutoModel.from_config(_config(family)).eval()
+    model = AutoModel.from_config(tiny_config(family)).eval()
     row = family_of(model)
     with torch.no_grad():  # untrained scales and biases are too plain to tell formulas apart
         for name, value in (("logit_bias", -3.0), ("logit_scale", 1.7), ("temperature", 0.6)):
@@ -66,13 +78,7 @@ def test_logits_of_the_family(family: str) -> None:
     text: dict[str, Any] = {"input_ids": ids}
     if row.attention_mask:
         text["attention_mask"] = torch.ones_like(ids)
-    images: dict[str, Any] = {"pixel_values": torch.randn(3, 3, 32, 32)}
-    if family == "siglip2":
-        images = {
-            "pixel_values": torch.randn(3, 16, 8 * 8 * 3),
-            "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[4, 4]] * 3),
-        }
+    images = tiny_images(family)
     with torch.no_grad():
         expected = model(**images, **text)
         expected = expected.logits_per_image

@@ -12,12 +12,14 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from test_encoders import tiny_config, tiny_images
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, SiglipImageProcessor, ViTImageProcessor
+from transformers import AutoModel, CLIPImageProcessor, CLIPVisionConfig, SiglipImageProcessor, ViTImageProcessor
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, engines, linear
 from taskres_hf.data import read_image
+from taskres_hf.encoders import FAMILIES, encode_images
 from taskres_hf.engines import make_engine
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
 from taskres_hf.features import Embedder, StoredFeatures
@@ -48,6 +50,36 @@ def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, eng
         assert F.cosine_similarity(found - mean, expected[:count] - mean).min() >= 0.98
     before = {name: value.dtype for name, value in model.clip.state_dict().items()}
     assert set(before.values()) == {torch.float32}  # the model itself is left as it was
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
+    torch.manual_seed(0)
+    base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    with torch.no_grad():
+        expected = encode_images(base, inputs)
+        for engine, precision in (("torch", "fp32"), ("torch", "bf16"), *COMBINATIONS[1:]):
+            if engine != "torch" and (family not in engines.CONVERTIBLE or not importlib.util.find_spec(engine)):
+                continue
+            found = make_engine(base, engine, precision)(inputs)
+            tolerance = 1e-4 if precision == "fp32" else 0.05 * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=0, msg=f"{engine} {precision}")
+
+
+@pytest.mark.parametrize("family", ["clip", "metaclip_2", "altclip", "chinese_clip", "siglip", "blip"])
+def test_the_last_layer_works_only_for_the_token_that_is_read(family: str) -> None:
+    base = AutoModel.from_config(tiny_config(family)).eval()
+    seen: list[int] = []
+    last = base.vision_model.encoder.layers[-1]
+    last.layer_norm2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        encode_images(base, tiny_images(family))
+        make_engine(base, "torch", "fp32")(tiny_images(family))
+        assert seen == [17, 1] if family in engines.READS_FIRST_TOKEN else seen[0] == seen[1] >= 16
+        watched: list[int] = []  # who looks at the whole layer gets the whole layer
+        last.register_forward_hook(lambda module, inputs, output: watched.append(output.shape[1]))
+        make_engine(base, "torch", "fp32")(tiny_images(family))
+        assert watched == [seen[0]]
 
 
 @pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)

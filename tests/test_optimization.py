@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taskres_hf import TaskResClassifier
+from taskres_hf import TaskResClassifier, linear
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.optimization import epoch_batches, learning_rate, loss_and_gradient, make_recipe, penalty_factor
 
@@ -35,6 +35,20 @@ def test_gradient_by_hand_equals_autograd(penalty: float, shifted: bool) -> None
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-10)
     assert int(correct) == int((head(images).argmax(1) == labels).sum())
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_gradient_by_hand_in_fp32_whoever_multiplies(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_onednn and linear.onednn(torch.float32) is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: by_onednn)
+    head = _head(torch.float32)
+    images, labels = F.normalize(torch.randn(40, 16), dim=1), torch.randint(6, (40,))
+    loss, _, gradient = loss_and_gradient(head, images, labels, 0.01)
+    expected = F.cross_entropy(head(images), labels) + 0.01 * head.residual.pow(2).sum()
+    (wanted,) = torch.autograd.grad(expected, head.residual)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("shots", "epochs"), [(1, 100), (2, 100), (4, 100), (8, 200), (16, 200)])
