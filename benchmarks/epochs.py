@@ -94,7 +94,7 @@ model.classifier = TaskResClassifier(10 * torch.nn.functional.normalize(torch.ra
 model.config.id2label = dict(enumerate(names)); model.config.label2id = {n: k for k, n in enumerate(names)}
 data = StoredFeatures(path, labels, names)
 start = time.perf_counter()
-arguments = TaskResTrainingArguments(num_train_epochs=2, warmup_lr=0.05, disable_tqdm=True, buffer_mb=16)
+arguments = TaskResTrainingArguments(num_train_epochs=2, warmup_lr=0.05, disable_tqdm=True, buffer_mb=8)
 trainer = TaskResTrainer(model, arguments, data)
 trainer.train()
 status = open("/proc/self/status").read()  # ru_maxrss would count the parent before exec

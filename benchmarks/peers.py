@@ -20,7 +20,7 @@ from taskres_hf.data import find_images, read_image
 from taskres_hf.features import ImageFeatures
 
 from .material import clip_folder, jpeg_folder
-from .timing import Report
+from .timing import PEER, Report
 
 CLASSES, SHOTS, COUNT = 100, 16, 1600
 
@@ -61,9 +61,7 @@ def peers(report: Report) -> None:
 
     def add(name: str, passes: float, seconds: float, note: str) -> None:
         value = passes + seconds / unit
-        report.add(
-            f"peer, times slower than ours: {name}", [value / fastest], 1.0, True, f"{value:.3g} bare passes; {note}"
-        )
+        report.add(f"{PEER}{name}", [value / fastest], 1.0, True, f"{value:.3g} bare passes; {note}")
 
     # Ours: the engine's passes are measured in `training`; here the epochs alone, beside one fp32 pass.
     model = TaskResCLIPForImageClassification.from_base(base, [f"thing number {k}" for k in range(CLASSES)])

@@ -7,10 +7,8 @@ natively and the tower is large enough to gain, else fp32. What ran is recorded.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,21 +16,19 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .encoders import encode_images, image_weights_digest
 from .errors import ConfigurationError, MissingExtraError
 from .files import cache_root
-from .linear import LINEAR, PackedLinear, PackedPatches, onednn, packed_mlp
+from .linear import onednn
+from .towers import REWRITABLE, best_batch_size, rewritten
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16")
-_FORMAT = 2  # of converted towers kept on disk
+_FORMAT = 3  # of converted towers kept on disk
 _LARGE = 512  # width of a tower from which bf16 pays
-READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
-CONVERTIBLE = (*READS_FIRST_TOKEN, "siglip")  # families that OpenVINO and ONNX Runtime can run
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     parameter = next(tower.parameters())
     on_cpu = parameter.device.type == "cpu"
     half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
-    plain = base.config.model_type in CONVERTIBLE
+    plain = base.config.model_type in REWRITABLE
     wide = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE
     if precision == "auto" and engine != "onnxruntime":
         precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
@@ -102,8 +98,8 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
         return ImageEngine(
             "torch",
             str(parameter.dtype).removeprefix("torch.") if half else precision,
-            _batch_size(base) if on_cpu else 32,
-            lambda: partial(_torch, _prepared(_short(base), dtype) if convert else _short(base)),
+            best_batch_size(base) if on_cpu else 32,
+            lambda: partial(_torch, rewritten(base, dtype) if convert else base),
         )
     if not plain or not on_cpu or half:
         raise ConfigurationError(
@@ -113,109 +109,9 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     return _openvino(base, precision) if engine == "openvino" else _onnxruntime(base, precision)
 
 
-def _tokens(base: PreTrainedModel) -> int:
-    config = getattr(base.config, "vision_config", None)
-    size, patch = getattr(config, "image_size", 224), getattr(config, "patch_size", 32)
-    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 49
-
-
-def _batch_size(base: PreTrainedModel) -> int:
-    """Pictures a pass at which a CPU is fastest: fewer, and its cores idle; more, and memory is asked for anew."""
-    return max(4, min(800 // _tokens(base), 32), min(os.cpu_count() or 1, 64))
-
-
 def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     device = next(getattr(base, "vision_model", base).parameters()).device
     return encode_images(base, {name: value.to(device) for name, value in inputs.items()}).float().cpu()
-
-
-class _LastLayer(nn.Module):
-    """The last layer of a tower of which only the first token is read: all else of it is for that token alone.
-
-    The result is the same, for a fourteenth less work in a tower of twelve layers.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._modules = dict(layer._modules)
-
-    @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Whether a module is a pre-norm layer whose parts have CLIP's names, and nothing else hooks into it."""
-        parts, attention = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}, layer._modules.get("self_attn")
-        return (
-            set(layer._modules) == parts
-            and attention is not None
-            and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "out_proj"}
-            and hasattr(attention, "num_heads")
-            and hasattr(attention, "scale")
-            and not any("forward" in vars(module) or module._forward_hooks for module in (layer, attention))
-        )
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts: Any = self._modules
-        attention: Any = parts["self_attn"]
-
-        def heads(values: Tensor) -> Tensor:
-            return values.view(*values.shape[:2], attention.num_heads, -1).transpose(1, 2)
-
-        first, normed = hidden_states[:, :1], parts["layer_norm1"](hidden_states)
-        query, key, value = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
-        mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
-        first = first + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-        found: Tensor = first + parts["mlp"](parts["layer_norm2"](first))
-        return found
-
-
-def _short(base: PreTrainedModel) -> PreTrainedModel:
-    """The same model, sharing everything, whose last image layer works for the token that is read."""
-    if base.config.model_type not in READS_FIRST_TOKEN:
-        return base
-    path: list[Any] = [base, base.vision_model, base.vision_model.encoder, base.vision_model.encoder.layers]  # type: ignore[union-attr]
-    if not len(path[-1]) or not _LastLayer.fits(path[-1][-1]):
-        return base
-    clones = [copy.copy(module) for module in path]
-    for clone in clones:
-        clone._modules = dict(clone._modules)
-    last = str(len(path[-1]) - 1)
-    clones[3]._modules[last] = _LastLayer(path[-1][-1])
-    for outer, name, inner in zip(clones, ("vision_model", "encoder", "layers"), clones[1:], strict=False):
-        outer._modules[name] = inner
-    short: PreTrainedModel = clones[0]
-    return short
-
-
-def _prepared(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model with the linear layers of its image side ready for oneDNN; all else is shared, not copied."""
-    inner = ("q_proj", "k_proj", "v_proj", "fc1")
-    rows = _batch_size(base) * _tokens(base)
-
-    few = dtype == torch.bfloat16 and _tokens(base) <= 64  # two small products beat the fused attention in bf16
-
-    def convert(module: nn.Module, name: str) -> nn.Module:
-        if type(module) in LINEAR:
-            own = torch.float32 if name.endswith("_projection") and module.weight.is_cpu else dtype  # one small product
-            return PackedLinear(module.weight, module.bias, own, rows, name in inner)  # type: ignore[arg-type]
-        if PackedPatches.fits(module):
-            return PackedPatches(module, rows)  # type: ignore[arg-type]
-        clone = copy.copy(module)
-        if few and "q_proj" in module._modules and hasattr(module, "config"):
-            config: Any = copy.copy(module.config)
-            if config._attn_implementation == "sdpa":
-                config._attn_implementation = "eager"
-            clone.config = config
-        children: dict[str, nn.Module | None] | None = packed_mlp(module, dtype, rows)
-        if children is None:
-            children = {key: child and convert(child, key) for key, child in module._modules.items()}
-        clone._modules = children
-        return clone
-
-    clone: PreTrainedModel = copy.copy(base)
-    clone._modules = {
-        name: module if module is None or name.startswith("text") else convert(module, name)
-        for name, module in base._modules.items()
-    }
-    return clone
 
 
 class _Tower(nn.Module):
@@ -223,7 +119,7 @@ class _Tower(nn.Module):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
-        self.base = _short(base)
+        self.base = rewritten(base)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return encode_images(self.base, {"pixel_values": pixel_values})
@@ -239,7 +135,7 @@ def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
         import openvino
     except ImportError as error:
         raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
-    return ImageEngine("openvino", precision, _batch_size(base), lambda: _openvino_tower(openvino, base, precision))
+    return ImageEngine("openvino", precision, best_batch_size(base), lambda: _openvino_tower(openvino, base, precision))
 
 
 def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -285,7 +181,7 @@ def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise MissingExtraError('engine="onnxruntime" needs its packages: pip install "taskres_hf[onnx]".') from error
-    return ImageEngine("onnxruntime", "fp32", _batch_size(base), lambda: _onnxruntime_tower(onnxruntime, base))
+    return ImageEngine("onnxruntime", "fp32", best_batch_size(base), lambda: _onnxruntime_tower(onnxruntime, base))
 
 
 def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:

@@ -34,6 +34,7 @@ from .files import read_tensors, write_tensors
 from .preprocessing import Preprocessor
 
 _FORMAT = 2
+_TURN = 64  # pictures prepared before the tower has its turn: changing places costs both
 _T = TypeVar("_T")
 _CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -232,8 +233,9 @@ class StoredFeatures:
         self.shape = (1, *table.shape)
         self._dtype, self._offset = table.dtype, table.offset
         status = self.path.stat()
-        text = f"{self.path.name} {status.st_size} {status.st_mtime_ns} {self.shape}"
-        self.digest = hashlib.sha256(text.encode() + self.labels.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{self.path.name} {status.st_size} {status.st_mtime_ns} {self.shape}".encode())
+        digest.update(self.labels.contiguous().numpy().data)
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         return int(self.shape[1])
@@ -321,34 +323,49 @@ class Embedder:
     ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
         """Each batch with the embeddings of the pictures that `load` gave, decoded on all cores.
 
-        Beside a GPU the next batch is decoded meanwhile. On a CPU decoding and the tower take turns: the tower uses all
-        cores, and a thread that decodes beside it holds up all of them.
+        Beside a GPU the next batch is decoded meanwhile. On a CPU decoding and the tower take turns, a few batches at a
+        time: the tower uses all cores, and a thread that decodes beside it holds up all of them.
         """
-        overlap = next(self.base.parameters()).device.type != "cpu"
 
-        def prepare(batch: Sequence[_T], pool: ThreadPoolExecutor) -> dict[str, Tensor] | None:
-            def one(item: _T) -> Any:
-                picture = load(item)
-                return None if picture is None else self.preprocess.one(picture, augmented)
+        def one(item: _T) -> Any:
+            picture = load(item)
+            return None if picture is None else self.preprocess.one(picture, augmented)
 
-            ready = [prepared for prepared in pool.map(one, batch) if prepared is not None]
+        def inputs(ready: Sequence[Any]) -> dict[str, Tensor] | None:
+            ready = [prepared for prepared in ready if prepared is not None]
             return self.preprocess.together(ready, augmented) if ready else None
 
+        def embeds(given: dict[str, Tensor] | None) -> Tensor | None:
+            return None if given is None else self.engine(given)
+
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
+            if next(self.base.parameters()).device.type == "cpu":
+                for group in _grouped(batches, _TURN):
+                    ready = list(pool.map(one, [item for batch in group for item in batch]))
+                    for batch in group:
+                        yield batch, embeds(inputs(ready[: len(batch)]))
+                        del ready[: len(batch)]
+                return
             waiting: list[tuple[Sequence[_T], Future[dict[str, Tensor] | None]]] = []
             for batch in batches:
-                if not overlap:
-                    inputs = prepare(batch, pool)
-                    yield batch, None if inputs is None else self.engine(inputs)
-                    continue
-                waiting.append((batch, ahead.submit(prepare, batch, pool)))
+                waiting.append((batch, ahead.submit(lambda batch: inputs(list(pool.map(one, batch))), batch)))
                 if len(waiting) > 2:
                     first, prepared = waiting.pop(0)
-                    inputs = prepared.result()
-                    yield first, None if inputs is None else self.engine(inputs)
+                    yield first, embeds(prepared.result())
             for first, prepared in waiting:
-                inputs = prepared.result()
-                yield first, None if inputs is None else self.engine(inputs)
+                yield first, embeds(prepared.result())
+
+
+def _grouped(batches: Iterable[Sequence[_T]], size: int) -> Iterator[list[Sequence[_T]]]:
+    """Batches in lists of at least `size` items, but the last."""
+    group: list[Sequence[_T]] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(map(len, group)) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def crop_size(image_processor: Any) -> tuple[int, int]:

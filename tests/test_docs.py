@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
+from benchmarks.timing import Report
 from taskres_hf.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_performance_page_shows_what_was_measured() -> None:
+    assert Report.stored().markdown() in (ROOT / "docs" / "performance.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from taskres_hf.encoders import FAMILIES, encode_images
 from taskres_hf.engines import make_engine
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
 from taskres_hf.features import Embedder, StoredFeatures
-from taskres_hf.linear import OneDnnLinear, PackedLinear, PackedPatches, onednn, packed_mlp
+from taskres_hf.linear import OneDnnLinear, onednn
 from taskres_hf.preprocessing import Preprocessor
+from taskres_hf.towers import READS_FIRST_TOKEN, REWRITABLE, PackedLinear, PackedPatches, packed_mlp
 
 Model = TaskResCLIPForImageClassification
 COMBINATIONS = [
@@ -59,7 +60,7 @@ def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
     with torch.no_grad():
         expected = encode_images(base, inputs)
         for engine, precision in (("torch", "fp32"), ("torch", "bf16"), *COMBINATIONS[1:]):
-            if engine != "torch" and (family not in engines.CONVERTIBLE or not importlib.util.find_spec(engine)):
+            if engine != "torch" and (family not in REWRITABLE or not importlib.util.find_spec(engine)):
                 continue
             found = make_engine(base, engine, precision)(inputs)
             tolerance = 1e-4 if precision == "fp32" else 0.05 * float(expected.abs().max())
@@ -75,7 +76,7 @@ def test_the_last_layer_works_only_for_the_token_that_is_read(family: str) -> No
     with torch.no_grad():
         encode_images(base, tiny_images(family))
         make_engine(base, "torch", "fp32")(tiny_images(family))
-        assert seen == [17, 1] if family in engines.READS_FIRST_TOKEN else seen[0] == seen[1] >= 16
+        assert seen == [17, 1] if family in READS_FIRST_TOKEN else seen[0] == seen[1] >= 16
         watched: list[int] = []  # who looks at the whole layer gets the whole layer
         last.register_forward_hook(lambda module, inputs, output: watched.append(output.shape[1]))
         make_engine(base, "torch", "fp32")(tiny_images(family))
