@@ -1,6 +1,6 @@
 """`python -m benchmarks [GROUP ...]`: measure, print a table, and write `benchmarks/results.json`.
 
-All groups take about 35 minutes on two cores; the openvino extra is needed for its rows."""
+All groups take about 25 minutes on two cores; the openvino extra is needed for its rows."""
 
 from __future__ import annotations
 

@@ -119,6 +119,10 @@ def test_unreadable_pictures_can_be_skipped(model: Model, tmp_path: Path) -> Non
             found = _embed(model, _with_broken(), on_error="skip", cache_dir=tmp_path)
         assert found.skipped == (1, 2)
         assert found.labels.tolist() == [0, 1]
+    for size in (1, 2, 3):  # in batches without any, or with some that can be read
+        with pytest.warns(UserWarning, match="left out"):
+            again = _embed(model, _with_broken(), on_error="skip", batch_size=size)
+        torch.testing.assert_close(again.image_embeds, found.image_embeds, atol=1e-4, rtol=1e-4)
     with pytest.raises(DataError, match="None of the pictures"), pytest.warns(UserWarning, match="left out|read"):
         _embed(model, _with_broken().select([1, 2]), on_error="skip")
 
