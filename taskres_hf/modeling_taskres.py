@@ -41,6 +41,7 @@ from .encoders import (
 )
 from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
 from .files import RESIDUAL
+from .linear import quicken  # noqa: F401  (older transformers copy only the modules that this file itself imports)
 from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier
 

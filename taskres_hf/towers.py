@@ -9,6 +9,7 @@ with it whatever it did not have to lay out anew.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from typing import Any
 
@@ -71,7 +72,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
     return clone
 
 
-_INNER = ("q_proj", "k_proj", "v_proj", "fc1", "qkv", "query", "keys_values")  # a product takes their result next
+_INNER = ("q_proj", "k_proj", "v_proj", "fc1", "qkv", "first_query", "keys_values")  # a product takes their result next
 
 
 class Layer(nn.Module):
@@ -94,7 +95,7 @@ class Layer(nn.Module):
         query = (attention.q_proj, attention.scale)
         key, value = (attention.k_proj, 1.0), (attention.v_proj, 1.0)
         if first_only:
-            self.query, self.keys_values = _joined(query), _joined(key, value)
+            self.first_query, self.keys_values = _joined(query), _joined(key, value)
         else:
             self.qkv = _joined(query, key, value)
 
@@ -102,8 +103,11 @@ class Layer(nn.Module):
     def fits(layer: nn.Module) -> bool:
         """Whether a module is such a layer, plain: without LoRA, and with nothing that looks in from outside."""
         attention: Any = layer._modules.get("self_attn")
+        returned = str(inspect.signature(type(layer).forward).return_annotation)
         return (
-            set(layer._modules) == {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
+            "Tensor" in returned
+            and "tuple" not in returned.lower()  # as some families' layers did in older transformers
+            and set(layer._modules) == {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
             and attention is not None
             and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "out_proj"}
             and all(type(part) in LINEAR for part in attention.children())
@@ -119,7 +123,7 @@ class Layer(nn.Module):
         normed = self.layer_norm1(hidden_states)
         if self.first_only:
             hidden_states = hidden_states[:, :1]
-            parts = (self.query(normed[:, :1]), *self.keys_values(normed).chunk(2, dim=-1))
+            parts = (self.first_query(normed[:, :1]), *self.keys_values(normed).chunk(2, dim=-1))
         else:
             parts = self.qkv(normed).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
