@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, engines, linear
 from taskres_hf.data import read_image
-from taskres_hf.encoders import FAMILIES, encode_images
+from taskres_hf.encoders import FAMILIES, encode_images, load_image_tower
 from taskres_hf.engines import make_engine
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
 from taskres_hf.features import Embedder, StoredFeatures
@@ -51,6 +51,26 @@ def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, eng
         assert F.cosine_similarity(found - mean, expected[:count] - mean).min() >= 0.98
     before = {name: value.dtype for name, value in model.clip.state_dict().items()}
     assert set(before.values()) == {torch.float32}  # the model itself is left as it was
+
+
+@pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
+def test_engines_need_no_text_tower(
+    model: Model,
+    base: str,
+    pixel_values: Tensor,
+    engine: str,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _needs(engine)
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))  # nothing converted yet
+    tower = load_image_tower(base)
+    assert tower is not None
+    found = make_engine(tower, engine, precision)({"pixel_values": pixel_values})
+    expected = model.get_image_features(pixel_values)
+    assert F.cosine_similarity(found, expected).min() > 0.999
+    assert make_engine(model.clip, engine, precision)({"pixel_values": pixel_values}).equal(found)  # kept or not
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
