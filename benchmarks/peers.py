@@ -57,12 +57,6 @@ def peers(report: Report) -> None:
     embeds = F.normalize(torch.randn(COUNT, 512), dim=1)
     ids = torch.arange(CLASSES).repeat_interleave(SHOTS)
 
-    fastest = float("nan")
-
-    def add(name: str, passes: float, seconds: float, note: str) -> None:
-        value = passes + seconds / unit
-        report.add(f"{PEER}{name}", [value / fastest], 1.0, True, f"{value:.3g} bare passes; {note}")
-
     # Ours: the engine's passes are measured in `training`; here the epochs alone, beside one fp32 pass.
     model = TaskResCLIPForImageClassification.from_base(base, [f"thing number {k}" for k in range(CLASSES)])
     data = ImageFeatures(embeds[None], ids, model.class_names, "")
@@ -82,6 +76,11 @@ def peers(report: Report) -> None:
             engine({"pixel_values": parts[0]})
             passes[precision] = _seconds(lambda: [engine({"pixel_values": part}) for part in parts], 4) / batch_pass
     fastest = passes["bf16"] + seconds / unit
+
+    def add(name: str, passes: float, seconds: float, note: str) -> None:
+        value = passes + seconds / unit
+        report.add(f"{PEER}{name}", [value / fastest], 1.0, True, f"{value:.3g} bare passes; {note}")
+
     for precision, name in (("bf16", "torch bf16"), ("fp32", "exact fp32")):
         add(f"ours, {name}, 200 epochs", passes[precision], seconds, "epochs run in full on embeddings of this size")
 

@@ -120,8 +120,6 @@ class _Tower(nn.Module):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.base = rewritten(base)
-        parts = self.base._modules.items()  # a converter looks into all parts, also one that says it is not loaded
-        self.base._modules = {name: part for name, part in parts if not name.startswith("text")}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return encode_images(self.base, {"pixel_values": pixel_values})

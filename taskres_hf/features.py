@@ -340,7 +340,8 @@ class Embedder:
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
             if next(self.base.parameters()).device.type == "cpu":
-                for group in _grouped(batches, _TURN):
+                turn = _TURN if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
+                for group in _grouped(batches, turn):
                     ready = list(pool.map(one, [item for batch in group for item in batch]))
                     for batch in group:
                         yield batch, embeds(inputs(ready[: len(batch)]))

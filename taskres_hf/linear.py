@@ -44,7 +44,7 @@ def mkl_is_slow() -> bool:
 def product(rows: Tensor, columns: Tensor) -> Tensor:
     """`rows @ columns.T` of two matrices outside autograd, by oneDNN where MKL is slow."""
     operators = onednn(torch.float32) if mkl_is_slow() else None
-    if operators is None or not rows.dtype == columns.dtype == torch.float32 or not rows.is_cpu & columns.is_cpu:
+    if operators is None or not rows.dtype == columns.dtype == torch.float32 or not (rows.is_cpu and columns.is_cpu):
         return torch.mm(rows, columns.T)
     found: Tensor = operators[1](rows, columns, None, "none", [], "")
     return found

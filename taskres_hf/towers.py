@@ -38,7 +38,7 @@ def best_batch_size(base: PreTrainedModel) -> int:
 
 
 def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The same model, doing less work on its image side.
+    """The image side of a model, doing less work; the text side is left out.
 
     Args:
         base: a frozen dual encoder. dtype: also lay its linear layers out for oneDNN, to multiply in fp32 or bf16;
@@ -54,7 +54,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
             return PackedLinear(module.weight, module.bias, own, rows, name in _INNER)  # type: ignore[arg-type]
         if dtype is not None and PackedPatches.fits(module):
             return PackedPatches(module, rows)  # type: ignore[arg-type]
-        if any(module is layer for layer in layers) and Layer.fits(module):
+        if module in layers and Layer.fits(module):
             clone: nn.Module = Layer(module, first_only=module is last)
         else:
             clone = copy.copy(module)
@@ -66,8 +66,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
 
     clone: PreTrainedModel = copy.copy(base)
     clone._modules = {
-        name: module if module is None or name.startswith("text") else convert(module, name)
-        for name, module in base._modules.items()
+        name: module and convert(module, name) for name, module in base._modules.items() if not name.startswith("text")
     }
     return clone
 

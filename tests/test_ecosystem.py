@@ -20,6 +20,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 import taskres_hf
 from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.modeling_taskres import REMOTE_CODE_FILES
 
 Model = TaskResCLIPForImageClassification
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,15 @@ def test_two_processes_reach_the_same(tmp_path: Path, mode: str) -> None:
 
 
 # ---------------------------------------------------------------------- without the library
+
+
+def test_the_model_itself_names_every_module_of_the_remote_code() -> None:
+    """Older transformers copy from a folder only what the model's file imports, not what that imports in turn."""
+    import ast
+
+    tree = ast.parse((ROOT / "taskres_hf" / "modeling_taskres.py").read_text())
+    named = {f"{node.module}.py" for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert set(REMOTE_CODE_FILES) - {"modeling_taskres.py"} <= named
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])

@@ -88,6 +88,19 @@ def test_augmentation_is_crop_and_flip(few: LabelledImages) -> None:
     assert augment(few.image(0).resize((4000, 4)), (8, 8), random.Random(0)).size == (8, 8)
 
 
+@pytest.mark.parametrize(("exact", "held"), [(False, 6), (True, 2)])
+def test_whole_pictures_are_held_only_a_batch_at_a_time(
+    model: Model, few: LabelledImages, exact: bool, held: int
+) -> None:
+    embedder = Embedder(model.clip, model.image_processor, exact_preprocessing=exact)
+    seen: list[int] = []
+    batches = iter([[0, 1], [2, 3], [4, 5]])
+    stream = embedder.stream(batches, lambda index: (seen.append(index), few.image(index))[1], augmented=False)
+    next(stream)
+    assert len(seen) == held
+    assert len(list(stream)) == 2
+
+
 def _with_broken() -> LabelledImages:
     import io
 
