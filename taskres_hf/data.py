@@ -28,6 +28,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from PIL import ImageOps
 from transformers.image_utils import load_image
 
 from .errors import DataError, FewShotError, ImageError
@@ -87,7 +88,8 @@ def read_image(source: Any, draft: tuple[int, int] | None = None) -> PIL.Image.I
                 raise ImageError(f"There is no file {name}.")
         if isinstance(source, (bytes, bytearray)):
             source = io.BytesIO(source)
-        if isinstance(source, (str, io.BytesIO)):
+        ours = isinstance(source, (str, io.BytesIO))
+        if ours:
             source = PIL.Image.open(source)
         elif source is not None and not isinstance(source, PIL.Image.Image):
             source = PIL.Image.fromarray(source)
@@ -107,7 +109,11 @@ def read_image(source: Any, draft: tuple[int, int] | None = None) -> PIL.Image.I
                 f"{name} has transparent pixels; their hidden colour is used, as pipeline() does.",
                 stacklevel=2,
             )
-        return load_image(source)
+        if not ours or source.mode != "RGB":
+            return load_image(source)
+        source.load()
+        ImageOps.exif_transpose(source, in_place=True)  # as `load_image` does, without copying a large picture twice
+        return source
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files

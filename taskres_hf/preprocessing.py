@@ -1,8 +1,9 @@
 """Pictures to pixel values, the same as the stock image processor's to two grey levels, in less time.
 
-The stock processors resize a whole picture, crop, and normalise in floating-point numpy, one step at a time. Here only
-what the crop keeps is resized, and normalised by looking bytes up in a table. Which processors this fits is not
-assumed but tried: a probe picture goes both ways, and the stock processor stays where they differ.
+The stock processors resize a whole picture with Pillow, crop, and normalise in floating-point numpy, one step at a
+time. Here torch resizes most of what shrinks, which is the same arithmetic on bytes with wider instructions, and Pillow
+the rest; values are looked up in a table, or left as bytes to a tower that takes them. Which processors this fits is
+not assumed but tried: probe pictures go both ways, and the stock processor stays where they differ.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MODES = {int(mode): mode for mode in (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC)}
+_MODES = {PIL.Image.Resampling.BILINEAR: "bilinear", PIL.Image.Resampling.BICUBIC: "bicubic"}
+_STRIP = 1 << 21  # bytes of a large picture that are handled at once, to stay near the processor
+_PROBES = ((448, 256), (250, 260))  # heights and widths: as tall as torch takes them, and hardly larger than a tower's
 _TOLERANCE = 2.01 / 255.0  # two grey levels, before normalisation
 
 
@@ -29,23 +33,32 @@ class Preprocessor:
 
     Attributes:
         fast: whether the short way is used.
+        in_bytes: whether to leave the normalisation to the tower and give bytes; set it before use.
     """
 
     def __init__(self, image_processor: Any, exact: bool = False) -> None:
         self.stock = image_processor
         self._plan = None if exact else _Plan.of(image_processor)
         self.fast = self._plan is not None and self._agrees()
+        self.in_bytes = False
+
+    @property
+    def normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """What pixel values are: a byte times the one plus the other, per channel, [3] each; None if not known."""
+        return (self._plan.scale, self._plan.shift) if self.fast and self._plan is not None else None
 
     def one(self, picture: PIL.Image.Image, augmented: bool = False) -> Any:
         """What can be done for an RGB picture alone, in any thread; an `augmented` one has the tower's size."""
         if self.fast and self._plan is not None:
-            return self._plan.normalised(self._plan.cropped(picture, augmented))
+            pixels = self._plan.cropped(picture, augmented)
+            return pixels if self.in_bytes else self._plan.normalised(pixels)
         return picture
 
     def together(self, prepared: Sequence[Any], augmented: bool = False) -> dict[str, Tensor]:
         """Inputs of the tower from what `one` gave."""
         if self.fast:
-            return {"pixel_values": torch.from_numpy(np.stack(prepared))}
+            pixels = torch.from_numpy(np.stack(prepared))
+            return {"pixel_values": pixels.permute(0, 3, 1, 2) if self.in_bytes else pixels}
         options = {"do_resize": False, "do_center_crop": False} if augmented else {}
         inputs = self.stock(images=list(prepared), return_tensors="pt", **options)
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -61,21 +74,25 @@ class Preprocessor:
         return (self._plan.shortest, self._plan.shortest) if self._plan.shortest else self._plan.size
 
     def _agrees(self) -> bool:
-        """Whether a picture of awkward size and strong edges comes out the same both ways."""
-        assert self._plan is not None
+        """Whether pictures of awkward sizes come out the same both ways: with strong edges, and where neighbours have
+        nothing in common."""
         generator = np.random.default_rng(0)
-        coarse = generator.integers(0, 256, (9, 13, 3), dtype=np.uint8)
-        probe = PIL.Image.fromarray(coarse).resize((333, 211), PIL.Image.Resampling.BILINEAR)
+        coarse = PIL.Image.fromarray(generator.integers(0, 256, (9, 13, 3), dtype=np.uint8))
+        noise = [PIL.Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _PROBES]
         try:
-            expected = self.stock(images=[probe], return_tensors="pt")
-            if set(expected) != {"pixel_values"}:
-                return False
-            found = torch.from_numpy(self._plan.normalised(self._plan.cropped(probe, False)))
-            if found.shape != expected["pixel_values"][0].shape:
-                return False
-            gap = (found - expected["pixel_values"][0]).abs().amax(dim=(1, 2)) * self._plan.std
+            return all(map(self._agrees_on, [coarse.resize((333, 211), PIL.Image.Resampling.BILINEAR), *noise]))
         except Exception:  # a processor of another kind: whatever it refuses, the stock way is right
             return False
+
+    def _agrees_on(self, probe: PIL.Image.Image) -> bool:
+        assert self._plan is not None
+        expected = self.stock(images=[probe], return_tensors="pt")
+        if set(expected) != {"pixel_values"}:
+            return False
+        found = torch.from_numpy(self._plan.normalised(self._plan.cropped(probe, False)))
+        if found.shape != expected["pixel_values"][0].shape:
+            return False
+        gap = (found - expected["pixel_values"][0]).abs().amax(dim=(1, 2)) * self._plan.std
         return bool((gap <= _TOLERANCE).all())
 
 
@@ -88,10 +105,13 @@ class _Plan:
         self.size = None if self.shortest else (int(size["height"]), int(size["width"]))
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
         self.crop = (int(crop["height"]), int(crop["width"])) if crop else None
-        self.resample = _MODES[int(processor.resample)]
+        self.resample = PIL.Image.Resampling(int(processor.resample))
+        self.mode = _MODES[self.resample]
         mean = torch.tensor(processor.image_mean) if processor.do_normalize else torch.zeros(3)
         self.std = torch.tensor(processor.image_std) if processor.do_normalize else torch.ones(3)
-        values = torch.arange(256, dtype=torch.float32) * float(processor.rescale_factor)
+        factor = float(processor.rescale_factor)
+        self.scale, self.shift = factor / self.std, -mean / self.std
+        values = torch.arange(256, dtype=torch.float32) * factor
         self.table = ((values - mean[:, None]) / self.std[:, None]).numpy()  # [3, 256]
 
     @staticmethod
@@ -103,23 +123,44 @@ class _Plan:
             return None
 
     def cropped(self, picture: PIL.Image.Image, augmented: bool) -> NDArray[np.uint8]:
-        """Bytes [H, W, 3] of the tower's size: only what the crop keeps is resized."""
-        if not augmented:
-            width, height = picture.size
-            if self.shortest:
-                longer = int(self.shortest * max(width, height) / min(width, height))
-                wide, high = (self.shortest, longer) if width <= height else (longer, self.shortest)
-            else:
-                assert self.size is not None
-                high, wide = self.size
-            crop_high, crop_wide = self.crop or (high, wide)
-            left, top = (wide - crop_wide) // 2, (high - crop_high) // 2
-            if left < 0 or top < 0:
-                raise ValueError("the crop is larger than the picture")
-            across, down = width / wide, height / high  # whole pixels of the result, so the same samples are taken
-            box = (left * across, top * down, (left + crop_wide) * across, (top + crop_high) * down)
-            picture = picture.resize((crop_wide, crop_high), self.resample, box=box)
-        return np.asarray(picture)
+        """Bytes [H, W, 3] of the tower's size."""
+        if augmented:
+            return np.asarray(picture)
+        width, height = picture.size
+        if self.shortest:
+            longer = int(self.shortest * max(width, height) / min(width, height))
+            wide, high = (self.shortest, longer) if width <= height else (longer, self.shortest)
+        else:
+            assert self.size is not None
+            high, wide = self.size
+        crop_high, crop_wide = self.crop or (high, wide)
+        left, top = (wide - crop_wide) // 2, (high - crop_high) // 2
+        if left < 0 or top < 0:
+            raise ValueError("the crop is larger than the picture")
+        # Both go across first, then down, with bytes between; Pillow 13 goes the other way where most of what goes is
+        # height, and a picture of sharp edges would differ.
+        if width >= wide and 0 <= height - high <= 2 * (width - wide):
+            resized = self._shrunk(picture, wide, high)
+        else:
+            resized = np.asarray(picture.resize((wide, high), self.resample))
+        return np.ascontiguousarray(resized[top : top + crop_high, left : left + crop_wide])
+
+    def _shrunk(self, picture: PIL.Image.Image, wide: int, high: int) -> NDArray[np.uint8]:
+        """Bytes [high, wide, 3] of a picture that is larger both ways; of a large one, strip after strip."""
+        rows = max(1, _STRIP // (4 * picture.width))
+        if rows >= picture.height:
+            resized = self._resized(_in_torch(picture), high, wide)
+        else:
+            strips = []
+            for top in range(0, picture.height, rows):
+                strip = _in_torch(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+                strips.append(self._resized(strip, strip.shape[2], wide))
+            resized = self._resized(torch.cat(strips, dim=2), high, wide)
+        found: NDArray[np.uint8] = resized[0, :3].permute(1, 2, 0).numpy()
+        return found
+
+    def _resized(self, pixels: Tensor, high: int, wide: int) -> Tensor:
+        return F.interpolate(pixels, (high, wide), mode=self.mode, antialias=True)
 
     def normalised(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Float pixel values [3, H, W]: a byte has 256 values, so a table of them is all the arithmetic there is."""
@@ -127,3 +168,9 @@ class _Plan:
         for channel in range(3):
             np.take(self.table[channel], pixels[:, :, channel], out=out[channel], mode="clip")
         return out
+
+
+def _in_torch(picture: PIL.Image.Image) -> Tensor:
+    """Bytes [1, 4, H, W] of an RGB picture, a fourth byte beside each three, as Pillow keeps them and torch is fast."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes("raw", "RGBX")), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 4).permute(0, 3, 1, 2)
