@@ -34,7 +34,7 @@ from .files import read_tensors, write_tensors
 from .preprocessing import Preprocessor
 
 _FORMAT = 2
-_TURN = 64  # pictures prepared before the tower has its turn: changing places costs both
+_TURN = 64  # pictures prepared before the tower has its turn: changing places costs both; as bytes four times as many
 _T = TypeVar("_T")
 _CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -299,8 +299,9 @@ class Embedder:
         draft_decoding: bool = False,
     ) -> None:
         self.base, self.image_processor = base, image_processor
-        self.engine = make_engine(base, engine, precision)
         self.preprocess = Preprocessor(image_processor, exact_preprocessing)
+        self.engine = make_engine(base, engine, precision, self.preprocess.normalisation)
+        self.preprocess.in_bytes = self.engine.takes_bytes
         self.batch_size = self.engine.batch_size
         self.draft = self.preprocess.target_size() if draft_decoding else None
 
@@ -340,7 +341,9 @@ class Embedder:
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
             if next(self.base.parameters()).device.type == "cpu":
-                turn = _TURN if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
+                turn = 4 * _TURN if self.preprocess.in_bytes else _TURN
+                if not self.preprocess.fast:  # the stock processor is given whole pictures: hold few
+                    turn = 1
                 for group in _grouped(batches, turn):
                     ready = list(pool.map(one, [item for batch in group for item in batch]))
                     for batch in group:

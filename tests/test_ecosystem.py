@@ -72,8 +72,8 @@ def test_nothing_unpickles() -> None:
 def test_modules_import_only_from_those_before_them() -> None:
     order = [
         "_version", "errors", "registration", "prompts", "residual", "configuration_taskres", "files", "data",
-        "linear", "encoders", "preprocessing", "towers", "engines", "features", "base_classifier", "enhanced_base",
-        "artifact", "hub", "modeling_taskres",
+        "linear", "encoders", "preprocessing", "int8", "towers", "engines", "features", "base_classifier",
+        "enhanced_base", "artifact", "hub", "modeling_taskres",
         "evaluation", "optimization", "training", "predictions", "demo", "suite", "benchmarking", "importing",
         "cli_options", "cli_research", "cli",
     ]  # fmt: skip

@@ -7,14 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from taskres_hf import TaskResCLIPForImageClassification, features
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, features
 from taskres_hf.data import LabelledImages
 from taskres_hf.errors import ConfigurationError, DataError, ImageError
-from taskres_hf.features import Embedder, augment, embed_images
+from taskres_hf.features import Embedder, StoredFeatures, augment, embed_images
 
 Model = TaskResCLIPForImageClassification
 
@@ -153,3 +154,55 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(
     (tmp_path / "file").write_text("")
     with pytest.raises(Exception, match=os.fspath(tmp_path / "file")):
         _embed(model, few, cache_dir=tmp_path / "file" / "cache")
+
+
+# ---------------------------------------------------------------------- embeddings on disk
+
+
+def _stored(model: Model, splits: Any, folder: Path, dtype: Any = np.float32) -> StoredFeatures:
+    data = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True)).embed(splits["train"])
+    np.save(folder / "embeds.npy", data.image_embeds[0].numpy().astype(dtype))
+    return StoredFeatures(folder / "embeds.npy", data.labels, data.class_names)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_every_row_once_an_epoch_with_its_label(model: Model, splits: Any, tmp_path: Path, dtype: Any) -> None:
+    data = _stored(model, splits, tmp_path, dtype)
+    data._BLOCK = 16  # type: ignore[misc]
+    table = torch.from_numpy(np.load(tmp_path / "embeds.npy").astype(np.float32))
+    seen = []
+    for labels, embeds in data.batches(10, seed=1, epoch=2, buffer_mb=1):
+        rows = torch.cdist(embeds, table).argmin(dim=1)
+        assert torch.equal(data.labels[rows], labels)
+        seen += rows.tolist()
+    assert len(seen) == 170  # 179 rows, the ragged end dropped
+    assert len(set(seen)) >= 165  # a few pictures are alike
+    first, again, other = ([ids.tolist() for ids, _ in data.batches(10, 1, epoch, 1)] for epoch in (2, 2, 3))
+    assert first == again != other
+
+
+def test_training_from_disk_equals_training_from_memory(model: Model, splits: Any, tmp_path: Path) -> None:
+    """In one batch an epoch the order does not matter, so the results must agree."""
+    data = _stored(model, splits, tmp_path)
+    results = []
+    for source in (splits["train"], data):
+        model.classifier.reset()
+        arguments = TaskResTrainingArguments(num_train_epochs=50, disable_tqdm=True)
+        trainer = TaskResTrainer(model, arguments, source, splits["test"])
+        trainer.train()
+        results.append(trainer.evaluate()["accuracy"])
+    assert results[0] == pytest.approx(results[1], abs=1.5 / 159)
+
+
+def test_wrong_files_and_settings(model: Model, splits: Any, tmp_path: Path) -> None:
+    data = _stored(model, splits, tmp_path)
+    with pytest.raises(DataError, match="2 labels were given"):
+        StoredFeatures(tmp_path / "embeds.npy", [0, 1], data.class_names)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"no \.npy file"):
+        StoredFeatures(tmp_path / "objects.npy", [0], ["a", "b"])
+    with pytest.raises(ConfigurationError, match="do not apply"):
+        TaskResTrainer(model, TaskResTrainingArguments(shots=2, disable_tqdm=True), data).train()
+    data.class_names = list(reversed(data.class_names))
+    with pytest.raises(DataError, match="order differ"):
+        TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True), data).train()

@@ -276,3 +276,14 @@ def test_head_stays_on_zero_shot_when_training_is_skipped(model: Model, splits: 
     metrics = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True), eval_dataset=splits["test"]).evaluate()
     assert metrics["accuracy"] == metrics["zero_shot_accuracy"]
     assert metrics["accuracy"] == pytest.approx(0.4151, abs=5e-4)  # as the checkpoint's card says
+
+
+def test_classifiers_are_swapped_on_a_live_model(model: Model, base: str, pixel_values: torch.Tensor) -> None:
+    other = Model.from_base(base, ["cat", "dog", "fish"])
+    expected = other(pixel_values=pixel_values).logits
+    model.use_classifier(other)
+    assert torch.equal(model(pixel_values=pixel_values).logits, expected)
+    assert model.class_names == ["cat", "dog", "fish"]
+    other.config.base_model_name_or_path = "another/base"
+    with pytest.raises(ConfigurationError, match="different bases"):
+        Model.from_base(base, ["a", "b"]).use_classifier(other)
