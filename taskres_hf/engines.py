@@ -49,6 +49,10 @@ class ImageEngine:
     prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
     takes_bytes: bool = False
 
+    def get_ready(self) -> None:
+        """Convert the tower now rather than when the first pictures come."""
+        _ = self._run
+
     @cached_property
     def _run(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
         return self.prepare()
@@ -163,7 +167,12 @@ def _openvino(base: PreTrainedModel, precision: str) -> ImageEngine:
         import openvino
     except ImportError as error:
         raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
-    return ImageEngine("openvino", precision, best_batch_size(base), lambda: _openvino_tower(openvino, base, precision))
+    return ImageEngine(
+        "openvino",
+        precision,
+        best_batch_size(base, torch.get_num_threads()),
+        lambda: _openvino_tower(openvino, base, precision),
+    )
 
 
 def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -209,7 +218,8 @@ def _onnxruntime(base: PreTrainedModel, precision: str) -> ImageEngine:
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise MissingExtraError('engine="onnxruntime" needs its packages: pip install "taskres_hf[onnx]".') from error
-    return ImageEngine("onnxruntime", "fp32", best_batch_size(base), lambda: _onnxruntime_tower(onnxruntime, base))
+    size = best_batch_size(base, torch.get_num_threads())
+    return ImageEngine("onnxruntime", "fp32", size, lambda: _onnxruntime_tower(onnxruntime, base))
 
 
 def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:

@@ -12,9 +12,11 @@ import math
 import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,7 @@ from .files import read_tensors, write_tensors
 from .preprocessing import Preprocessor
 
 _FORMAT = 2
-_TURN = 64  # pictures prepared before the tower has its turn: changing places costs both; as bytes four times as many
+_TURN = 64  # pictures prepared before the tower has its turn, where they take turns: changing places costs both
 _T = TypeVar("_T")
 _CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -322,42 +324,84 @@ class Embedder:
     def stream(
         self, batches: Iterable[Sequence[_T]], load: Callable[[_T], PIL.Image.Image | None], augmented: bool
     ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
-        """Each batch with the embeddings of the pictures that `load` gave, decoded on all cores.
+        """Each batch with the embeddings of the pictures that `load` gave, in order; decoding overlaps the tower.
 
-        Beside a GPU the next batch is decoded meanwhile. On a CPU decoding and the tower take turns, a few batches at a
-        time: the tower uses all cores, and a thread that decodes beside it holds up all of them.
+        On a CPU every core takes a batch from file to embedding, so that one decodes while another multiplies, and none
+        waits for another within a layer. With fewer batches than cores, and in engines with threads of their own, all
+        cores decode a few batches, then all run the tower. Beside a GPU the next batch is decoded meanwhile.
         """
 
         def one(item: _T) -> Any:
             picture = load(item)
             return None if picture is None else self.preprocess.one(picture, augmented)
 
-        def inputs(ready: Sequence[Any]) -> dict[str, Tensor] | None:
+        def embeds(ready: Iterable[Any]) -> Tensor | None:
+            ready = [prepared for prepared in ready if prepared is not None]
+            return self.engine(self.preprocess.together(ready, augmented)) if ready else None
+
+        if next(self.base.parameters()).device.type != "cpu":
+            yield from self._beside(batches, one, augmented)
+            return
+        batches, cores = iter(batches), torch.get_num_threads()
+        first = list(islice(batches, cores))
+        batches = chain(first, batches)
+        if self.engine.engine == "torch" and self.preprocess.fast and 1 < cores <= len(first):
+            yield from _on_every_core(batches, lambda batch: embeds(map(one, batch)), cores, self.engine.get_ready)
+            return
+        turn = _TURN if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            for group in _grouped(batches, turn):
+                ready = list(pool.map(one, [item for batch in group for item in batch]))
+                for batch in group:
+                    yield batch, embeds(ready[: len(batch)])
+                    del ready[: len(batch)]
+
+    def _beside(
+        self, batches: Iterable[Sequence[_T]], one: Callable[[_T], Any], augmented: bool
+    ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
+        """`stream` beside a GPU: two batches are decoded ahead."""
+
+        def inputs(ready: Iterable[Any]) -> dict[str, Tensor] | None:
             ready = [prepared for prepared in ready if prepared is not None]
             return self.preprocess.together(ready, augmented) if ready else None
 
-        def embeds(given: dict[str, Tensor] | None) -> Tensor | None:
-            return None if given is None else self.engine(given)
-
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
-            if next(self.base.parameters()).device.type == "cpu":
-                turn = 4 * _TURN if self.preprocess.in_bytes else _TURN
-                if not self.preprocess.fast:  # the stock processor is given whole pictures: hold few
-                    turn = 1
-                for group in _grouped(batches, turn):
-                    ready = list(pool.map(one, [item for batch in group for item in batch]))
-                    for batch in group:
-                        yield batch, embeds(inputs(ready[: len(batch)]))
-                        del ready[: len(batch)]
-                return
-            waiting: list[tuple[Sequence[_T], Future[dict[str, Tensor] | None]]] = []
-            for batch in batches:
-                waiting.append((batch, ahead.submit(lambda batch: inputs(list(pool.map(one, batch))), batch)))
-                if len(waiting) > 2:
-                    first, prepared = waiting.pop(0)
-                    yield first, embeds(prepared.result())
-            for first, prepared in waiting:
-                yield first, embeds(prepared.result())
+            prepared = ((batch, ahead.submit(lambda batch: inputs(pool.map(one, batch)), batch)) for batch in batches)
+            for batch, given in _ahead(prepared, 2):
+                yield batch, None if given is None else self.engine(given)
+
+
+def _on_every_core(
+    batches: Iterable[Sequence[_T]],
+    embed: Callable[[Sequence[_T]], Tensor | None],
+    cores: int,
+    ready: Callable[[], Any],
+) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
+    """Batches with what `embed` makes of them, each on one core."""
+
+    @torch.no_grad()
+    def work(batch: Sequence[_T]) -> Tensor | None:
+        return embed(batch)
+
+    ready()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from _ahead(((batch, pool.submit(work, batch)) for batch in batches), 2 * cores)
+    finally:
+        torch.set_num_threads(cores)  # what a thread sets for itself, torch also takes for threads to come
+
+
+def _ahead(jobs: Iterable[tuple[_T, Future[Any]]], count: int) -> Iterator[tuple[_T, Any]]:
+    """Results in order, while up to `count` later jobs are under way."""
+    waiting: deque[tuple[_T, Future[Any]]] = deque()
+    for job in jobs:
+        waiting.append(job)
+        if len(waiting) > count:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    while waiting:
+        item, future = waiting.popleft()
+        yield item, future.result()
 
 
 def _grouped(batches: Iterable[Sequence[_T]], size: int) -> Iterator[list[Sequence[_T]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,72 @@ def test_whole_pictures_are_held_only_a_batch_at_a_time(
     next(stream)
     assert len(seen) == held
     assert len(list(stream)) == 2
+
+
+def _streamed(stream: Any) -> list[tuple[list[int], torch.Tensor | None]]:
+    return [(list(batch), embeds) for batch, embeds in stream]
+
+
+def test_every_way_to_stream_gives_the_same_in_order(
+    model: Model, few: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = Embedder(model.clip, model.image_processor)
+    batches = [[0, 1, 2], [], [3], [4, 5], [6, 7, 8, 9]]
+
+    def load(index: int) -> Any:
+        time.sleep(0.01 * (9 - index))  # the first are the last to be ready
+        return None if index == 3 else few.image(index)
+
+    found = {}
+    for cores in (1, 2, 9):  # taking turns; every core for itself; more cores than batches
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found[cores] = _streamed(embedder.stream(batches, load, augmented=False))
+    found[0] = _streamed(embedder._beside(batches, lambda i: (p := load(i)) and embedder.preprocess.one(p), False))
+    for ways in found.values():
+        assert [batch for batch, _ in ways] == batches
+        for (_, embeds), (_, expected) in zip(ways, found[1], strict=True):
+            assert (embeds is None) == (expected is None)
+            if embeds is not None:
+                torch.testing.assert_close(embeds, expected, atol=1e-4, rtol=1e-4)
+    assert found[2][1][1] is found[2][2][1] is None  # an empty batch, and one that cannot be read
+
+
+def test_one_core_decodes_while_another_runs_the_tower(
+    model: Model, few: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    embedder = Embedder(model.clip, model.image_processor)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    decoding, running = threading.Event(), threading.Event()
+    real = embedder.engine._run
+
+    def run(inputs: Any) -> torch.Tensor:
+        running.set()
+        assert decoding.wait(20), "nobody decodes meanwhile"
+        return real(inputs)
+
+    def load(index: int) -> Any:
+        if index == 1:
+            assert running.wait(20), "the tower does not run meanwhile"
+            decoding.set()
+        return few.image(index)
+
+    embedder.engine.__dict__["_run"] = run
+    assert len(_streamed(embedder.stream([[0], [1], [2]], load, augmented=False))) == 3
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
+
+    def fail(index: int) -> Any:
+        raise ValueError("a bug in load")
+
+    with pytest.raises(ValueError, match="a bug"):
+        _streamed(embedder.stream([[0], [1], [2]], fail, augmented=False))
+    assert torch.get_num_threads() == threads  # also of threads to come
+    counts: list[int] = []
+    other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert counts == [threads]
 
 
 def _with_broken() -> LabelledImages:
