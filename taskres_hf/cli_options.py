@@ -49,7 +49,7 @@ BatchSize = Annotated[
     int | None, typer.Option(help="Pictures a forward pass; the engine's best.", min=1, rich_help_panel=MODEL)
 ]
 Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.", rich_help_panel=MODEL)]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for the frozen tower.", rich_help_panel=MODEL)]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, for the frozen tower.", rich_help_panel=MODEL)]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto, for the base.", rich_help_panel=MODEL)
 ]

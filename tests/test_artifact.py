@@ -240,6 +240,7 @@ def test_describe(trained: Path) -> None:
     assert facts["num_classes"] == 8
     assert facts["shots"] == 4
     assert facts["residual"]["shape"] == [8, 192]
+    assert facts["engine"] == "torch-fp32"
     assert 0 < facts["zero_shot_accuracy"] < 1
     assert set(facts["bytes"]) == FILES
     assert "torch" in facts["library_versions"]
