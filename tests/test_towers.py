@@ -119,6 +119,8 @@ def test_a_turned_tower_is_the_same_tower(family: str, monkeypatch: pytest.Monke
     """What int8 rounds is, before it is rounded, exactly what was there."""
     torch.manual_seed(0)
     base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    if not Layer.fits(base.vision_model.encoder.layers[0]):
+        pytest.skip("this family's layers return a tuple in this version of transformers, so they are not rewritten")
     with torch.no_grad():
         for parameter in base.vision_model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
