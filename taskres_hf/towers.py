@@ -23,6 +23,7 @@ from .linear import ACTIVATIONS, LINEAR, Int8Linear, PackedLinear, cpu_has_bf16,
 
 READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
 REWRITABLE = (*READS_FIRST_TOKEN, "siglip")  # families whose layers have CLIP's parts and no mask
+_CAPTURE = "transformers.utils.output_capturing"
 _FEW_TOKENS = 64  # up to here two small products beat the fused attention in bf16
 
 
@@ -149,10 +150,7 @@ class Layer(nn.Module):
             and all(type(part) in LINEAR for part in attention.children())
             and hasattr(attention, "num_heads")
             and hasattr(attention, "scale")
-            and not any(
-                "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-                for module in (layer, *attention.modules())
-            )
+            and not any(map(_watched, (layer, *attention.modules())))
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,6 +188,12 @@ class Layer(nn.Module):
         read = torch.matmul(weights, normed).transpose(0, 1)  # [heads, B, D]
         mixed = torch.matmul(read, values.transpose(1, 2)).transpose(0, 1).flatten(1)
         return (mixed if self.values.bias is None else mixed + self.values.bias)[:, None]
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something from outside takes part; hooks that transformers leaves to capture hidden states do not."""
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURE]
+    return "forward" in vars(module) or bool(hooks or module._forward_pre_hooks)
 
 
 def _joined(*parts: tuple[nn.Linear, float]) -> nn.Linear:

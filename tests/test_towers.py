@@ -53,6 +53,15 @@ def test_the_last_layer_works_only_for_the_token_that_is_read(family: str) -> No
         assert seen[2] == seen[0]
 
 
+def test_a_model_that_showed_its_hidden_states_is_rewritten_too(model: Model, pixel_values: Tensor) -> None:
+    """transformers leaves hooks on its layers from then on."""
+    with torch.no_grad():
+        model.clip.vision_model(pixel_values=pixel_values, output_hidden_states=True)
+    assert all(map(Layer.fits, model.clip.vision_model.encoder.layers))
+    model.clip.vision_model.encoder.layers[0].register_forward_pre_hook(lambda *a: None)
+    assert not Layer.fits(model.clip.vision_model.encoder.layers[0])
+
+
 @pytest.mark.parametrize("options", [{"kernel_size": 8, "stride": 8}, {"kernel_size": (4, 8), "stride": (4, 8)}])
 def test_patches_are_a_linear_layer(options: Any) -> None:
     layer = nn.Conv2d(3, 6, **options).requires_grad_(False)
