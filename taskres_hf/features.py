@@ -35,7 +35,7 @@ from .errors import ArtifactError, ConfigurationError, DataError, ImageError
 from .files import read_tensors, write_tensors
 from .preprocessing import Preprocessor
 
-_FORMAT = 2
+_FORMAT = 3
 _TURN = 64  # pictures prepared before the tower has its turn, where they take turns: changing places costs both
 _T = TypeVar("_T")
 _CROP_AREA = (0.08, 1.0)  # published augmentation: random resized crop and flip
