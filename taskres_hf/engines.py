@@ -101,7 +101,6 @@ def make_engine(
         found = importlib.util.find_spec("openvino") is not None and onednn(torch.float32) is None
         engine = "openvino" if found and on_cpu and not half and plain and wide and precision == "fp32" else "torch"
     if precision == "int8":
-        engine = "torch" if engine == "auto" else engine
         _check_int8(base, engine, on_cpu and not half)
     if engine == "torch":
         convert = not half and (on_cpu or precision == "bf16")

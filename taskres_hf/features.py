@@ -335,47 +335,45 @@ class Embedder:
             picture = load(item)
             return None if picture is None else self.preprocess.one(picture, augmented)
 
-        def embeds(ready: Iterable[Any]) -> Tensor | None:
+        def inputs(ready: Iterable[Any]) -> dict[str, Tensor] | None:
             ready = [prepared for prepared in ready if prepared is not None]
-            return self.engine(self.preprocess.together(ready, augmented)) if ready else None
+            return self.preprocess.together(ready, augmented) if ready else None
+
+        def embeds(given: dict[str, Tensor] | None) -> Tensor | None:
+            return None if given is None else self.engine(given)
 
         if next(self.base.parameters()).device.type != "cpu":
-            yield from self._beside(batches, one, augmented)
+            prepared = _decoded_ahead(batches, lambda pool, batch: inputs(pool.map(one, batch)))
+            yield from ((batch, embeds(given)) for batch, given in prepared)
             return
         batches, cores = iter(batches), torch.get_num_threads()
         first = list(islice(batches, cores))
         batches = chain(first, batches)
         if self.engine.engine == "torch" and self.preprocess.fast and 1 < cores <= len(first):
-            yield from _on_every_core(batches, lambda batch: embeds(map(one, batch)), cores, self.engine.get_ready)
+            self.engine.get_ready()
+            yield from _on_every_core(batches, lambda batch: embeds(inputs(map(one, batch))), cores)
             return
         turn = _TURN if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             for group in _grouped(batches, turn):
                 ready = list(pool.map(one, [item for batch in group for item in batch]))
                 for batch in group:
-                    yield batch, embeds(ready[: len(batch)])
+                    yield batch, embeds(inputs(ready[: len(batch)]))
                     del ready[: len(batch)]
 
-    def _beside(
-        self, batches: Iterable[Sequence[_T]], one: Callable[[_T], Any], augmented: bool
-    ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
-        """`stream` beside a GPU: two batches are decoded ahead."""
 
-        def inputs(ready: Iterable[Any]) -> dict[str, Tensor] | None:
-            ready = [prepared for prepared in ready if prepared is not None]
-            return self.preprocess.together(ready, augmented) if ready else None
-
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
-            prepared = ((batch, ahead.submit(lambda batch: inputs(pool.map(one, batch)), batch)) for batch in batches)
-            for batch, given in _ahead(prepared, 2):
-                yield batch, None if given is None else self.engine(given)
+def _decoded_ahead(
+    batches: Iterable[Sequence[_T]], inputs: Callable[[ThreadPoolExecutor, Sequence[_T]], Any]
+) -> Iterator[tuple[Sequence[_T], Any]]:
+    """Batches with their inputs, two of them decoded ahead, beside a GPU."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
+        yield from _ahead(((batch, ahead.submit(inputs, pool, batch)) for batch in batches), 2)
 
 
 def _on_every_core(
     batches: Iterable[Sequence[_T]],
     embed: Callable[[Sequence[_T]], Tensor | None],
     cores: int,
-    ready: Callable[[], Any],
 ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
     """Batches with what `embed` makes of them, each on one core."""
 
@@ -383,7 +381,6 @@ def _on_every_core(
     def work(batch: Sequence[_T]) -> Tensor | None:
         return embed(batch)
 
-    ready()
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from _ahead(((batch, pool.submit(work, batch)) for batch in batches), 2 * cores)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import ACTIVATIONS, LINEAR, Int8Linear, cpu_has_bf16, product
+from .linear import ACTIVATIONS, LINEAR, Int8Linear, factored, frozen_linear, product
 
 _RANGE = 4.0  # standard deviations that bytes reach to: the error of coarser steps and of clipping are least there
 _ZERO = 128  # the byte for 0
@@ -76,28 +76,25 @@ def _reads(layer: Any, norm: Any, turn: Turn) -> nn.Linear:
     """The linear layer, with scale and shift of the norm before it, for inputs times Q."""
     weight = layer.weight.detach()
     bias = weight @ norm.bias.detach()
-    return _linear(turn(weight * norm.weight.detach()), bias if layer.bias is None else bias + layer.bias.detach())
+    if layer.bias is not None:
+        bias = bias + layer.bias.detach()
+    return frozen_linear(turn(weight * norm.weight.detach()), bias)
 
 
 def _writes(layer: Any, turn: Turn) -> nn.Linear:
     """The linear layer, for outputs times Q."""
     bias = None if layer.bias is None else turn(layer.bias.detach())
-    return _linear(turn(layer.weight.detach().T).T.contiguous(), bias)
+    return frozen_linear(turn(layer.weight.detach().T).T.contiguous(), bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-    return layer
+def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """What takes the place of a turned `towers.Layer`'s children: norms that give bytes, products that take them.
 
-
-def int8_parts(layer: Any, rows: int) -> dict[str, nn.Module]:
-    """What takes the place of a turned `towers.Layer`'s children: norms that give bytes, products that take them."""
-    inner = torch.bfloat16 if cpu_has_bf16() else torch.float32
+    `dtype` is that of queries, keys and values.
+    """
     return {
         "layer_norm1": Int8Norm(layer.layer_norm1),
-        "qkv": Int8Linear(layer.qkv.weight, layer.qkv.bias, _RANGE / 127, _ZERO, rows, inner),
+        "qkv": Int8Linear(layer.qkv.weight, layer.qkv.bias, _RANGE / 127, _ZERO, rows, dtype),
         "layer_norm2": Int8Norm(layer.layer_norm2),
         "mlp": Int8Mlp(layer.mlp, rows),
     }
@@ -122,14 +119,13 @@ class Int8Mlp(nn.Module):
     def __init__(self, mlp: Any, rows: int) -> None:
         super().__init__()
         name, variant, factor, self.lowest = ACTIVATIONS[type(mlp.activation_fn).__name__]
-        weight, bias = mlp.fc1.weight.detach(), mlp.fc1.bias
-        bias = None if bias is None else bias.detach() * factor
-        self.fc1 = Int8Linear(weight * factor, bias, _RANGE / 127, _ZERO, rows, torch.float32, (name, variant))
-        weight = mlp.fc2.weight.detach() / factor
-        self.fc2 = Int8Linear(weight, None, 1.0, 0, rows, torch.float32)
-        self.shift = weight.sum(dim=1) * self.lowest  # bytes count from the lowest value
-        if mlp.fc2.bias is not None:
-            self.shift = self.shift + mlp.fc2.bias.detach()
+        first, second = factored(mlp, factor)
+        step, activation = _RANGE / 127, (name, variant)
+        self.fc1 = Int8Linear(first.weight, first.bias, step, _ZERO, rows, torch.float32, activation)
+        self.fc2 = Int8Linear(second.weight, None, 1.0, 0, rows, torch.float32)
+        self.shift = second.weight.sum(dim=1) * self.lowest  # bytes count from the lowest value
+        if second.bias is not None:
+            self.shift = self.shift + second.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.fc1(inputs)

@@ -111,6 +111,14 @@ def quicken(module: nn.Module) -> None:
                 child.__class__ = OneDnnLinear
 
 
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of these very tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    return layer
+
+
 class PackedLinear(nn.Module):
     """A frozen linear layer, its weight copied and laid out once for oneDNN, that multiplies in fp32 or bf16.
 
@@ -193,3 +201,13 @@ ACTIVATIONS = {
     "GELUTanh": ("gelu", "tanh", 1.0, -0.1701),
     "PytorchGELUTanh": ("gelu", "tanh", 1.0, -0.1701),
 }
+
+
+def factored(mlp: Any, factor: float) -> tuple[nn.Linear, nn.Linear]:
+    """`fc1` and `fc2` of an MLP for an activation whose input is, and whose output is not, times a factor."""
+    bias = None if mlp.fc1.bias is None else mlp.fc1.bias.detach() * factor
+    second = None if mlp.fc2.bias is None else mlp.fc2.bias.detach()
+    return (
+        frozen_linear(mlp.fc1.weight.detach() * factor, bias),
+        frozen_linear(mlp.fc2.weight.detach() / factor, second),
+    )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 _MODES = {PIL.Image.Resampling.BILINEAR: "bilinear", PIL.Image.Resampling.BICUBIC: "bicubic"}
 _STRIP = 1 << 21  # bytes of a large picture that are handled at once, to stay near the processor
-_PROBES = ((448, 256), (250, 260))  # heights and widths: as tall as torch takes them, and hardly larger than a tower's
 _TOLERANCE = 2.01 / 255.0  # two grey levels, before normalisation
 
 
@@ -74,13 +73,21 @@ class Preprocessor:
         return (self._plan.shortest, self._plan.shortest) if self._plan.shortest else self._plan.size
 
     def _agrees(self) -> bool:
-        """Whether pictures of awkward sizes come out the same both ways: with strong edges, and where neighbours have
-        nothing in common."""
+        """Whether pictures of awkward sizes come out the same both ways.
+
+        One has strong edges. Of two, neighbours have nothing in common: one as tall as torch takes them, one hardly
+        larger than what the tower takes.
+        """
+        assert self._plan is not None
         generator = np.random.default_rng(0)
-        coarse = PIL.Image.fromarray(generator.integers(0, 256, (9, 13, 3), dtype=np.uint8))
-        noise = [PIL.Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _PROBES]
+
+        def noise(*size: int) -> PIL.Image.Image:
+            return PIL.Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+
         try:
-            return all(map(self._agrees_on, [coarse.resize((333, 211), PIL.Image.Resampling.BILINEAR), *noise]))
+            side = self._plan.shortest or max(self._plan.size or ())
+            edges = noise(9, 13).resize((333, 211), PIL.Image.Resampling.BILINEAR)
+            return all(map(self._agrees_on, [edges, noise(2 * side, side * 8 // 7), noise(side + 26, side + 36)]))
         except Exception:  # a processor of another kind: whatever it refuses, the stock way is right
             return False
 

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .int8 import Turn, int8_parts, turn_layer
-from .linear import ACTIVATIONS, LINEAR, Int8Linear, PackedLinear, cpu_has_bf16, in_bytes, onednn, onednn_int8
+from .linear import (
+    ACTIVATIONS,
+    LINEAR,
+    Int8Linear,
+    PackedLinear,
+    cpu_has_bf16,
+    factored,
+    frozen_linear,
+    in_bytes,
+    onednn,
+    onednn_int8,
+)
 
 READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
 REWRITABLE = (*READS_FIRST_TOKEN, "siglip")  # families whose layers have CLIP's parts and no mask
@@ -37,7 +48,7 @@ def tokens(base: PreTrainedModel) -> int:
 def best_batch_size(base: PreTrainedModel, cores: int = 1) -> int:
     """Pictures a pass at which one core, or several together, are fastest."""
     rows = 1600 if cores > 1 else 800
-    return max(4, min(rows // tokens(base), rows // 50), min(cores, 64))
+    return max(4, rows // max(tokens(base), 50), min(cores, 64))
 
 
 def rewritten(
@@ -58,6 +69,8 @@ def rewritten(
     plain = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
 
     def convert(module: nn.Module, name: str) -> nn.Module:
+        if name in _WHOLE:
+            return module
         if plain is not None and type(module) in LINEAR:
             own = torch.float32 if name.endswith("_projection") and module.weight.is_cpu else plain  # one small product
             return PackedLinear(module.weight, module.bias, own, rows, name in _INNER)  # type: ignore[arg-type]
@@ -69,17 +82,14 @@ def rewritten(
         done: dict[str, nn.Module] = {}
         if module in layers and Layer.fits(module):
             clone: Any = Layer(module, first_only=module is last)
-            if turn is not None:
+            if turn is not None and plain is not None:
                 turn_layer(clone, turn, enter=module is layers[0], leave=module is layers[-1])
-                done = {} if clone.first_only else int8_parts(clone, rows)
+                done = {} if clone.first_only else int8_parts(clone, rows, plain)
         else:
             clone = copy.copy(module)
         children = None if plain is None else packed_mlp(clone, plain, rows)
         if children is None:
-            children = {
-                key: done[key] if key in done else child if child is None or key in _WHOLE else convert(child, key)
-                for key, child in clone._modules.items()
-            }
+            children = {key: done.get(key) or (child and convert(child, key)) for key, child in clone._modules.items()}
         clone._modules = children
         return clone  # type: ignore[no-any-return]
 
@@ -198,13 +208,9 @@ def _watched(module: nn.Module) -> bool:
 
 def _joined(*parts: tuple[nn.Linear, float]) -> nn.Linear:
     """Linear layers of the same input, each times a factor, as one."""
-    first = parts[0][0]
-    joined = nn.Linear(first.in_features, sum(part.out_features for part, _ in parts), device="meta")
-    joined.weight = nn.Parameter(torch.cat([part.weight.detach() * factor for part, factor in parts]), False)
+    weight = torch.cat([part.weight.detach() * factor for part, factor in parts])
     zeros = [torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias.detach() for part, _ in parts]
-    bias = torch.cat([zero * factor for zero, (_, factor) in zip(zeros, parts, strict=True)])
-    joined.bias = nn.Parameter(bias, requires_grad=False)
-    return joined
+    return frozen_linear(weight, torch.cat([zero * factor for zero, (_, factor) in zip(zeros, parts, strict=True)]))
 
 
 def packed_mlp(module: nn.Module, dtype: torch.dtype, rows: int) -> dict[str, nn.Module | None] | None:
@@ -215,14 +221,12 @@ def packed_mlp(module: nn.Module, dtype: torch.dtype, rows: int) -> dict[str, nn
     known = _activation(module)
     if known is None or onednn(dtype) is None or not module.fc1.weight.is_cpu:  # type: ignore[union-attr]
         return None
-    first: Any = module.fc1
-    second: Any = module.fc2
     name, variant, factor, _ = known
-    bias = None if first.bias is None else first.bias.detach() * factor
+    first, second = factored(module, factor)
     return {
-        "fc1": PackedLinear(first.weight.detach() * factor, bias, dtype, rows, True, (name, variant)),
+        "fc1": PackedLinear(first.weight, first.bias, dtype, rows, True, (name, variant)),
         "activation_fn": nn.Identity(),
-        "fc2": PackedLinear(second.weight.detach() / factor, second.bias, dtype, rows, False),
+        "fc2": PackedLinear(second.weight, second.bias, dtype, rows, False),
     }
 
 
