@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessor, CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_splits
-from taskres_hf.data import LabelledImages, few_shot_indices, find_images, read_image
+from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.engines.onednn import PackedLinear, cpu_has_bf16
+from taskres_hf.embedding.features import embed_images
+from taskres_hf.embedding.preprocessing import Preprocessor
 from taskres_hf.evaluation import accuracy
-from taskres_hf.features import Embedder, embed_images
-from taskres_hf.linear import PackedLinear, cpu_has_bf16
-from taskres_hf.predictions import classify_files
-from taskres_hf.preprocessing import Preprocessor
+from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.pictures import find_images, read_image
+from taskres_hf.predicting import classify_files
 
 from .material import clip_folder, jpeg_folder
 from .timing import Report, timed

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from taskres_hf import TaskResClassifier
-from taskres_hf.features import ImageFeatures
-from taskres_hf.optimization import epoch_batches, loss_and_gradient, make_recipe, penalty_factor
+from taskres_hf.embedding.features import ImageFeatures
+from taskres_hf.training.gradient import loss_and_gradient, penalty_factor
+from taskres_hf.training.recipes import epoch_batches, make_recipe
 
 from .material import OUT
 from .timing import Report, ratios, timed

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.data import find_images, read_image
-from taskres_hf.features import ImageFeatures
+from taskres_hf.embedding.features import ImageFeatures
+from taskres_hf.pictures import find_images, read_image
 
 from .material import clip_folder, jpeg_folder
 from .timing import PEER, Report
@@ -66,7 +66,7 @@ def peers(report: Report) -> None:
         TaskResTrainer(model, TaskResTrainingArguments(shots=SHOTS, disable_tqdm=True), data).train()
 
     seconds = _seconds(ours, 1)
-    from taskres_hf.engines import make_engine
+    from taskres_hf.embedding.engines.choose import make_engine
 
     passes = {}
     for precision in ("bf16", "fp32"):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.data import few_shot_indices
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
+from taskres_hf.embedding.features import ImageFeatures
 from taskres_hf.evaluation import accuracy
-from taskres_hf.features import ImageFeatures
+from taskres_hf.few_shot import few_shot_indices
 
 SHOTS = (1, 2, 4, 8, 16)
 

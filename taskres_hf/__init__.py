@@ -15,7 +15,7 @@ _PUBLIC = {
     "TaskResCLIPForImageClassification": "modeling_taskres",
     "TaskResTrainer": "training",
     "TaskResTrainingArguments": "training",
-    "sample_few_shot": "data",
+    "sample_few_shot": "few_shot",
     "load_splits": "data",
     "TaskResError": "errors",
 }
@@ -25,8 +25,8 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from .configuration_taskres import TaskResConfig as TaskResConfig
     from .data import load_splits as load_splits
-    from .data import sample_few_shot as sample_few_shot
     from .errors import TaskResError as TaskResError
+    from .few_shot import sample_few_shot as sample_few_shot
     from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification
     from .residual import TaskResClassifier as TaskResClassifier
     from .training import TaskResTrainer as TaskResTrainer

@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError, BaseModelError
-from .files import (
+from .storage import (
     CONFIG,
     PROCESSOR,
     RESIDUAL,
     SHIFT,
     WEIGHTS,
-    _umask,
     read_json,
     read_tensors,
+    umask,
     write_bytes,
     write_tensors,
 )
@@ -132,7 +132,7 @@ def write_artifact(
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
         write_into(staging)
-        os.chmod(staging, 0o777 & ~_umask())
+        os.chmod(staging, 0o777 & ~umask())
         os.replace(staging, folder)
     except OSError as error:
         raise ArtifactError(

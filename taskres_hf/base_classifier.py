@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .encoders import encode_texts
 from .errors import ArtifactError, BaseMismatchError, ConfigurationError
-from .files import cache_root, read_tensors, write_tensors
+from .storage import cache_root, read_tensors, write_tensors
 
 _SKETCHES = 8
 _TOLERANCE = 2e-3  # relative to the norm of t: above rounding of fp16 weights, far below another checkpoint

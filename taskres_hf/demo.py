@@ -10,11 +10,13 @@ from typing import Any
 from datasets import DatasetDict
 from tqdm.auto import tqdm
 
-from .data import few_shot_indices, load_splits
+from .data.sources import load_splits
+from .embedding.features import ImageFeatures
 from .errors import ConfigurationError
-from .features import ImageFeatures
+from .few_shot import few_shot_indices
 from .modeling_taskres import TaskResCLIPForImageClassification
-from .training import TaskResTrainer, TaskResTrainingArguments
+from .training.arguments import TaskResTrainingArguments
+from .training.trainer import TaskResTrainer
 
 _DATA = Path(__file__).parent / "demo_data"
 

@@ -17,33 +17,23 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
 from .artifact import find_artifact, library_versions, read_artifact, trusted_base_name, write_artifact
-from .base_classifier import (
-    base_embeddings,
-    cached_table_path,
-    check_fingerprint,
-    fingerprint,
-    read_table,
-    write_table,
-)
-from .configuration_taskres import TaskResConfig
-from .encoders import (
+from .base_classifier import base_embeddings, cached_table_path, check_fingerprint, fingerprint, read_table, write_table
+from .base_model import (
     BASE_KWARGS,
     check_same_base,
     has_text_tower,
-    image_features,
     load_base_fp32,
     load_image_tower,
     load_tokenizer,
-    pooled,
-    score_parameters,
     split_kwargs,
     torch_dtype,
 )
+from .configuration_taskres import TaskResConfig
+from .encoders import image_features, pooled, score_parameters
 from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
-from .files import RESIDUAL
-from .linear import quicken  # noqa: F401  (older transformers copy only the modules that this file itself imports)
 from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier
+from .storage import RESIDUAL
 
 # What the Auto classes and pipeline pass along and a single small safetensors file has no use for.
 _IGNORED_KWARGS = {
@@ -548,7 +538,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             `huggingface_hub.CommitInfo`.
         """
         try:
-            from taskres_hf.hub import upload
+            from .hub import upload
         except ImportError as error:
             raise ConfigurationError("Uploading needs the library itself: pip install taskres_hf.") from error
         original = self.config.base_model_name_or_path
@@ -614,12 +604,13 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 # Everything this file imports, for trust_remote_code without the library: transformers, torch and safetensors only.
 REMOTE_CODE_FILES = (
     "errors.py",
-    "files.py",
+    "storage.py",
     "prompts.py",
     "residual.py",
     "configuration_taskres.py",
-    "linear.py",
+    "families.py",
     "encoders.py",
+    "base_model.py",
     "base_classifier.py",
     "artifact.py",
     "modeling_taskres.py",
@@ -650,7 +641,7 @@ def _place_head(model: TaskResCLIPForImageClassification) -> TaskResCLIPForImage
 
 def _card(values: dict[str, Any], repo_id: str | None, tags: list[str] | None, existing: Path) -> bytes | None:
     try:
-        from taskres_hf.hub import keep_written_card, model_card
+        from .hub import keep_written_card, model_card
     except ImportError:  # running as remote code: the card stays as downloaded
         return None
     if existing.is_file() and keep_written_card(existing.read_text(encoding="utf-8", errors="replace")):

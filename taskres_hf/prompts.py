@@ -28,7 +28,7 @@ def named_templates() -> dict[str, tuple[str, ...]]:
     Returns:
         Name to templates, each with one `{}` for the class name.
     """
-    text = resources.files("taskres_hf").joinpath("suite_data/templates.json").read_text(encoding="utf-8")
+    text = resources.files("taskres_hf").joinpath("templates.json").read_text(encoding="utf-8")
     return {name: tuple(templates) for name, templates in json.loads(text).items() if not name.startswith("_")}
 
 

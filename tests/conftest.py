@@ -70,14 +70,6 @@ def model(base: str, spec: dict[str, Any]) -> TaskResCLIPForImageClassification:
     return TaskResCLIPForImageClassification.from_base(base, spec["classes"], spec["template"])
 
 
-def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> TaskResCLIPForImageClassification:
-    """The same model with a residual that matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.classifier.residual.copy_(torch.randn(model.classifier.residual.shape, generator=generator))
-    return model
-
-
 @pytest.fixture(scope="session")
 def trained(base: str, spec: dict[str, Any], splits: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained, evaluated and saved classifier; do not change it."""

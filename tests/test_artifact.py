@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_residual
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support import random_residual
 
 from taskres_hf import TaskResCLIPForImageClassification, artifact
 from taskres_hf.artifact import describe, read_artifact, write_artifact

@@ -13,7 +13,7 @@ import pytest
 from hub_server import HubServer
 
 from benchmarks.timing import Report
-from taskres_hf.cli import main
+from taskres_hf.cli.app import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_residual
 from datasets import DatasetDict
 from safetensors import safe_open
+from support import random_residual
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 import taskres_hf
@@ -67,27 +67,6 @@ def test_nothing_unpickles() -> None:
         for word in ("import pickle", "pickle.load", "joblib", "weights_only=False", "eval("):
             found = text.replace(".eval(", "").replace("_eval(", "") if word == "eval(" else text
             assert word not in found, f"{file.name}: {word}"
-
-
-def test_modules_import_only_from_those_before_them() -> None:
-    order = [
-        "_version", "errors", "registration", "prompts", "residual", "configuration_taskres", "files", "data",
-        "linear", "encoders", "preprocessing", "int8", "towers", "engines", "features", "base_classifier",
-        "enhanced_base", "artifact", "hub", "modeling_taskres",
-        "evaluation", "optimization", "training", "predictions", "demo", "suite", "benchmarking", "importing",
-        "cli_options", "cli_research", "cli",
-    ]  # fmt: skip
-    import ast
-
-    for position, name in enumerate(order):
-        path = ROOT / "taskres_hf" / f"{name}.py"
-        if not path.exists() or name == "registration":  # it names classes for later, inside functions
-            continue
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                assert order.index(node.module) < position, f"{name} imports {node.module}"
-    found = {path.stem for path in (ROOT / "taskres_hf").glob("*.py")} - {"__init__"}
-    assert found <= set(order), found - set(order)
 
 
 # ---------------------------------------------------------------------- transformers.Trainer

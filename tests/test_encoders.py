@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, CLIPModel
 
-from taskres_hf import linear
-from taskres_hf.encoders import FAMILIES, family_of, image_features, load_image_tower, pooled, score_parameters
+from taskres_hf.base_model import load_image_tower
+from taskres_hf.embedding.engines import onednn as linear
+from taskres_hf.encoders import image_features, pooled, score_parameters
 from taskres_hf.errors import BaseModelError
+from taskres_hf.families import FAMILIES, family_of
 
 _TEXT = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import random_residual
 from hub_server import HubServer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from support import random_residual
 from transformers import AutoModelForImageClassification, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments

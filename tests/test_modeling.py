@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_residual
+from support import random_residual
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

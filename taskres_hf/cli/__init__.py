@@ -1,0 +1,4 @@
+"""The command line, `taskres`: one file a command, each thin over the library."""
+
+from .app import app as app
+from .app import main as main

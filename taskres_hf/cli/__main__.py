@@ -1,0 +1,5 @@
+"""`python -m taskres_hf.cli`."""
+
+from .app import main
+
+main()

@@ -1,0 +1,246 @@
+"""From a `datasets.Dataset` to pictures with class ids: columns found, labels resolved, classes matched by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+)
+
+from ..errors import DataError, ImageError
+from ..pictures import read_image
+from ..prompts import check_class_names
+
+_IMAGE_NAMES = (
+    "image",
+    "img",
+    "images",
+    "picture",
+    "photo",
+    "pixel_values",
+    "file",
+    "file_name",
+    "image_path",
+    "path",
+)
+
+
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label", "cls")
+
+
+STREAMED = (
+    "A streamed dataset has no fixed order to sample shots from. Take what you need first, for example "
+    "Dataset.from_generator(lambda: iter(stream.take(10_000)), features=stream.features)."
+)
+
+
+class LabelledImages:
+    """Pictures with class ids, read lazily from a `datasets.Dataset`.
+
+    Args:
+        dataset: any dataset with a picture column and a label column.
+        image_column, label_column: their names; found by type, then by usual names, when None.
+        class_names: names in label order; needed when labels are plain numbers, and overriding a `ClassLabel`'s
+            names position by position.
+        default_names: names to use when labels are plain numbers and `class_names` is None.
+        drop_unlabelled: leave out rows without a label instead of refusing them.
+
+    Attributes:
+        labels: N class ids. class_names: K names. indices: N positions in the dataset that was given.
+
+    Raises:
+        DataError: no such column, an empty dataset, unlabelled rows, or labels outside the classes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_names: Any = None,
+        default_names: Sequence[str] | None = None,
+        drop_unlabelled: bool = False,
+    ) -> None:
+        if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+            raise DataError(STREAMED)
+        if isinstance(dataset, DatasetDict):
+            raise DataError(f"Pass one split, not all of them: choose from {list(dataset)}.")
+        if not isinstance(dataset, Dataset):
+            raise DataError(f"Expected a datasets.Dataset with pictures and labels; got {type(dataset).__name__}.")
+        if len(dataset) == 0:
+            raise DataError("The dataset is empty: there is nothing to train on or to evaluate.")
+        self.image_column = find_column(dataset, image_column, "image", _IMAGE_NAMES, Image)
+        self.label_column = find_column(dataset, label_column, "label", LABEL_NAMES, ClassLabel)
+        feature = dataset.features[self.label_column]
+        labels = column_values(dataset, self.label_column)
+        self.class_names, self.labels = _resolve_labels(labels, feature, class_names, default_names, self.label_column)
+        self.indices = list(range(len(dataset)))
+        images = dataset.with_format(None).select_columns([self.image_column])
+        if isinstance(dataset.features[self.image_column], Image):
+            images = images.cast_column(self.image_column, Image(decode=False))
+        self._images = images
+        unlabelled = [index for index, label in enumerate(self.labels) if label < 0]
+        if unlabelled and not drop_unlabelled:
+            raise DataError(
+                f"{len(unlabelled)} of {len(self.labels)} rows have no label (None or -1), the first at index "
+                f"{unlabelled[0]}. Label them, or leave them out with drop_unlabelled=True (--drop-unlabelled)."
+            )
+        if unlabelled:
+            kept = self.select([index for index, label in enumerate(self.labels) if label >= 0])
+            if not len(kept):
+                raise DataError("No row has a label: there is nothing to train on or to evaluate.")
+            self.labels, self.indices, self._images = kept.labels, kept.indices, kept._images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def source(self, index: int) -> Any:
+        """The undecoded cell of one picture: `{"bytes", "path"}` or a path."""
+        return self._images[index][self.image_column]
+
+    def image(self, index: int, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
+        """One picture, see `read_image`."""
+        try:
+            return read_image(self.source(index), draft)
+        except ImageError as error:
+            raise ImageError(f"Row {self.indices[index]}: {error}") from error
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of one picture's file content."""
+        cell = self.source(index)
+        content = cell.get("bytes") if isinstance(cell, Mapping) else None
+        if content is None:
+            path = cell.get("path") if isinstance(cell, Mapping) else cell
+            try:
+                content = Path(str(path)).read_bytes()
+            except (OSError, TypeError) as error:
+                raise ImageError(f"Row {self.indices[index]}: {path!r} cannot be read: {error}") from error
+        return hashlib.sha256(content).hexdigest()
+
+    def select(self, indices: Sequence[int]) -> LabelledImages:
+        """The same dataset restricted to positions, in that order."""
+        part = object.__new__(LabelledImages)
+        part.__dict__.update(self.__dict__)
+        part.labels = [self.labels[index] for index in indices]
+        part.indices = [self.indices[index] for index in indices]
+        part._images = self._images.select(indices)
+        return part
+
+    def aligned(self, class_names: Sequence[str], label_map: Mapping[str, str] | str | None = None) -> LabelledImages:
+        """The same pictures with labels in another order of classes, matched by name.
+
+        Args:
+            class_names: the classes of a model, in its order. The dataset may have fewer.
+            label_map: dataset name to model name where they differ, or `"position"` to match by number.
+
+        Raises:
+            DataError: a label that occurs has a name the model does not know.
+        """
+        if list(class_names) == self.class_names:
+            return self
+        part = self.select(range(len(self)))
+        part.class_names = list(class_names)
+        if label_map == "position":
+            if max(self.labels) >= len(class_names):
+                raise DataError(
+                    f"The dataset has label {max(self.labels)}, the model {len(class_names)} classes (0 to "
+                    f"{len(class_names) - 1})."
+                )
+            return part
+        names = (
+            [label_map.get(name, name) for name in self.class_names]
+            if isinstance(label_map, Mapping)
+            else self.class_names
+        )
+        position = {name: index for index, name in enumerate(class_names)}
+        used = sorted(set(self.labels))
+        unknown = [names[label] for label in used if names[label] not in position]
+        if unknown:
+            raise DataError(
+                f"The dataset has classes the model does not know: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}. "
+                f"The model knows {list(class_names)[:5]}{' ...' if len(class_names) > 5 else ''}. Give a label_map "
+                "{dataset name: model name}, or label_map='position' if only the wording differs."
+            )
+        part.labels = [position[names[label]] for label in self.labels]
+        return part
+
+
+def find_column(dataset: Dataset, given: str | None, kind: str, usual: Sequence[str], feature_type: type) -> str:
+    columns = dataset.column_names
+    if given is not None:
+        if given not in columns:
+            raise DataError(f"There is no {kind} column {given!r}; the dataset has {columns}.")
+        return given
+    typed = [name for name in columns if isinstance(dataset.features[name], feature_type)]
+    for candidates in (typed, columns):
+        by_name = [name for name in usual if name in candidates]
+        if by_name:
+            return str(by_name[0])
+        if candidates is typed and len(typed) == 1:
+            return str(typed[0])
+    raise DataError(f"No {kind} column was recognised among {columns}. Name it with {kind}_column= (--{kind}-column).")
+
+
+def column_values(dataset: Dataset, name: str) -> list[Any]:
+    return list(dataset.with_format(None).select_columns([name])[:][name])
+
+
+def _resolve_labels(
+    labels: list[Any], feature: Any, class_names: Any, default_names: Sequence[str] | None, column: str
+) -> tuple[list[str], list[int]]:
+    """Class names, and labels as ids with -1 for none."""
+    if isinstance(feature, ClassLabel):
+        names = check_class_names(feature.names if class_names is None else class_names, minimum=1)
+        if len(names) != len(feature.names):
+            raise DataError(
+                f"class_names has {len(names)} names, the column {column!r} {len(feature.names)} classes: "
+                f"{feature.names[:5]} ..."
+            )
+        ids = [-1 if label is None else int(label) for label in labels]
+    elif all(label is None or isinstance(label, str) for label in labels):
+        found = sorted({label for label in labels if label})
+        if not found:
+            raise DataError(f"The label column {column!r} is empty: there is nothing to learn from.")
+        names = check_class_names(found if class_names is None else class_names, minimum=1)
+        position = {name: index for index, name in enumerate(names)}
+        cleaned = {text: check_class_names([text], minimum=1)[0] for text in found}
+        unknown = [text for text in found if cleaned[text] not in position]
+        if unknown:
+            raise DataError(f"Labels {unknown[:5]} in column {column!r} are not among class_names {names[:5]} ...")
+        ids = [position[cleaned[label]] if label else -1 for label in labels]
+    elif all(label is None or (isinstance(label, int) and not isinstance(label, bool)) for label in labels):
+        class_names = default_names if class_names is None else class_names
+        if class_names is None:
+            raise DataError(
+                f"The labels in column {column!r} are plain numbers, without names to make prompts from. Pass "
+                "class_names=[...] in label order (--class-names), or cast the column to datasets.ClassLabel."
+            )
+        names = check_class_names(class_names, minimum=1)
+        ids = [-1 if label is None else int(label) for label in labels]
+    else:
+        kinds = sorted({type(label).__name__ for label in labels})
+        raise DataError(f"Labels must be class ids or names, one per picture; column {column!r} holds {kinds}.")
+    outside = sorted({label for label in ids if label >= len(names) or label < -1})
+    if outside:
+        raise DataError(
+            f"Labels {outside[:5]} in column {column!r} are outside the {len(names)} classes (0 to {len(names) - 1})."
+        )
+    return names, ids
+
+
+def class_counts(labels: Iterable[int], class_names: Sequence[str]) -> dict[str, int]:
+    """Number of pictures per class name, in class order."""
+    counts = Counter(labels)
+    return {name: counts.get(index, 0) for index, name in enumerate(class_names)}

@@ -1,0 +1,1 @@
+"""Pictures to frozen embeddings, computed once and kept."""

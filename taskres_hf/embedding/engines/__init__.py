@@ -1,0 +1,1 @@
+"""The forms in which the frozen image tower can run."""

@@ -1,0 +1,65 @@
+"""The image tower in OpenVINO."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...encoders import image_weights_digest
+from ...errors import MissingExtraError
+from ...storage import cache_root
+from .engine import FORMAT, ImageEngine, Tower, picture_size
+from .rewriting import best_batch_size
+
+
+def openvino_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
+    return ImageEngine(
+        "openvino",
+        precision,
+        best_batch_size(base, torch.get_num_threads()),
+        lambda: _openvino_tower(openvino, base, precision),
+    )
+
+
+def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    height, width = picture_size(base)
+    core = openvino.Core()
+    file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}-{FORMAT}.xml"
+    if file.is_file():
+        model = core.read_model(file)
+    else:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
+            model = openvino.convert_model(Tower(base), example_input=torch.zeros(1, 3, height, width))
+        model.reshape([-1, 3, height, width])
+        _keep(openvino, model, file)
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    )
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
+
+    return run
+
+
+def _keep(openvino: Any, model: Any, file: Any) -> None:
+    """Save the converted tower for the next time; a cache that cannot be written only costs time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_name(f".{file.stem}.tmp.xml")
+        openvino.save_model(model, staging, compress_to_fp16=False)
+        staging.with_suffix(".bin").replace(file.with_suffix(".bin"))
+        staging.replace(file)
+    except OSError:
+        return

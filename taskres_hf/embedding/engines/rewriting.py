@@ -1,0 +1,311 @@
+"""A frozen image tower, rewritten to do less work for the same embeddings.
+
+Three things, none of which changes more than last bits: linear layers are laid out once for oneDNN, in fp32 or bf16;
+queries, keys and values are one product, and an MLP's activation is part of one; and where an embedding is that of the
+first token, the last layer works for that token alone. A fourth, on request only, rounds more: the large products in
+int8 (`int8.py`). The model itself is left as it is: the rewritten one shares with it whatever it did not have to lay
+out anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .int8 import Turn, int8_parts, turn_layer
+from .onednn import (
+    ACTIVATIONS,
+    LINEAR,
+    Int8Linear,
+    PackedLinear,
+    cpu_has_bf16,
+    factored,
+    frozen_linear,
+    in_bytes,
+    onednn,
+    onednn_int8,
+)
+
+READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
+REWRITABLE = (*READS_FIRST_TOKEN, "siglip")  # families whose layers have CLIP's parts and no mask
+_CAPTURE = "transformers.utils.output_capturing"
+_FEW_TOKENS = 64  # up to here two small products beat the fused attention in bf16
+
+
+def tokens(base: PreTrainedModel) -> int:
+    """Patches of a picture."""
+    config = getattr(base.config, "vision_config", None)
+    size, patch = getattr(config, "image_size", 224), getattr(config, "patch_size", 32)
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 49
+
+
+def best_batch_size(base: PreTrainedModel, cores: int = 1) -> int:
+    """Pictures a pass at which one core, or several together, are fastest."""
+    rows = 1600 if cores > 1 else 800
+    return max(4, rows // max(tokens(base), 50), min(cores, 64))
+
+
+def rewritten(
+    base: PreTrainedModel, dtype: torch.dtype | None = None, normalisation: tuple[Tensor, Tensor] | None = None
+) -> PreTrainedModel:
+    """The image side of a model, doing less work; the text side is left out.
+
+    Args:
+        base: a frozen dual encoder. dtype: also lay its linear layers out for oneDNN, to multiply in fp32, bf16 or int8
+            (the base must be one that `int8_obstacle` finds nothing about); None to leave them to whoever converts the
+            model. normalisation: let the tower take pictures as bytes, uint8 [B, 3, H, W], and multiply and add these
+            numbers per channel, [3] each (the base must be one that `takes_bytes`).
+    """
+    rows = best_batch_size(base) * tokens(base)
+    layers = _layers(base)
+    last = layers[-1] if len(layers) and base.config.model_type in READS_FIRST_TOKEN else None
+    turn = Turn(base.config.vision_config.hidden_size) if dtype is torch.int8 else None
+    plain = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
+
+    def convert(module: nn.Module, name: str) -> nn.Module:
+        if name in _WHOLE:
+            return module
+        if plain is not None and type(module) in LINEAR:
+            own = torch.float32 if name.endswith("_projection") and module.weight.is_cpu else plain  # one small product
+            return PackedLinear(module.weight, module.bias, own, rows, name in _INNER)  # type: ignore[arg-type]
+        if plain is not None and PackedPatches.fits(module):
+            patches: Any = module
+            if normalisation is not None:
+                return BytePatches(patches, rows, normalisation)
+            return PackedPatches(patches, rows)
+        done: dict[str, nn.Module] = {}
+        if module in layers and Layer.fits(module):
+            clone: Any = Layer(module, first_only=module is last)
+            if turn is not None and plain is not None:
+                turn_layer(clone, turn, enter=module is layers[0], leave=module is layers[-1])
+                done = {} if clone.first_only else int8_parts(clone, rows, plain)
+        else:
+            clone = copy.copy(module)
+        children = None if plain is None else packed_mlp(clone, plain, rows)
+        if children is None:
+            children = {key: done.get(key) or (child and convert(child, key)) for key, child in clone._modules.items()}
+        clone._modules = children
+        return clone  # type: ignore[no-any-return]
+
+    clone: PreTrainedModel = copy.copy(base)
+    clone._modules = {
+        name: module and convert(module, name) for name, module in base._modules.items() if not name.startswith("text")
+    }
+    return clone
+
+
+_INNER = ("q_proj", "k_proj", "v_proj", "fc1", "qkv", "first_query")  # a product takes their result next
+_WHOLE = ("keys", "values")  # whose weights are read as they are
+
+
+def _layers(base: PreTrainedModel) -> Any:
+    """The layers of an image tower of a family whose layers can be rewritten."""
+    return base.vision_model.encoder.layers if base.config.model_type in REWRITABLE else ()  # type: ignore[union-attr]
+
+
+def int8_obstacle(base: PreTrainedModel) -> str | None:
+    """What keeps a tower from being multiplied in int8, or None."""
+    if onednn_int8() is None:
+        return "this processor has no VNNI instructions, or this torch no int8 products"
+    layers = _layers(base)
+    for layer in layers:
+        if not Layer.fits(layer) or _activation(layer.mlp) is None:
+            return "its layers are not plain CLIP layers"
+    return None if len(layers) else "its family's layers are not CLIP's"
+
+
+class Layer(nn.Module):
+    """A layer as CLIP and SigLIP have them (pre-norm, no mask), with queries, keys and values in one product.
+
+    `first_only` leaves out what later layers would read of the other tokens: queries, output and MLP are computed for
+    the first token alone, and its queries and mixtures pass the weights of keys and values instead of all tokens. That
+    is nearly all of the layer's work.
+    """
+
+    layer_norm1: nn.Module
+    layer_norm2: nn.Module
+    mlp: nn.Module
+
+    def __init__(self, layer: Any, first_only: bool) -> None:
+        super().__init__()
+        attention: Any = layer.self_attn
+        self.heads, self.first_only = attention.num_heads, first_only
+        self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
+        self.out_proj = attention.out_proj
+        self.turn_in: nn.Module | None = None
+        self.turn_out: nn.Module | None = None
+        query = (attention.q_proj, attention.scale)
+        if first_only:
+            self.first_query, self.keys, self.values = _joined(query), attention.k_proj, attention.v_proj
+        else:
+            self.qkv = _joined(query, (attention.k_proj, 1.0), (attention.v_proj, 1.0))
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Whether a module is such a layer, plain: without LoRA, and with nothing that looks in from outside."""
+        attention: Any = layer._modules.get("self_attn")
+        returned = str(inspect.signature(type(layer).forward).return_annotation)
+        return (
+            "Tensor" in returned
+            and "tuple" not in returned.lower()  # as some families' layers did in older transformers
+            and set(layer._modules) == {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
+            and attention is not None
+            and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+            and all(type(part) in LINEAR for part in attention.children())
+            and hasattr(attention, "num_heads")
+            and hasattr(attention, "scale")
+            and not any(map(_watched, (layer, *attention.modules())))
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.turn_in is not None:
+            hidden_states = self.turn_in(hidden_states)
+        normed = self.layer_norm1(hidden_states)
+        if self.first_only:
+            hidden_states = hidden_states[:, :1]
+            mixed = self._mixed_for_first(normed)
+        else:
+            mixed = self._mixed(normed)
+        hidden_states = self.out_proj(mixed).add_(hidden_states)  # in place: asking for memory takes longer than adding
+        hidden_states = self.mlp(self.layer_norm2(hidden_states)).add_(hidden_states)
+        return hidden_states if self.turn_out is None else self.turn_out(hidden_states)
+
+    def _mixed(self, normed: Tensor) -> Tensor:
+        parts = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
+        query, key, value = parts.permute(2, 0, 3, 1, 4).contiguous()
+        if query.dtype == torch.bfloat16 and key.shape[2] <= _FEW_TOKENS:
+            weights = torch.matmul(query, key.transpose(2, 3)).softmax(dim=-1, dtype=torch.float32)
+            mixed = torch.matmul(weights.to(value.dtype), value)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _mixed_for_first(self, normed: Tensor) -> Tensor:
+        """q (W n) = (q W) n, and the mean of W n is W times the mean of n: no token's key or value is computed.
+
+        A bias of the keys adds the same to all tokens' scores, so it does nothing.
+        """
+        query = self.first_query(normed[:, 0]).to(normed.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        keys, values = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.keys, self.values))
+        asked = torch.matmul(query, keys).transpose(0, 1)  # [B, heads, D]
+        weights = torch.matmul(asked, normed.transpose(1, 2)).softmax(dim=-1)
+        read = torch.matmul(weights, normed).transpose(0, 1)  # [heads, B, D]
+        mixed = torch.matmul(read, values.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return (mixed if self.values.bias is None else mixed + self.values.bias)[:, None]
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something from outside takes part; hooks that transformers leaves to capture hidden states do not."""
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURE]
+    return "forward" in vars(module) or bool(hooks or module._forward_pre_hooks)
+
+
+def _joined(*parts: tuple[nn.Linear, float]) -> nn.Linear:
+    """Linear layers of the same input, each times a factor, as one."""
+    weight = torch.cat([part.weight.detach() * factor for part, factor in parts])
+    zeros = [torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias.detach() for part, _ in parts]
+    return frozen_linear(weight, torch.cat([zero * factor for zero, (_, factor) in zip(zeros, parts, strict=True)]))
+
+
+def packed_mlp(module: nn.Module, dtype: torch.dtype, rows: int) -> dict[str, nn.Module | None] | None:
+    """The children of an MLP (`fc1`, `activation_fn`, `fc2`) with the activation within the first product.
+
+    Returns None for anything else, and where oneDNN is missing.
+    """
+    known = _activation(module)
+    if known is None or onednn(dtype) is None or not module.fc1.weight.is_cpu:  # type: ignore[union-attr]
+        return None
+    name, variant, factor, _ = known
+    first, second = factored(module, factor)
+    return {
+        "fc1": PackedLinear(first.weight, first.bias, dtype, rows, True, (name, variant)),
+        "activation_fn": nn.Identity(),
+        "fc2": PackedLinear(second.weight, second.bias, dtype, rows, False),
+    }
+
+
+def _activation(module: Any) -> tuple[str, str, float, float] | None:
+    """The activation of a plain MLP as oneDNN knows it; None for anything else."""
+    if set(module._modules) != {"fc1", "activation_fn", "fc2"}:
+        return None
+    plain = type(module.fc1) in LINEAR and type(module.fc2) in LINEAR
+    return ACTIVATIONS.get(type(module.activation_fn).__name__) if plain else None
+
+
+class PackedPatches(nn.Module):
+    """A convolution whose patches do not overlap, as the linear layer it is; in fp32."""
+
+    def __init__(self, layer: nn.Conv2d, rows: int) -> None:
+        super().__init__()
+        self.weight: Tensor = layer.weight  # towers ask for its dtype
+        self.high, self.wide = layer.kernel_size
+        self.linear = PackedLinear(layer.weight.flatten(1), layer.bias, torch.float32, rows, inner=False)
+
+    @staticmethod
+    def fits(layer: Any) -> bool:
+        """Whether a module is such a convolution, on a CPU."""
+        return (
+            type(layer) is nn.Conv2d
+            and layer.weight.device.type == "cpu"
+            and layer.stride == layer.kernel_size
+            and layer.padding in ((0, 0), "valid")
+            and layer.dilation == (1, 1)
+            and layer.groups == 1
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches, grid = self._patches(pixel_values)
+        return self._as_convolved(self.linear(patches.permute(0, 1, 2, 5, 3, 4).flatten(3).flatten(1, 2)), grid)
+
+    def _patches(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches [B, down, across, high, wide, C] of pictures [B, C, H, W], as a view, and (down, across)."""
+        down, across = pixel_values.shape[2] // self.high, pixel_values.shape[3] // self.wide
+        pixel_values = pixel_values[:, :, : down * self.high, : across * self.wide]
+        patches = pixel_values.unflatten(3, (across, self.wide)).unflatten(2, (down, self.high))
+        return patches.permute(0, 2, 4, 3, 5, 1), (down, across)
+
+    def _as_convolved(self, embeds: Tensor, grid: tuple[int, int]) -> Tensor:
+        found: Tensor = embeds.transpose(1, 2).unflatten(2, grid)
+        return found
+
+
+class BytePatches(PackedPatches):
+    """`PackedPatches` that takes bytes as decoded, [B, 3, H, W], and normalises them by its weights.
+
+    Two int8 products take the place of one in fp32: bytes are what pictures are, and the sum of two rounded weights has
+    15 bits.
+    """
+
+    def __init__(self, layer: nn.Conv2d, rows: int, normalisation: tuple[Tensor, Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.weight = torch.empty(0, dtype=torch.uint8)  # towers ask for its dtype
+        self.high, self.wide = layer.kernel_size
+        scale, shift = (values.view(3, 1, 1) for values in normalisation)
+        weight = layer.weight.detach()
+        bias = (weight * shift).sum(dim=(1, 2, 3))
+        if layer.bias is not None:
+            bias = bias + layer.bias.detach()
+        weight = (weight * scale).permute(0, 2, 3, 1).flatten(1)
+        rounded, steps = in_bytes(weight)
+        self.large = Int8Linear(weight, bias, 1.0, 0, rows, torch.float32)
+        self.small = Int8Linear(weight - rounded * steps, None, 1.0, 0, rows, torch.float32)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches, grid = self._patches(pixel_values)
+        patches = patches.flatten(3).flatten(1, 2)  # [B, T, high * wide * C]
+        return self._as_convolved(self.large(patches).add_(self.small(patches)), grid)
+
+
+def takes_bytes(base: PreTrainedModel) -> bool:
+    """Whether `rewritten` can let an image tower take bytes instead of normalised values."""
+    if base.config.model_type not in REWRITABLE or onednn_int8() is None:
+        return False
+    embeddings = getattr(getattr(base, "vision_model", None), "embeddings", None)
+    convolution = getattr(embeddings, "patch_embedding", None)
+    return PackedPatches.fits(convolution) and convolution.in_channels == 3  # type: ignore[union-attr]

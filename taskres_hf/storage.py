@@ -1,0 +1,112 @@
+"""Files that are either whole or absent: atomic writes, safetensors with the user's permissions, the cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import ArtifactError
+
+# The files of an artifact, and the tensors in its weights.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+RESIDUAL = "residual"
+SHIFT = "base_shift"
+
+
+def cache_root() -> Path:
+    """Folder for embeddings and base classifiers: `$TASKRES_CACHE`, else `taskres` inside `$HF_HOME`."""
+    if folder := os.environ.get("TASKRES_CACHE"):
+        return Path(folder).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{xdg}/huggingface")).expanduser() / "taskres"
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace `path` by `content` in one step: after a crash it holds the old bytes or the new ones.
+
+    Raises:
+        ArtifactError: the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp and safetensors write 0600, unreadable to others
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise ArtifactError(
+            f"Cannot write {path}: {error.strerror or error}. Nothing was changed; choose a folder that can be written."
+        ) from error
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON in one step; see `write_bytes`."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as safetensors in one step; see `write_bytes`."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(ready, metadata={"format": "pt", **(metadata or {})}))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}, dict(stream.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or is not a safetensors file ({error}). Save or download it again."
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ArtifactError: the file is missing, is not JSON or does not hold an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON ({error}). Save or download it again.") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} must hold a JSON object; it holds a {type(value).__name__}.")
+    return value
+
+
+def umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

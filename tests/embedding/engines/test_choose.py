@@ -1,0 +1,164 @@
+"""Every fast way against the slow one, on real pictures, with odd sizes and modes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_encoders import tiny_config, tiny_images
+from torch import Tensor
+from transformers import AutoModel
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.base_model import load_image_tower
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.engines import choose as engines
+from taskres_hf.embedding.engines.choose import make_engine
+from taskres_hf.embedding.engines.onednn import onednn_int8
+from taskres_hf.embedding.engines.rewriting import REWRITABLE, int8_obstacle
+from taskres_hf.encoders import encode_images
+from taskres_hf.errors import ConfigurationError, MissingExtraError
+from taskres_hf.families import FAMILIES
+
+Model = TaskResCLIPForImageClassification
+COMBINATIONS = [
+    ("torch", "bf16"), ("torch", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("onnxruntime", "fp32"),
+]  # fmt: skip
+
+
+def _needs(engine: str, precision: str = "") -> None:
+    if engine != "torch":
+        pytest.importorskip(engine, reason=f"the optional engine {engine} is not installed")
+    if precision == "int8" and onednn_int8() is None:
+        pytest.skip("this processor or this torch has no int8 products")
+
+
+@pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
+def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, engine: str, precision: str) -> None:
+    _needs(engine, precision)
+    pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(40))]
+    expected = Embedder(model.clip, model.image_processor, exact_preprocessing=True)(pictures)
+    for count in (40, 7, 1):  # any batch size
+        found = Embedder(model.clip, model.image_processor, engine, precision)(pictures[:count])
+        if precision == "fp32":
+            torch.testing.assert_close(found, expected[:count], atol=2e-3, rtol=1e-3)
+        mean = expected.mean(dim=0)
+        assert F.cosine_similarity(found - mean, expected[:count] - mean).min() >= 0.98
+    before = {name: value.dtype for name, value in model.clip.state_dict().items()}
+    assert set(before.values()) == {torch.float32}  # the model itself is left as it was
+
+
+@pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
+def test_engines_need_no_text_tower(
+    model: Model,
+    base: str,
+    pixel_values: Tensor,
+    engine: str,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _needs(engine, precision)
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))  # nothing converted yet
+    tower = load_image_tower(base)
+    assert tower is not None
+    found = make_engine(tower, engine, precision)({"pixel_values": pixel_values})
+    expected = model.get_image_features(pixel_values)
+    assert F.cosine_similarity(found, expected).min() > 0.999
+    assert make_engine(model.clip, engine, precision)({"pixel_values": pixel_values}).equal(found)  # kept or not
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
+    torch.manual_seed(0)
+    base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    with torch.no_grad():
+        expected = encode_images(base, inputs)
+        for engine, precision in (("torch", "fp32"), *COMBINATIONS):
+            if engine != "torch" and (family not in REWRITABLE or not importlib.util.find_spec(engine)):
+                continue
+            if precision == "int8" and int8_obstacle(base):
+                continue
+            found = make_engine(base, engine, precision)(inputs)
+            tolerance = 1e-4 if precision == "fp32" else 0.05 * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=0, msg=f"{engine} {precision}")
+
+
+@pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
+def test_a_trained_classifier_is_as_good(model: Model, splits: Any, engine: str, precision: str) -> None:
+    _needs(engine, precision)
+    found = {}
+    for choice in (("torch", "fp32"), (engine, precision)):
+        model.classifier.reset()
+        arguments = TaskResTrainingArguments(
+            shots=8, on_short="ignore", disable_tqdm=True, engine=choice[0], precision=choice[1]
+        )
+        trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
+        trainer.train()
+        found[choice] = trainer.evaluate()["accuracy"]
+        assert model.config.training["engine"] == "-".join(choice)
+    # 159 pictures: one is 0.6 points.
+    assert abs(found["torch", "fp32"] - found[engine, precision]) <= 2.5 / 159
+
+
+def test_the_automatic_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_engine(model.clip).name == "torch-fp32"  # a tower this small gains nothing
+    monkeypatch.setattr(engines, "_LARGE", 1)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
+    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: False)
+    assert make_engine(model.clip).name == "torch-fp32"
+    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
+    assert make_engine(model.clip).name == "torch-bf16"
+    assert make_engine(model.clip, precision="fp32").name == "torch-fp32"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real(name, *a))
+    if real("openvino"):
+        monkeypatch.setattr(engines, "onednn", lambda dtype: None)  # a torch that multiplies fp32 slowly
+        assert make_engine(model.clip, precision="fp32").name == "openvino-fp32"
+        assert make_engine(model.clip).name == "torch-bf16"
+    half = make_engine(model.clip.to(torch.bfloat16))
+    assert half.name == "torch-bfloat16"  # the dtype the user chose
+
+
+def test_recipe_paper_is_exact_unless_asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_LARGE", 1)
+    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
+    for options, name in (({}, "torch-fp32"), ({"precision": "bf16"}, "torch-bf16")):
+        arguments = TaskResTrainingArguments(recipe="paper", disable_tqdm=True, **options)
+        assert TaskResTrainer(model, arguments).embedder.engine.name == name
+
+
+def test_converted_towers_are_kept(model: Model, pixel_values: Tensor) -> None:
+    _needs("openvino")
+    import openvino
+
+    make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    calls: list[int] = []
+    real = openvino.convert_model
+    try:
+        openvino.convert_model = lambda *a, **k: calls.append(1) or real(*a, **k)
+        make_engine(model.clip, "openvino", "bf16")({"pixel_values": pixel_values})
+        assert not calls
+        with torch.no_grad():
+            model.clip.visual_projection.weight.mul_(2)
+        make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+        assert calls
+    finally:
+        openvino.convert_model = real
+
+
+def test_what_does_not_exist(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="must be one of"):
+        make_engine(model.clip, "tensorrt")
+    with pytest.raises(ConfigurationError, match="fp32"):
+        make_engine(model.clip, "onnxruntime", "bf16")
+    with pytest.raises(ConfigurationError, match="engine='torch'"):
+        make_engine(model.clip.to(torch.bfloat16), "openvino", "fp32")
+    model.clip.float()
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"taskres_hf\[openvino\]"):
+        make_engine(model.clip, "openvino", "fp32")

@@ -1,0 +1,38 @@
+"""Products by oneDNN against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from taskres_hf.embedding.engines.onednn import Int8Linear, PackedLinear, in_bytes, onednn, onednn_int8
+
+needs_onednn = pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (0, 24), (1, 1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_multiplied_by_onednn_gives_what_it_gave(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    inputs = torch.randn(shape)
+    expected = layer(inputs)
+    packed = PackedLinear(layer.weight, layer.bias, torch.float32, 10, inner=True)
+    torch.testing.assert_close(packed(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(onednn_int8() is None, reason="this processor or this torch has no int8 products")
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_of_bytes_is_that_of_what_they_stand_for(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    layer.weight[3] = 0  # a row without a step
+    inputs = torch.randint(0, 256, shape, dtype=torch.uint8)
+    rounded, steps = in_bytes(layer.weight)
+    assert (rounded * steps - layer.weight).abs().max() <= 0.51 * steps.max()
+    expected = nn.functional.linear((inputs.float() - 128) / 32, rounded * steps, layer.bias)
+    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10, torch.float32)(inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10, torch.float32, ("gelu", "none"))(inputs)
+    torch.testing.assert_close(found, nn.functional.gelu(expected), atol=1e-4, rtol=1e-4)

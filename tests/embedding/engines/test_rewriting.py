@@ -1,0 +1,223 @@
+"""A rewritten image tower against the one it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_encoders import tiny_config, tiny_images
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPMLP
+
+from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.engines import onednn as linear
+from taskres_hf.embedding.engines import rewriting as towers
+from taskres_hf.embedding.engines.choose import make_engine
+from taskres_hf.embedding.engines.int8 import Turn, turn_layer
+from taskres_hf.embedding.engines.onednn import onednn, onednn_int8
+from taskres_hf.embedding.engines.rewriting import (
+    READS_FIRST_TOKEN,
+    REWRITABLE,
+    BytePatches,
+    Layer,
+    PackedPatches,
+    packed_mlp,
+    rewritten,
+    takes_bytes,
+)
+from taskres_hf.encoders import encode_images
+from taskres_hf.errors import ConfigurationError
+
+Model = TaskResCLIPForImageClassification
+needs_int8 = pytest.mark.skipif(onednn_int8() is None, reason="this processor or this torch has no int8 products")
+
+
+@pytest.mark.parametrize("family", ["clip", "metaclip_2", "altclip", "chinese_clip", "siglip", "blip"])
+def test_the_last_layer_works_only_for_the_token_that_is_read(family: str) -> None:
+    base = AutoModel.from_config(tiny_config(family)).eval()
+    seen: list[int] = []
+    last = base.vision_model.encoder.layers[-1]
+    short = family in READS_FIRST_TOKEN and Layer.fits(last)
+    assert short or family != "clip"
+    last.layer_norm2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        encode_images(base, tiny_images(family))
+        make_engine(base, "torch", "fp32")(tiny_images(family))
+        assert seen == [17, 1] if short else seen[0] == seen[1] >= 16
+        watched: list[int] = []  # who looks at the whole layer gets the whole layer
+        last.register_forward_hook(lambda module, inputs, output: watched.append(1))
+        make_engine(base, "torch", "fp32")(tiny_images(family))
+        assert watched == [1]
+        assert seen[2] == seen[0]
+
+
+def test_a_model_that_showed_its_hidden_states_is_rewritten_too(model: Model, pixel_values: Tensor) -> None:
+    """transformers leaves hooks on its layers from then on."""
+    with torch.no_grad():
+        model.clip.vision_model(pixel_values=pixel_values, output_hidden_states=True)
+    assert all(map(Layer.fits, model.clip.vision_model.encoder.layers))
+    model.clip.vision_model.encoder.layers[0].register_forward_pre_hook(lambda *a: None)
+    assert not Layer.fits(model.clip.vision_model.encoder.layers[0])
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 8, "stride": 8}, {"kernel_size": (4, 8), "stride": (4, 8)}])
+def test_patches_are_a_linear_layer(options: Any) -> None:
+    layer = nn.Conv2d(3, 6, **options).requires_grad_(False)
+    assert PackedPatches.fits(layer)
+    for size in ((32, 32), (37, 20)):  # also what the patches do not cover
+        pixels = torch.randn(2, 3, *size)
+        torch.testing.assert_close(PackedPatches(layer, 10)(pixels), layer(pixels), atol=1e-5, rtol=1e-5)
+    for other in ({"kernel_size": 8, "stride": 4}, {"kernel_size": 8, "stride": 8, "padding": 1}):
+        assert not PackedPatches.fits(nn.Conv2d(3, 6, **other))
+
+
+@pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+def test_an_activation_within_the_product_is_the_activation(activation: str) -> None:
+    module = CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=48, hidden_act=activation)).requires_grad_(
+        False
+    )
+    inputs = 4 * torch.randn(2, 7, 24)
+    expected = module(inputs)
+    packed = packed_mlp(module, torch.float32, 14)
+    assert packed is not None
+    module._modules = packed
+    torch.testing.assert_close(module(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_an_mlp_of_another_kind_is_left_alone(activation: str) -> None:
+    module = CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=48, hidden_act=activation))
+    assert packed_mlp(module, torch.float32, 14) is None
+    assert packed_mlp(nn.Sequential(nn.Linear(2, 2)), torch.float32, 14) is None
+
+
+@pytest.mark.parametrize("family", sorted(READS_FIRST_TOKEN))
+def test_no_keys_or_values_are_computed_for_one_token(family: str) -> None:
+    """The last layer's embedding of the first token, with biases and scales that matter."""
+    torch.manual_seed(0)
+    base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    with torch.no_grad():
+        for parameter in base.vision_model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        expected = encode_images(base, inputs)
+        found = encode_images(rewritten(base), inputs)
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+# ---------------------------------------------------------------------- int8
+
+
+@pytest.mark.parametrize("width", [1, 7, 24, 192, 768, 1024])
+def test_turning_is_a_rotation_that_keeps_means(width: int) -> None:
+    turn = Turn(width)
+    vectors = torch.randn(3, 5, width)
+    turned = turn(vectors)
+    torch.testing.assert_close(turned.mean(-1), vectors.mean(-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(turned.norm(dim=-1), vectors.norm(dim=-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turn(turned), vectors, atol=1e-4, rtol=1e-4)  # its own inverse
+    if width >= 192:  # one large channel becomes many small ones
+        assert turn(torch.eye(width)).abs().max() <= 5 / width**0.5
+
+
+@pytest.mark.parametrize("family", sorted(REWRITABLE))
+def test_a_turned_tower_is_the_same_tower(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What int8 rounds is, before it is rounded, exactly what was there."""
+    torch.manual_seed(0)
+    base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    if not Layer.fits(base.vision_model.encoder.layers[0]):
+        pytest.skip("this family's layers return a tuple in this version of transformers, so they are not rewritten")
+    with torch.no_grad():
+        for parameter in base.vision_model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        before = {name: value.clone() for name, value in base.state_dict().items()}
+        expected = encode_images(base, inputs)
+        clone = rewritten(base)
+        layers = clone.vision_model.encoder.layers
+        turn = Turn(base.config.vision_config.hidden_size)
+        for layer in layers:
+            turn_layer(layer, turn, enter=layer is layers[0], leave=layer is layers[-1])
+        found = encode_images(clone, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+@needs_int8
+@pytest.mark.parametrize("family", sorted(REWRITABLE))
+def test_int8_is_close_even_with_channels_far_larger_than_the_rest(family: str) -> None:
+    torch.manual_seed(0)
+    base, inputs = AutoModel.from_config(tiny_config(family)).eval(), tiny_images(family)
+    with torch.no_grad():
+        for layer in base.vision_model.encoder.layers:
+            layer.mlp.fc2.bias[3] += 20.0
+            layer.layer_norm1.weight[3] = layer.layer_norm2.weight[3] = 0.02  # as trained towers answer it
+        expected = encode_images(base, inputs)
+        found = encode_images(rewritten(base, torch.int8), inputs)
+    assert ((found - expected).norm() / expected.norm()) < 0.03
+
+
+@needs_int8
+def test_in_int8_a_picture_does_not_depend_on_its_neighbours(model: Model, splits: Any) -> None:
+    pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(9))]
+    embedder = Embedder(model.clip, model.image_processor, "torch", "int8")
+    alone = torch.cat([embedder([picture]) for picture in pictures])
+    torch.testing.assert_close(embedder(pictures), alone, atol=1e-2 * float(alone.abs().max()), rtol=0)
+
+
+@needs_int8
+@pytest.mark.parametrize("size", [(32, 32), (37, 20)])
+def test_bytes_are_normalised_by_the_weights(size: tuple[int, int]) -> None:
+    layer = nn.Conv2d(3, 6, kernel_size=(4, 8), stride=(4, 8)).requires_grad_(False)
+    scale, shift = torch.tensor([0.01, 0.02, 0.03]), torch.tensor([-1.8, 0.5, 2.0])
+    pictures = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    expected = layer(pictures * scale.view(3, 1, 1) + shift.view(3, 1, 1))
+    found = BytePatches(layer, 10, (scale, shift))(pictures)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+
+
+@needs_int8
+def test_a_tower_takes_bytes_or_values_never_the_wrong_ones(model: Model, splits: Any, pixel_values: Tensor) -> None:
+    pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(5))]
+    for precision in ("bf16", "int8"):
+        embedder = Embedder(model.clip, model.image_processor, "torch", precision)
+        assert embedder.engine.takes_bytes
+        values = make_engine(model.clip, "torch", precision)
+        given = Embedder(model.clip, model.image_processor).preprocess(pictures)
+        torch.testing.assert_close(
+            embedder(pictures), values(given), atol=2e-2 * float(values(given).abs().max()), rtol=0
+        )
+        with pytest.raises(TypeError, match="bytes"):
+            embedder.engine({"pixel_values": pixel_values})
+    for options in ({"precision": "fp32"}, {"precision": "bf16", "exact_preprocessing": True}):
+        assert not Embedder(model.clip, model.image_processor, "torch", **options).engine.takes_bytes
+    assert not takes_bytes(AutoModel.from_config(tiny_config("blip")))
+
+
+def test_where_int8_does_not_run(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ("openvino", "onnxruntime"):
+        with pytest.raises(ConfigurationError, match="engine='torch'"):
+            make_engine(model.clip, engine, "int8")
+    monkeypatch.setattr(towers, "onednn_int8", lambda: (None, None))
+    with pytest.raises(ConfigurationError, match="family"):
+        make_engine(AutoModel.from_config(tiny_config("blip")), precision="int8")
+    with pytest.raises(ConfigurationError, match="not in fp32"):
+        make_engine(copy.deepcopy(model.clip).to(torch.bfloat16), precision="int8")
+    watched = copy.deepcopy(model.clip)
+    watched.vision_model.encoder.layers[1].register_forward_hook(lambda *a: None)
+    with pytest.raises(ConfigurationError, match="not plain CLIP layers"):
+        make_engine(watched, precision="int8")
+    monkeypatch.setattr(towers, "onednn_int8", lambda: None)
+    with pytest.raises(ConfigurationError, match=r"VNNI.*precision='auto'"):
+        make_engine(model.clip, precision="int8")
+
+
+def test_int8_is_looked_for_with_the_largest_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI sums of products overflow, so that processor has none."""
+    probe = linear.onednn_int8.__wrapped__
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert probe() is None

@@ -1,0 +1,282 @@
+"""Frozen embeddings: the same as the model's own, cached by content, honest about unreadable pictures."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.data.labelled import LabelledImages
+from taskres_hf.embedding import features as features
+from taskres_hf.embedding.augmentation import augment
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.features import embed_images
+from taskres_hf.embedding.stored import StoredFeatures
+from taskres_hf.errors import ConfigurationError, DataError, ImageError
+
+Model = TaskResCLIPForImageClassification
+
+
+def _embed(model: Model, images: LabelledImages, **options: Any) -> features.ImageFeatures:
+    return embed_images(Embedder(model.clip, model.image_processor), images, progress=False, **options)
+
+
+@pytest.fixture
+def few(splits: Any) -> LabelledImages:
+    return LabelledImages(splits["test"].select(range(12)))
+
+
+def test_equal_to_the_model_at_any_batch_size(model: Model, few: LabelledImages) -> None:
+    inputs = model.image_processor(images=[few.image(index) for index in range(12)], return_tensors="pt")
+    expected = model.get_image_features(inputs["pixel_values"])
+    for size in (1, 5, 32):
+        found = _embed(model, few, batch_size=size)
+        assert found.image_embeds.shape == (1, 12, 192)
+        torch.testing.assert_close(found.image_embeds[0], expected, atol=1e-4, rtol=1e-4)
+        assert found.labels.tolist() == few.labels
+
+
+def test_cache_is_used_and_keyed_by_content(
+    model: Model, few: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _embed(model, few, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    calls: list[int] = []
+    real = Embedder.stream
+    monkeypatch.setattr(Embedder, "stream", lambda *a, **k: calls.append(1) or real(*a, **k))
+    again = _embed(model, few, cache_dir=tmp_path)
+    assert not calls
+    assert torch.equal(first.image_embeds, again.image_embeds)
+    _embed(model, few.select([3, 1]), cache_dir=tmp_path)  # other pictures
+    _embed(model, few, cache_dir=tmp_path, views=1)  # augmented
+    with torch.no_grad():
+        model.clip.visual_projection.weight.mul_(2)  # other weights
+    _embed(model, few, cache_dir=tmp_path)
+    assert len(calls) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_digest_tells_labels_apart(model: Model, few: LabelledImages) -> None:
+    other = few.select(range(12))
+    other.labels = [*few.labels[:-1], 7 - few.labels[-1]]
+    assert _embed(model, few).digest != _embed(model, other).digest
+
+
+def test_a_damaged_cache_is_made_again(model: Model, few: LabelledImages, tmp_path: Path) -> None:
+    first = _embed(model, few, cache_dir=tmp_path)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="computed again"):
+        again = _embed(model, few, cache_dir=tmp_path)
+    assert torch.equal(first.image_embeds, again.image_embeds)
+
+
+def test_views_differ_and_follow_the_seed(model: Model, few: LabelledImages) -> None:
+    views = _embed(model, few, views=3, seed=5)
+    assert views.image_embeds.shape == (3, 12, 192)
+    assert not torch.allclose(views.image_embeds[0], views.image_embeds[1])
+    assert torch.equal(_embed(model, few, views=3, seed=5).image_embeds, views.image_embeds)
+    assert not torch.equal(_embed(model, few, views=3, seed=6).image_embeds, views.image_embeds)
+
+
+def test_augmentation_is_crop_and_flip(few: LabelledImages) -> None:
+    pictures = [augment(few.image(0), (32, 48), random.Random(seed)) for seed in range(20)]
+    assert {picture.size for picture in pictures} == {(48, 32)}
+    assert len({picture.tobytes() for picture in pictures}) == 20
+    assert augment(few.image(0).resize((4000, 4)), (8, 8), random.Random(0)).size == (8, 8)
+
+
+@pytest.mark.parametrize(("exact", "held"), [(False, 6), (True, 2)])
+def test_whole_pictures_are_held_only_a_batch_at_a_time(
+    model: Model, few: LabelledImages, exact: bool, held: int
+) -> None:
+    embedder = Embedder(model.clip, model.image_processor, exact_preprocessing=exact)
+    seen: list[int] = []
+    batches = iter([[0, 1], [2, 3], [4, 5]])
+    stream = embedder.stream(batches, lambda index: (seen.append(index), few.image(index))[1], augmented=False)
+    next(stream)
+    assert len(seen) == held
+    assert len(list(stream)) == 2
+
+
+def _streamed(stream: Any) -> list[tuple[list[int], torch.Tensor | None]]:
+    return [(list(batch), embeds) for batch, embeds in stream]
+
+
+def test_every_way_to_stream_gives_the_same_in_order(
+    model: Model, few: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = Embedder(model.clip, model.image_processor)
+    batches = [[0, 1, 2], [], [3], [4, 5], [6, 7, 8, 9]]
+
+    def load(index: int) -> Any:
+        time.sleep(0.01 * (9 - index))  # the first are the last to be ready
+        return None if index == 3 else few.image(index)
+
+    found = {}
+    for cores in (1, 2, 9):  # taking turns; every core for itself; more cores than batches
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found[cores] = _streamed(embedder.stream(batches, load, augmented=False))
+    monkeypatch.setattr(embedder, "base", SimpleNamespace(parameters=lambda: iter([torch.empty(0, device="meta")])))
+    found[0] = _streamed(embedder.stream(batches, load, augmented=False))  # as beside a GPU
+    for ways in found.values():
+        assert [batch for batch, _ in ways] == batches
+        for (_, embeds), (_, expected) in zip(ways, found[1], strict=True):
+            assert (embeds is None) == (expected is None)
+            if embeds is not None:
+                torch.testing.assert_close(embeds, expected, atol=1e-4, rtol=1e-4)
+    assert found[2][1][1] is found[2][2][1] is None  # an empty batch, and one that cannot be read
+
+
+def test_one_core_decodes_while_another_runs_the_tower(
+    model: Model, few: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    embedder = Embedder(model.clip, model.image_processor)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    decoding, running = threading.Event(), threading.Event()
+    real = embedder.engine._run
+
+    def run(inputs: Any) -> torch.Tensor:
+        running.set()
+        assert decoding.wait(20), "nobody decodes meanwhile"
+        return real(inputs)
+
+    def load(index: int) -> Any:
+        if index == 1:
+            assert running.wait(20), "the tower does not run meanwhile"
+            decoding.set()
+        return few.image(index)
+
+    embedder.engine.__dict__["_run"] = run
+    assert len(_streamed(embedder.stream([[0], [1], [2]], load, augmented=False))) == 3
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
+
+    def fail(index: int) -> Any:
+        raise ValueError("a bug in load")
+
+    with pytest.raises(ValueError, match="a bug"):
+        _streamed(embedder.stream([[0], [1], [2]], fail, augmented=False))
+    assert torch.get_num_threads() == threads  # also of threads to come
+    counts: list[int] = []
+    other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert counts == [threads]
+
+
+def _with_broken() -> LabelledImages:
+    import io
+
+    import PIL.Image
+
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (20, 20), (9, 99, 200)).save(stream, "PNG")
+    cells = [
+        {"bytes": stream.getvalue(), "path": None},
+        {"bytes": b"not a picture", "path": "broken.jpg"},
+        {"bytes": None, "path": "missing.jpg"},
+        {"bytes": stream.getvalue(), "path": None},
+    ]
+    data = Dataset.from_dict(
+        {"image": cells, "label": ["a", "b", "a", "b"]},
+        Features({"image": Image(decode=False), "label": Value("string")}),
+    )
+    return LabelledImages(data)
+
+
+def test_unreadable_pictures_are_all_named(model: Model) -> None:
+    with pytest.raises(ImageError, match=r"(?s)2 of 4.*Row 1: 'broken.jpg'.*Row 2: 'missing.jpg'"):
+        _embed(model, _with_broken())
+
+
+def test_unreadable_pictures_can_be_skipped(model: Model, tmp_path: Path) -> None:
+    for _ in range(2):  # made, then read from the cache
+        with pytest.warns(UserWarning, match="left out"):
+            found = _embed(model, _with_broken(), on_error="skip", cache_dir=tmp_path)
+        assert found.skipped == (1, 2)
+        assert found.labels.tolist() == [0, 1]
+    for size in (1, 2, 3):  # in batches without any, or with some that can be read
+        with pytest.warns(UserWarning, match="left out"):
+            again = _embed(model, _with_broken(), on_error="skip", batch_size=size)
+        torch.testing.assert_close(again.image_embeds, found.image_embeds, atol=1e-4, rtol=1e-4)
+    with pytest.raises(DataError, match="None of the pictures"), pytest.warns(UserWarning, match="left out|read"):
+        _embed(model, _with_broken().select([1, 2]), on_error="skip")
+
+
+def test_bad_settings(model: Model, few: LabelledImages) -> None:
+    with pytest.raises(ConfigurationError, match="views"):
+        _embed(model, few, views=-1)
+    with pytest.raises(ConfigurationError, match="on_error"):
+        _embed(model, few, on_error="explode")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(
+    model: Model, few: LabelledImages, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match=os.fspath(tmp_path / "file")):
+        _embed(model, few, cache_dir=tmp_path / "file" / "cache")
+
+
+# ---------------------------------------------------------------------- embeddings on disk
+
+
+def _stored(model: Model, splits: Any, folder: Path, dtype: Any = np.float32) -> StoredFeatures:
+    data = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True)).embed(splits["train"])
+    np.save(folder / "embeds.npy", data.image_embeds[0].numpy().astype(dtype))
+    return StoredFeatures(folder / "embeds.npy", data.labels, data.class_names)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_every_row_once_an_epoch_with_its_label(model: Model, splits: Any, tmp_path: Path, dtype: Any) -> None:
+    data = _stored(model, splits, tmp_path, dtype)
+    data._BLOCK = 16  # type: ignore[misc]
+    table = torch.from_numpy(np.load(tmp_path / "embeds.npy").astype(np.float32))
+    seen = []
+    for labels, embeds in data.batches(10, seed=1, epoch=2, buffer_mb=1):
+        rows = torch.cdist(embeds, table).argmin(dim=1)
+        assert torch.equal(data.labels[rows], labels)
+        seen += rows.tolist()
+    assert len(seen) == 170  # 179 rows, the ragged end dropped
+    assert len(set(seen)) >= 165  # a few pictures are alike
+    first, again, other = ([ids.tolist() for ids, _ in data.batches(10, 1, epoch, 1)] for epoch in (2, 2, 3))
+    assert first == again != other
+
+
+def test_training_from_disk_equals_training_from_memory(model: Model, splits: Any, tmp_path: Path) -> None:
+    """In one batch an epoch the order does not matter, so the results must agree."""
+    data = _stored(model, splits, tmp_path)
+    results = []
+    for source in (splits["train"], data):
+        model.classifier.reset()
+        arguments = TaskResTrainingArguments(num_train_epochs=50, disable_tqdm=True)
+        trainer = TaskResTrainer(model, arguments, source, splits["test"])
+        trainer.train()
+        results.append(trainer.evaluate()["accuracy"])
+    assert results[0] == pytest.approx(results[1], abs=1.5 / 159)
+
+
+def test_wrong_files_and_settings(model: Model, splits: Any, tmp_path: Path) -> None:
+    data = _stored(model, splits, tmp_path)
+    with pytest.raises(DataError, match="2 labels were given"):
+        StoredFeatures(tmp_path / "embeds.npy", [0, 1], data.class_names)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"no \.npy file"):
+        StoredFeatures(tmp_path / "objects.npy", [0], ["a", "b"])
+    with pytest.raises(ConfigurationError, match="do not apply"):
+        TaskResTrainer(model, TaskResTrainingArguments(shots=2, disable_tqdm=True), data).train()
+    data.class_names = list(reversed(data.class_names))
+    with pytest.raises(DataError, match="order differ"):
+        TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True), data).train()

@@ -1,0 +1,176 @@
+"""The paper's datasets as data: complete, checked before use, read from the layouts people have."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from taskres_hf.errors import ConfigurationError, DataError
+from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.paper import datasets as suite
+from taskres_hf.paper.datasets import describe_dataset, open_dataset, suite_datasets, unique_names
+from taskres_hf.prompts import class_prompts, named_templates
+
+PAPER = {
+    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
+    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets a test shrink the published sizes of a dataset, so that a handful of files is a complete copy."""
+    changed = json.loads(json.dumps(suite_datasets()))
+    monkeypatch.setattr(suite, "suite_datasets", lambda: changed)
+    return changed
+
+
+def _picture(path: Path, shade: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (12, 12), (shade % 256, 99, 7)).save(path)
+
+
+def test_every_dataset_of_the_paper_is_described() -> None:
+    for name, classes in PAPER.items():
+        spec = describe_dataset(name)
+        assert len(spec["class_names"]) == classes
+        assert set(spec["sizes"]) == {"train", "validation", "test"}
+        assert spec["template_set"] in named_templates()
+        assert spec["alpha"] == (1.0 if name == "oxford_flowers" else 0.5)
+        assert spec["licence"]
+        assert len(set(unique_names(spec["class_names"], spec["all_wnids"])[0])) == classes
+    assert describe_dataset("imagenet")["learning_rate"] == 2e-4
+    assert describe_dataset("oxford_pets")["class_names"][:2] == ["abyssinian", "american_bulldog"]
+    assert describe_dataset("eurosat")["class_names"][0] == "Annual Crop Land"
+
+
+def test_variants_of_imagenet_are_told_by_wordnet_id() -> None:
+    imagenet = describe_dataset("imagenet")["wnids"]
+    assert len(set(imagenet)) == 1000
+    assert imagenet == sorted(imagenet)
+    subsets = {name: describe_dataset(name)["wnids"] for name in ("imagenet_a", "imagenet_r")}
+    for wnids in subsets.values():
+        assert len(set(wnids)) == 200
+        assert set(wnids) <= set(imagenet)
+    assert subsets["imagenet_a"] != subsets["imagenet_r"]
+
+
+def test_two_classes_of_one_name_have_the_same_prompt() -> None:
+    spec = describe_dataset("imagenet")
+    names, prompts = unique_names(spec["class_names"], spec["wnids"])
+    assert sorted(prompts.values()) == ["missile", "missile", "sunglasses", "sunglasses"]
+    made = class_prompts(names, "a {}.", prompt_names=prompts)
+    assert made.count(["a missile."]) == 2
+
+
+def _pets(root: Path, small: Any) -> dict[str, Any]:
+    names = small["oxford_pets"]["class_names"]
+    small["oxford_pets"]["sizes"] = {"train": 74, "validation": 37, "test": 37}
+    content: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
+    for key, count in (("train", 2), ("val", 1), ("test", 1)):
+        for label, name in enumerate(names):
+            for number in range(count):
+                file = f"{name}_{key}{number}.jpg"
+                _picture(root / "oxford_pets" / "images" / file, label)
+                content[key].append([file, label, name])
+    random.Random(0).shuffle(content["train"])
+    (root / "oxford_pets" / "split_zhou_OxfordPets.json").write_text(json.dumps(content))
+    return content
+
+
+def test_published_split_file(tmp_path: Path, small: Any) -> None:
+    content = _pets(tmp_path, small)
+    for root in (tmp_path, tmp_path / "oxford_pets"):
+        data = open_dataset("oxford_pets", root)
+        assert {name: len(part) for name, part in data.splits.items()} == small["oxford_pets"]["sizes"]
+        assert data.splits["train"].labels == [label for _, label, _ in content["train"]]
+        assert data.splits["train"].image(0).size == (12, 12)
+        assert data.notes == []
+
+
+def test_draw_is_coops_from_the_same_split_file(tmp_path: Path, small: Any) -> None:
+    """CoOp seeds Python's global generator and samples each class in the order the split file first shows it."""
+    content = _pets(tmp_path, small)
+    random.seed(2)
+    groups: dict[int, list[str]] = {}
+    for file, label, _ in content["train"]:
+        groups.setdefault(label, []).append(file)
+    expected = [file for files in groups.values() for file in random.sample(files, 1)]
+    train = open_dataset("oxford_pets", tmp_path).splits["train"]
+    rows = few_shot_indices(train.labels, 1, 2)
+    assert [Path(train.source(row)["path"]).name for row in rows] == expected
+
+
+def test_what_is_wrong_is_said_before_hours_are_spent(tmp_path: Path, small: Any) -> None:
+    content = _pets(tmp_path, small)
+    path = tmp_path / "oxford_pets" / "split_zhou_OxfordPets.json"
+    path.write_text(json.dumps({**content, "test": content["test"][:-1]}))
+    with pytest.raises(DataError, match="test has 36 pictures, published 37"):
+        open_dataset("oxford_pets", tmp_path)
+    assert open_dataset("oxford_pets", tmp_path, allow_other_split=True).notes
+    path.write_text(json.dumps({**content, "test": [["x.jpg", 0, "beagle"]]}))
+    with pytest.raises(DataError, match="label 0 is called 'beagle'"):
+        open_dataset("oxford_pets", tmp_path)
+    path.write_text(json.dumps({**content, "test": [["missing.jpg", 0, "abyssinian"]]}))
+    with pytest.raises(DataError, match=r"not there, the first .*missing\.jpg"):
+        open_dataset("oxford_pets", tmp_path)
+    with pytest.raises(DataError, match="no folder"):
+        open_dataset("oxford_pets", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="--root"):
+        open_dataset("ucf101")
+    with pytest.raises(ConfigurationError, match="oxford_pets"):
+        open_dataset("pets")
+
+
+def test_a_copy_in_another_form_is_matched_by_name(tmp_path: Path, small: Any) -> None:
+    names = small["oxford_pets"]["class_names"]
+    for split in ("train", "test"):
+        for label, name in enumerate(names):
+            _picture(tmp_path / "pets" / split / name.replace("_", " ").title() / f"{label}.png", label)
+    with pytest.raises(DataError, match="not the published split"):
+        open_dataset("oxford_pets", tmp_path / "pets")
+    data = open_dataset("oxford_pets", tmp_path / "pets", allow_other_split=True)
+    assert data.splits["test"].class_names == names
+    assert [names[label] for label in sorted(data.splits["test"].labels)] == names
+    assert "another form" in data.notes[0]
+
+
+def test_variant_lists(tmp_path: Path, small: Any) -> None:
+    spec = small["fgvc_aircraft"]
+    spec["sizes"] = {"train": 100, "validation": 100, "test": 100}
+    for number, (key) in enumerate(("train", "val", "test")):
+        lines = []
+        for label, name in enumerate(spec["class_names"]):
+            lines.append(f"{number}{label:03d} {name}")
+            _picture(tmp_path / "fgvc_aircraft" / "images" / f"{number}{label:03d}.jpg")
+        (tmp_path / "fgvc_aircraft" / f"images_variant_{key}.txt").write_text("\n".join(lines))
+    assert open_dataset("fgvc_aircraft", tmp_path).splits["train"].labels == list(range(100))
+
+
+def test_numbered_and_wordnet_folders(tmp_path: Path, small: Any) -> None:
+    small["imagenetv2"]["sizes"] = {"test": 1000}
+    top = tmp_path / "imagenetv2" / "imagenetv2-matched-frequency-format-val"
+    for label in range(1000):
+        _picture(top / str(label) / "0.png", label)
+    assert open_dataset("imagenetv2", tmp_path).splits["test"].labels == list(range(1000))
+    small["imagenet_r"]["sizes"] = {"test": 200}
+    order = {wnid: index for index, wnid in enumerate(small["imagenet"]["wnids"])}
+    for wnid in small["imagenet_r"]["wnids"]:
+        _picture(tmp_path / "imagenet-rendition" / "imagenet-r" / wnid / "0.png", order[wnid])
+    data = open_dataset("imagenet_r", tmp_path)
+    assert data.splits["test"].labels == [order[wnid] for wnid in small["imagenet_r"]["wnids"]]
+    assert len(data.class_names) == 1000
+    (tmp_path / "imagenet-rendition" / "imagenet-r" / "n00000000").mkdir()
+    with pytest.raises(DataError, match="1 unknown"):
+        open_dataset("imagenet_r", tmp_path)
+
+
+def test_shipped_tasks_are_in_the_suite() -> None:
+    data = open_dataset("food")
+    assert len(data.splits["test"]) == 149
+    assert open_dataset("fxemoji").class_names == open_dataset("all-categories").class_names

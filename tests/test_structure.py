@@ -1,0 +1,66 @@
+"""The order of layers: data flows one way, and a module imports only from those before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "taskres_hf"
+# From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
+ORDER = [
+    "_version", "errors", "registration", "storage", "prompts", "residual", "evaluation",
+    "families", "encoders", "base_model", "base_classifier", "configuration_taskres", "artifact", "hub",
+    "modeling_taskres", "pictures",
+    "data.labelled", "data.sources", "data", "few_shot",
+    "embedding.augmentation", "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn",
+    "embedding.engines.int8", "embedding.engines.rewriting", "embedding.engines.engine",
+    "embedding.engines.openvino", "embedding.engines.onnxruntime", "embedding.engines.choose", "embedding.engines",
+    "embedding.embedder", "embedding.features", "embedding",
+    "training.arguments", "training.recipes", "training.gradient", "training.enhanced_base", "training.checkpoints",
+    "training.trainer", "training",
+    "predicting", "demo",
+    "paper.datasets", "paper.runner", "paper.checkpoints", "paper",
+    "features", "suite", "benchmarking", "importing",
+    "cli.options", "cli.train", "cli.evaluate", "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.__main__", "__main__", "__init__",
+]  # fmt: skip
+_LONGEST_FILE = 500
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _imports(module: str, path: Path) -> set[str]:
+    """Modules of the package that are imported when this one is."""
+    found = set()
+    here = module.split(".") if path.name == "__init__.py" and module != "__init__" else module.split(".")[:-1]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = here[: len(here) - node.level + 1]
+            name = ".".join([*start, *(node.module or "").split(".")]).strip(".")
+            inner = {".".join([name, alias.name]).strip(".") for alias in node.names}
+            found |= inner & set(FILES) or {name}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(FILES)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_those_before_it(module: str) -> None:
+    if module in FILES:
+        later = {name for name in _imports(module, FILES[module]) if ORDER.index(name) >= ORDER.index(module)}
+        assert not later
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_no_file_is_longer_than_one_sitting(module: str) -> None:
+    assert module not in FILES or len(FILES[module].read_text().splitlines()) <= _LONGEST_FILE

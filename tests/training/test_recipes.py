@@ -1,0 +1,104 @@
+"""Recipes, schedule, order of batches, and the gradient by hand against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from taskres_hf import TaskResClassifier
+from taskres_hf.embedding.engines import onednn as linear
+from taskres_hf.errors import ConfigurationError
+from taskres_hf.training.gradient import loss_and_gradient, penalty_factor
+from taskres_hf.training.recipes import epoch_batches, learning_rate, make_recipe
+
+
+def _head(dtype: torch.dtype = torch.float64) -> TaskResClassifier:
+    torch.manual_seed(0)
+    head = TaskResClassifier(10 * torch.randn(6, 16), alpha=0.7, logit_scale=20.0, logit_bias=-1.0).to(dtype)
+    with torch.no_grad():
+        head.residual.normal_()
+    return head
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_gradient_by_hand_equals_autograd(penalty: float, shifted: bool) -> None:
+    head = _head()
+    if shifted:
+        head.shift = torch.randn(6, 16, dtype=torch.float64)
+    images = F.normalize(torch.randn(9, 16, dtype=torch.float64), dim=1)
+    labels = torch.randint(6, (9,))
+    loss, correct, gradient = loss_and_gradient(head, images, labels, penalty)
+    expected = F.cross_entropy(head(images), labels) + penalty * head.residual.pow(2).sum()
+    (wanted,) = torch.autograd.grad(expected, head.residual)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-10)
+    assert int(correct) == int((head(images).argmax(1) == labels).sum())
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_gradient_by_hand_in_fp32_whoever_multiplies(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_onednn and linear.onednn(torch.float32) is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: by_onednn)
+    head = _head(torch.float32)
+    images, labels = F.normalize(torch.randn(40, 16), dim=1), torch.randint(6, (40,))
+    loss, _, gradient = loss_and_gradient(head, images, labels, 0.01)
+    expected = F.cross_entropy(head(images), labels) + 0.01 * head.residual.pow(2).sum()
+    (wanted,) = torch.autograd.grad(expected, head.residual)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shots", "epochs"), [(1, 100), (2, 100), (4, 100), (8, 200), (16, 200)])
+def test_paper_recipe(shots: int, epochs: int) -> None:
+    recipe = make_recipe("paper", _head(), shots)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.warmup_lr) == (2e-3, 5e-4, 1e-5)
+    assert (recipe.train_batch_size, recipe.num_train_epochs, recipe.penalty) == (256, epochs, 0.0)
+
+
+def test_published_schedule() -> None:
+    recipe = make_recipe("paper", _head(), 16)
+    rates = [learning_rate(recipe, epoch) for epoch in range(200)]
+    assert rates[0] == 1e-5
+    assert rates[1] == 2e-3
+    assert rates[101] == pytest.approx(1e-3)
+    assert rates[199] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 198 / 200)))
+
+
+def test_auto_does_not_depend_on_the_scale_of_the_backbone_or_alpha() -> None:
+    small = TaskResClassifier(torch.randn(4, 8), alpha=0.5)
+    large = TaskResClassifier(100 * small.base, alpha=1.0)
+    images, labels = F.normalize(torch.randn(4, 8), dim=1), torch.arange(4)
+    steps = []
+    for head in (small, large):
+        recipe = make_recipe("auto", head, 4)
+        optimizer = torch.optim.Adam([head.residual], lr=recipe.learning_rate, eps=1e-30)
+        for _ in range(5):
+            _, _, head.residual.grad = loss_and_gradient(head, images, labels, penalty_factor(recipe, head))
+            optimizer.step()
+        steps.append(F.normalize(head.weight().detach(), dim=1))
+    torch.testing.assert_close(steps[0], steps[1], atol=1e-5, rtol=1e-5)
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def rows(count: int, views: int, size: int, seed: int, epoch: int) -> list[tuple[list[int], list[int]]]:
+        return [(r.tolist(), v.tolist()) for r, v in epoch_batches(count, views, size, seed, epoch)]
+
+    assert rows(10, 3, 4, 1, 5) == rows(10, 3, 4, 1, 5) != rows(10, 3, 4, 1, 6)
+    assert rows(10, 3, 4, 2, 5) != rows(10, 3, 4, 1, 5)
+
+
+def test_ragged_end_is_dropped_as_published() -> None:
+    assert [len(rows) for rows, _ in epoch_batches(600, 1, 256, 1, 0)] == [256, 256]
+    assert [len(rows) for rows, _ in epoch_batches(256, 1, 256, 1, 0)] == [256]
+    (everything,) = [rows for rows, _ in epoch_batches(200, 1, 256, 1, 0)]
+    assert sorted(everything.tolist()) == list(range(200))
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(ConfigurationError, match="'auto' or 'paper'"):
+        make_recipe("best", _head(), 1)

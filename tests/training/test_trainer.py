@@ -1,0 +1,224 @@
+"""The trainer on real pictures: what it learns, resumes, refuses and leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from support import random_residual
+
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.embedding.features import ImageFeatures
+from taskres_hf.errors import ConfigurationError, DataError, FewShotError
+from taskres_hf.evaluation import metrics_from_logits
+from taskres_hf.few_shot import few_shot_indices
+
+Model = TaskResCLIPForImageClassification
+
+
+def _arguments(**options: Any) -> TaskResTrainingArguments:
+    return TaskResTrainingArguments(**{"disable_tqdm": True, "on_short": "ignore", "shots": 4, **options})
+
+
+@pytest.fixture
+def embedded(model: Model, splits: DatasetDict) -> dict[str, ImageFeatures]:
+    trainer = TaskResTrainer(model, _arguments())
+    return {name: trainer.embed(splits[name]) for name in splits}
+
+
+def test_training_beats_zero_shot_and_leaves_the_base(model: Model, splits: DatasetDict) -> None:
+    before = copy.deepcopy(model.clip.state_dict())
+    trainer = TaskResTrainer(model, _arguments(shots=16), splits["train"], splits["test"])
+    output = trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["accuracy"] > metrics["zero_shot_accuracy"] + 0.02
+    assert metrics["zero_shot_accuracy"] == pytest.approx(0.4151, abs=5e-4)
+    assert output.training_loss < trainer.log_history[0]["loss"]
+    assert all(torch.equal(before[name], value) for name, value in model.clip.state_dict().items())
+    assert model.config.metrics["accuracy"] == metrics["accuracy"]
+    assert model.config.few_shot["num_images"] == len(model.config.few_shot["indices"])
+
+
+def test_stored_indices_replay_the_run(model: Model, splits: DatasetDict, base: str) -> None:
+    TaskResTrainer(model, _arguments(seed=3), splits["train"]).train()
+    again = Model.from_base(base, model.class_names, model.config.templates)
+    chosen = splits["train"].select(model.config.few_shot["indices"])
+    TaskResTrainer(again, _arguments(seed=3, shots=None), chosen).train()
+    assert torch.equal(again.classifier.residual, model.classifier.residual)
+
+
+def test_pictures_and_their_embeddings_train_the_same(
+    model: Model, splits: DatasetDict, embedded: dict[str, ImageFeatures]
+) -> None:
+    results = []
+    for data in (splits["train"], embedded["train"]):
+        model.classifier.reset()
+        TaskResTrainer(model, _arguments(), data).train()
+        results.append(model.classifier.residual.detach().clone())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "paper"])
+def test_closed_form_equals_the_accelerate_loop(model: Model, embedded: dict[str, ImageFeatures], recipe: str) -> None:
+    results = []
+    for closed_form in (True, False):
+        model.classifier.reset()
+        trainer = TaskResTrainer(model, _arguments(recipe=recipe, closed_form=closed_form), embedded["train"])
+        trainer.train()
+        results.append((model.classifier.residual.detach().clone(), trainer.log_history[-1]["loss"]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"views": 2}, {"closed_form": False}, {"enhanced_base": True}, {"augment_online": True}]
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    model: Model, splits: DatasetDict, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    settings = {"shots": 2, "num_train_epochs": 4, "train_batch_size": 8, **options}
+    whole = TaskResTrainer(model, _arguments(output_dir=str(tmp_path / "a"), **settings), splits["train"])
+    whole.train()
+    expected = model.classifier.residual.detach().clone()
+
+    interrupted = _arguments(output_dir=str(tmp_path / "b"), save_epochs=2, **settings)
+    model.classifier.reset()
+    trainer = TaskResTrainer(model, interrupted, splits["train"])
+    real = trainer._checkpoint
+
+    def stop_after_saving(*values: Any) -> None:
+        real(*values)
+        raise KeyboardInterrupt
+
+    trainer._checkpoint = stop_after_saving  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [folder.name for folder in (tmp_path / "b").iterdir()] == ["checkpoint-2"]
+    assert Model.from_pretrained(tmp_path / "b" / "checkpoint-2").class_names == model.class_names
+
+    model.classifier.reset()
+    resumed = TaskResTrainer(model, interrupted, splits["train"])
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(model.classifier.residual, expected)
+    assert resumed.log_history == whole.log_history
+
+
+def test_checkpoints_are_kept_to_a_limit(model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path) -> None:
+    arguments = _arguments(output_dir=str(tmp_path), num_train_epochs=5, save_epochs=1, save_total_limit=2)
+    TaskResTrainer(model, arguments, embedded["train"]).train()
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_resuming_another_run_is_refused(model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path) -> None:
+    arguments = _arguments(output_dir=str(tmp_path), num_train_epochs=2, save_epochs=1)
+    TaskResTrainer(model, arguments, embedded["train"]).train()
+    other = replace(arguments, seed=9)
+    with pytest.raises(ConfigurationError, match=r"another run: .*seed"):
+        TaskResTrainer(model, other, embedded["train"]).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigurationError, match="no checkpoint"):
+        TaskResTrainer(model, replace(arguments, output_dir=str(tmp_path / "x")), embedded["train"]).train(True)
+
+
+def test_early_stopping_keeps_the_best(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    arguments = _arguments(early_stopping_patience=3, learning_rate=5.0, num_train_epochs=60)
+    trainer = TaskResTrainer(model, arguments, embedded["train"], embedded["validation"])
+    trainer.train()
+    seen = [entry["eval_accuracy"] for entry in trainer.log_history]
+    assert len(seen) < 60
+    assert trainer.evaluate()["accuracy"] == pytest.approx(max(seen))
+    with pytest.raises(ConfigurationError, match="eval_dataset"):
+        TaskResTrainer(model, arguments, embedded["train"]).train()
+
+
+def test_online_views_and_both_sides_learn(model: Model, base: str, splits: DatasetDict) -> None:
+    image_side = Model.from_base(base, model.class_names, model.config.templates, residual_side="image")
+    for classifier, options in ((model, {"augment_online": True}), (model, {"views": 2}), (image_side, {})):
+        classifier.classifier.reset()
+        trainer = TaskResTrainer(classifier, _arguments(shots=2, num_train_epochs=6, **options), splits["train"])
+        trainer.train()
+        assert classifier.classifier.residual.abs().max() > 0
+        assert trainer.log_history[-1]["loss"] < trainer.log_history[0]["loss"] + 0.5
+
+
+def test_paper_recipe_takes_the_published_number_of_steps(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    trainer = TaskResTrainer(model, _arguments(recipe="paper", shots=16), embedded["train"])
+    output = trainer.train()
+    assert output.global_step == 200
+    assert [entry["learning_rate"] for entry in trainer.log_history][:2] == [1e-5, 2e-3]
+
+
+def test_divergence_is_an_error_not_a_classifier(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    data = replace(embedded["train"], image_embeds=embedded["train"].image_embeds * float("nan"))
+    with pytest.raises(ConfigurationError, match="diverged"):
+        TaskResTrainer(model, _arguments(), data).train()
+
+
+def test_a_class_without_pictures(model: Model, splits: DatasetDict) -> None:
+    part = splits["train"].filter(lambda label: label != 2, input_columns="label")
+    with pytest.raises(FewShotError, match="reptile or frog"):
+        TaskResTrainer(model, _arguments(on_short="warn"), part).train()
+    with pytest.warns(UserWarning, match="fewer than 16"):
+        TaskResTrainer(model, _arguments(shots=16, on_short="warn", num_train_epochs=1), splits["train"]).train()
+
+
+def test_nothing_to_train_or_evaluate_on(model: Model) -> None:
+    with pytest.raises(DataError, match="train_dataset"):
+        TaskResTrainer(model, _arguments()).train()
+    with pytest.raises(DataError, match="eval_dataset"):
+        TaskResTrainer(model, _arguments()).evaluate()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shots": 0}, {"shots": True}, {"recipe": "best"}, {"views": -1}, {"learning_rate": float("nan")},
+        {"weight_decay": -1}, {"num_train_epochs": 0}, {"views": 2, "augment_online": True},
+    ],
+)  # fmt: skip
+def test_bad_settings(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        TaskResTrainingArguments(**options)
+
+
+def test_token_is_never_shown() -> None:
+    assert "secret" not in repr(TaskResTrainingArguments(hub_token="secret"))
+
+
+def test_metrics_agree_with_counting(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    random_residual(model)
+    trainer = TaskResTrainer(model, _arguments(), eval_dataset=embedded["test"])
+    metrics = trainer.evaluate(metric_key_prefix="eval")
+    prediction = trainer.predict(embedded["test"])
+    right = (prediction.predictions.argmax(1) == prediction.label_ids).mean()
+    assert metrics["eval_accuracy"] == pytest.approx(right)
+    per_class = metrics["eval_per_class"]
+    assert sum(row["accuracy"] * row["support"] for row in per_class.values()) / 159 == pytest.approx(right)
+    with pytest.raises(DataError, match="from 0 to 7"):
+        metrics_from_logits(torch.zeros(1, 8), torch.tensor([8]))
+    with pytest.raises(DataError, match="as many"):
+        metrics_from_logits(torch.zeros(0, 8), torch.zeros(0))
+
+
+def test_enhanced_base_is_stored_and_beats_the_regular_one(
+    model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path
+) -> None:
+    accuracies: dict[bool, float] = {}
+    for enhanced in (False, True):
+        model.classifier.reset()
+        data = embedded["train"].select(few_shot_indices(embedded["train"].labels.tolist(), 16, 1, on_short="ignore"))
+        trainer = TaskResTrainer(
+            model, _arguments(recipe="paper", shots=None, enhanced_base=enhanced), data, embedded["test"]
+        )
+        trainer.train()
+        accuracies[enhanced] = trainer.evaluate()["accuracy"]
+    assert accuracies[True] > accuracies[False]
+    model.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path)
+    assert torch.equal(loaded.classifier.weight(), model.classifier.weight())
+    assert json.loads((tmp_path / "config.json").read_text())["enhanced_base"]["epochs"] == 50
