@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoConfig
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.cli import main
@@ -26,3 +29,59 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         code = int(stop.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+PAPER = {
+    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
+    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+}  # fmt: skip
+
+_TEXT = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "projection_dim": 16, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+
+
+def tiny_config(family: str) -> Any:
+    """A config of a family, small enough to make at once."""
+    text, vision = dict(_TEXT), dict(_VISION)
+    if family in ("siglip", "siglip2"):
+        text["projection_size"] = 32
+        if family == "siglip2":
+            vision["num_patches"] = 16
+    if family == "altclip":
+        text |= {"project_dim": 32, "max_position_embeddings": 70, "type_vocab_size": 1}
+    if family == "chinese_clip":
+        text |= {"type_vocab_size": 2, "eos_token_id": None}
+    if family == "align":
+        vision = {
+            "image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 32,
+            "in_channels": [16], "out_channels": [32], "strides": [1], "kernel_sizes": [3], "expand_ratios": [1],
+            "num_block_repeats": [1], "depthwise_padding": [], "squeeze_expansion_ratio": 0.25,
+        }  # fmt: skip
+    if family == "vision-text-dual-encoder":
+        from transformers import BertConfig, VisionTextDualEncoderConfig, ViTConfig
+
+        text_config = BertConfig(**{k: v for k, v in text.items() if k not in ("projection_dim", "eos_token_id")})
+        vision_config = ViTConfig(**{k: v for k, v in vision.items() if k != "projection_dim"})
+        return VisionTextDualEncoderConfig.from_vision_text_configs(vision_config, text_config, projection_dim=16)
+    dim = 8 if family == "align" else 16  # ALIGN's image embedding has the tower's own size
+    options: dict[str, Any] = {"text_config": text, "vision_config": vision, "projection_dim": dim}
+    if family == "blip":
+        options["image_text_hidden_size"] = 16
+    return AutoConfig.for_model(family, **options)
+
+
+def tiny_images(family: str) -> dict[str, Any]:
+    """What three prepared pictures are for it."""
+    if family == "siglip2":
+        return {
+            "pixel_values": torch.randn(3, 16, 8 * 8 * 3),
+            "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * 3),
+        }
+    return {"pixel_values": torch.randn(3, 3, 32, 32)}

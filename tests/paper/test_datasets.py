@@ -9,17 +9,13 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from support import PAPER
 
 from taskres_hf.errors import ConfigurationError, DataError
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.paper import datasets as suite
 from taskres_hf.paper.datasets import describe_dataset, open_dataset, suite_datasets, unique_names
 from taskres_hf.prompts import class_prompts, named_templates
-
-PAPER = {
-    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
-    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
-}  # fmt: skip
 
 
 @pytest.fixture

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from support import run
-from support_suite import PAPER
+from support import PAPER, run
 
-from taskres_hf import benchmarking
-from taskres_hf.demo import accuracy_table, as_markdown
+from taskres_hf.demo import accuracy_table
 from taskres_hf.errors import ConfigurationError
+from taskres_hf.paper import runner as benchmarking
 from taskres_hf.paper.datasets import suite_datasets
-from taskres_hf.paper.runner import comparable_results, published_results, run_benchmark, summarise, write_reports
+from taskres_hf.paper.runner import (
+    as_markdown,
+    comparable_results,
+    published_results,
+    run_benchmark,
+    summarise,
+    write_reports,
+)
 
 
 def test_finished_cells_are_not_run_again(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +62,7 @@ def test_draws_are_stored_and_replayable(base: str, tmp_path: Path, capsys: pyte
     draw = tmp_path / "few_shot" / "food" / "shot_2-seed_5.json"
     content = json.loads(draw.read_text())
     assert len(content["indices"]) == len(content["labels"]) == len(content["files"]) == 14
-    data = Path(benchmarking.__file__).parent / "demo_data" / "food"
+    data = Path(benchmarking.__file__).parents[1] / "demo_data" / "food"
     code, _, _ = run(
         capsys, "train", "--base-model", base, "--dataset", data, "--indices", draw, "--epochs", 1,
         "-o", tmp_path / "out", "--json",
@@ -142,7 +148,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_the_table_fills_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskres_hf import cli_research
+    from taskres_hf.cli import paper as cli_research
 
     monkeypatch.setattr(cli_research.sys.stdout, "isatty", lambda: True, raising=False)
     row = {"dataset": "food", "recipe": "auto", "zero_shot": 40.0, "accuracy": {1: 41.0}}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_encoders import tiny_config, tiny_images
+from support import tiny_config, tiny_images
 from torch import Tensor
 from transformers import AutoModel
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_encoders import tiny_config, tiny_images
+from support import tiny_config, tiny_images
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
