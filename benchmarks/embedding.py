@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessor, CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_splits
+from taskres_hf.base_model import cpu_has_bf16
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
 from taskres_hf.embedding.embedder import Embedder
-from taskres_hf.embedding.engines.onednn import PackedLinear, cpu_has_bf16
+from taskres_hf.embedding.engines.onednn import PackedLinear
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.embedding.preprocessing import Preprocessor
 from taskres_hf.evaluation import accuracy

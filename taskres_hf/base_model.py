@@ -232,3 +232,12 @@ def split_kwargs(kwargs: dict[str, Any], separate_hub_only: bool = False) -> tup
             raise TypeError(f"from_base() got unexpected arguments: {unknown}.")
         rest = {key: value for key, value in rest.items() if value is not None and key != "low_cpu_mem_usage"}
     return hub, rest
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        probe = getattr(torch.cpu, test, None)
+        if probe is not None and probe():
+            return True
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,12 +25,27 @@ RESIDUAL = "residual"
 SHIFT = "base_shift"
 
 
+_HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
+
+
 def cache_root() -> Path:
     """Folder for embeddings and base classifiers: `$TASKRES_CACHE`, else `taskres` inside `$HF_HOME`."""
     if folder := os.environ.get("TASKRES_CACHE"):
         return Path(folder).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("HF_HOME", f"{xdg}/huggingface")).expanduser() / "taskres"
+
+
+def is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name means a place on this machine rather than a repository on the Hub: the one rule for both.
+
+    What exists here is a path, and so is what cannot be a Hub id: absolute, starting with `.` or `~`, with a backslash
+    or more than one `/`, or with characters that ids do not have.
+    """
+    text = os.fspath(name)
+    if not isinstance(name, str) or os.path.exists(os.path.expanduser(text)):
+        return True
+    return os.path.isabs(text) or ".." in text or not _HUB_ID.match(text)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -58,6 +58,8 @@ class LabelledImages:
 
     Attributes:
         labels: N class ids. class_names: K names. indices: N positions in the dataset that was given.
+        split: name of the split the pictures come from, or None; it travels with them.
+        account: how the source was read, or None (see `load_training_data`).
 
     Raises:
         DataError: no such column, an empty dataset, unlabelled rows, or labels outside the classes.
@@ -87,6 +89,8 @@ class LabelledImages:
         labels = column_values(dataset, self.label_column)
         self.class_names, self.labels = _resolve_labels(labels, feature, class_names, default_names, self.label_column)
         self.indices = list(range(len(dataset)))
+        self.split: str | None = None if dataset.split is None else str(dataset.split)
+        self.account: Any = None
         images = dataset.with_format(None).select_columns([self.image_column])
         if isinstance(dataset.features[self.image_column], Image):
             images = images.cast_column(self.image_column, Image(decode=False))

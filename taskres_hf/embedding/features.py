@@ -41,6 +41,7 @@ class ImageFeatures:
         class_names: K names in label order.
         digest: digest of the pictures' content and labels, in order.
         skipped: positions of pictures that could not be read and were left out.
+        digests: SHA-256 of each picture's content, N hexadecimal strings; empty where embeddings came without pictures.
     """
 
     image_embeds: Tensor
@@ -48,6 +49,7 @@ class ImageFeatures:
     class_names: list[str]
     digest: str
     skipped: tuple[int, ...] = ()
+    digests: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -62,6 +64,7 @@ class ImageFeatures:
             labels=self.labels[chosen],
             digest=digest,
             skipped=(),
+            digests=tuple(self.digests[index] for index in indices) if self.digests else (),
         )
 
 
@@ -120,7 +123,9 @@ def embed_images(
     if not bool(ok.any()):
         raise DataError("None of the pictures can be read.")
     labels = torch.tensor([images.labels[index] for index, _ in readable])[ok]
-    return ImageFeatures(stored["image_embeds"][:, ok], labels, images.class_names, content, tuple(sorted(problems)))
+    kept = tuple(digest for digest, good in zip(digests, ok.tolist(), strict=True) if good)
+    table = stored["image_embeds"][:, ok]
+    return ImageFeatures(table, labels, images.class_names, content, tuple(sorted(problems)), kept)
 
 
 def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, str]]:

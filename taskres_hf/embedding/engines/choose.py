@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...base_model import cpu_has_bf16
 from ...encoders import encode_images
 from ...errors import ConfigurationError
 from .engine import ImageEngine
-from .onednn import cpu_has_bf16, onednn
+from .onednn import onednn
 from .onnxruntime import onnxruntime_engine
 from .openvino import openvino_engine
 from .rewriting import REWRITABLE, best_batch_size, int8_obstacle, rewritten, takes_bytes

@@ -49,15 +49,6 @@ def onednn_int8() -> tuple[Any, Any] | None:
     return (layout, multiply) if supported() and bool((found == 64 * 255 * 127).all()) else None
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        probe = getattr(torch.cpu, test, None)
-        if probe is not None and probe():
-            return True
-    return False
-
-
 @cache
 def mkl_is_slow() -> bool:
     """Whether torch multiplies fp32 with MKL on a processor that MKL does not know."""

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...base_model import cpu_has_bf16
 from .int8 import Turn, int8_parts, turn_layer
 from .onednn import (
     ACTIVATIONS,
     LINEAR,
     Int8Linear,
     PackedLinear,
-    cpu_has_bf16,
     factored,
     frozen_linear,
     in_bytes,
