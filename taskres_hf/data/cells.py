@@ -30,19 +30,19 @@ class Cells(Protocol):
 
 
 class FileCells:
-    """Picture files on this machine."""
+    """Picture files on this machine; `names` are their paths."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, row: int) -> str:
-        return self.paths[row]
+        return self.names[row]
 
     def select(self, rows: Sequence[int]) -> FileCells:
-        return FileCells([self.paths[row] for row in rows])
+        return FileCells([self.names[row] for row in rows])
 
 
 class DatasetCells:
@@ -155,3 +155,21 @@ def content_digest(cell: Any) -> str:
         except (OSError, TypeError, ValueError) as error:
             raise ImageError(f"{path!r} cannot be read: {error}") from error
     return hashlib.sha256(content).hexdigest()
+
+
+class JoinedCells:
+    """Pictures of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Cells], rows: Sequence[tuple[int, int]] | None = None) -> None:
+        self.parts = list(parts)
+        self.rows = [(p, r) for p, part in enumerate(parts) for r in range(len(part))] if rows is None else list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        part, inside = self.rows[row]
+        return self.parts[part][inside]
+
+    def select(self, rows: Sequence[int]) -> JoinedCells:
+        return JoinedCells(self.parts, [self.rows[row] for row in rows])
