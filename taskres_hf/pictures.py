@@ -68,7 +68,6 @@ def _is_decodable(name: str) -> bool:
 _FORMATS = tuple(name for name in _ENDINGS if _is_decodable(name))
 IMAGE_EXTENSIONS = frozenset(ending for name in _FORMATS for ending in _ENDINGS[name])
 
-_LARGEST_RATIO = 500  # of the sides: resized to 224 pixels high, such a picture has 75 MB
 _LARGEST_DOWNLOAD = 256 << 20
 _ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -146,8 +145,7 @@ def read_image(source: Any, draft: tuple[int, int] | None = None, remarks: Remar
 
     Raises:
         ImageError: no regular file, not a picture in a format of `IMAGE_EXTENSIONS` (by its content, whatever its
-            name), truncated, more pixels than Pillow's limit, a side more than 500 times the other, or values whose
-            range is unknown.
+            name), truncated, more pixels than Pillow's limit, or values whose range is unknown.
     """
     name = _name(source)
     try:
@@ -356,17 +354,11 @@ def _as_bytes(source: Any, name: str) -> NDArray[np.uint8]:
 
 
 def _check_size(picture: PIL.Image.Image, name: str) -> None:
-    shorter, longer = sorted(picture.size)
-    if shorter == 0:
+    if 0 in picture.size:
         raise ImageError(f"{name} has {picture.width}x{picture.height} pixels: there is nothing to see.")
     limit = PIL.Image.MAX_IMAGE_PIXELS
-    if limit is not None and shorter * longer > limit:
+    if limit is not None and picture.width * picture.height > limit:
         raise ImageError(f"{name} has {picture.width}x{picture.height} pixels, more than the limit of {limit}.")
-    if longer > _LARGEST_RATIO * shorter:
-        raise ImageError(
-            f"{name} has {picture.width}x{picture.height} pixels: one side is more than {_LARGEST_RATIO} times the "
-            "other, and resized it would fill the memory. Crop it first."
-        )
 
 
 def _oddities(picture: PIL.Image.Image, name: str) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -19,7 +17,7 @@ from datasets import (
 )
 
 from ..errors import DataError, ImageError
-from ..pictures import read_image
+from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
 
 _IMAGE_NAMES = (
@@ -114,24 +112,21 @@ class LabelledImages:
         """The undecoded cell of one picture: `{"bytes", "path"}` or a path."""
         return self._images[index][self.image_column]
 
-    def image(self, index: int, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
+    def image(
+        self, index: int, draft: tuple[int, int] | None = None, remarks: Remarks | None = None
+    ) -> PIL.Image.Image:
         """One picture, see `read_image`."""
         try:
-            return read_image(self.source(index), draft)
+            return read_image(self.source(index), draft, remarks)
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def digest(self, index: int) -> str:
         """SHA-256 of one picture's file content."""
-        cell = self.source(index)
-        content = cell.get("bytes") if isinstance(cell, Mapping) else None
-        if content is None:
-            path = cell.get("path") if isinstance(cell, Mapping) else cell
-            try:
-                content = Path(str(path)).read_bytes()
-            except (OSError, TypeError) as error:
-                raise ImageError(f"Row {self.indices[index]}: {path!r} cannot be read: {error}") from error
-        return hashlib.sha256(content).hexdigest()
+        try:
+            return picture_digest(self.source(index))
+        except ImageError as error:
+            raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def select(self, indices: Sequence[int]) -> LabelledImages:
         """The same dataset restricted to positions, in that order."""
