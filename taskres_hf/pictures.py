@@ -191,9 +191,10 @@ def picture_digest(source: Any) -> str:
         with ExitStack() as stack:
             stream = _stream(source, name, stack)
             if stream is None:
+                palette = source.getpalette() if getattr(source, "mode", None) == "P" else None
                 pixels = np.asarray(source)
-                digest.update(f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} ".encode())
-                stream = io.BytesIO(np.ascontiguousarray(pixels).tobytes())
+                kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} "
+                stream = io.BytesIO(kind.encode() + np.ascontiguousarray(pixels).tobytes())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     except ImageError:
