@@ -34,7 +34,16 @@ from .listing import FolderListing, Listing, is_picture, pictures_left_out, suff
 from .naming import is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .shards import is_shard, read_shards
-from .tables import TABLE_ENDINGS, Paths, TableOptions, join_tables, parse_table, read_table, table_from_frame
+from .tables import (
+    TABLE_ENDINGS,
+    MissingPicturesError,
+    Paths,
+    TableOptions,
+    join_tables,
+    parse_table,
+    read_table,
+    table_from_frame,
+)
 
 READABLE = (
     "Readable are folders of pictures, tables (.csv, .tsv, .txt, .json, .jsonl, .parquet), archives (.zip, .tar, "
@@ -256,6 +265,10 @@ def _tables(listing: Listing, options: SourceOptions) -> tuple[Reading | None, D
         try:
             table = parse_table(name, listing.read(name))
             found[name] = read_table(table, Paths(listing, folder), options.columns, split)
+        except MissingPicturesError as error:
+            if options.class_folder is None:
+                raise
+            trouble = error
         except DataError as error:
             if suffix(name) != ".txt":  # most are read-me files
                 trouble = error
