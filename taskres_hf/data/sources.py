@@ -30,7 +30,7 @@ from .archives import ArchiveCells, ArchiveListing, is_archive
 from .cells import FileCells
 from .folders import EXPECTED, NoClassFoldersError, read_folders
 from .labelled import STREAMED
-from .listing import FolderListing, Listing, is_picture, pictures_left_out, suffix
+from .listing import ARCHIVE_ENDINGS, FolderListing, Listing, is_picture, pictures_left_out, suffix
 from .naming import is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .shards import is_shard, read_shards
@@ -145,6 +145,10 @@ def _read_file(path: Path, options: SourceOptions) -> Reading:
         return read_table(parse_table(path.name, _content(path)), Paths(beside, ""), options.columns, split)
     if is_archive(path):
         return _read_archive(ArchiveListing(path), options)
+    if ending in (".7z", ".rar"):
+        raise DataError(f"{printable(path)} is an archive of a kind that is not read here: unpack it. {READABLE}")
+    if ending in ARCHIVE_ENDINGS:
+        raise DataError(f"The archive {printable(path)} is damaged or incomplete: it is neither a zip nor a tar.")
     if is_picture(path.name):
         raise DataError(f"{printable(path)} is one picture. {EXPECTED}")
     extra = " Save a spreadsheet as CSV." if ending in (".xlsx", ".xls", ".ods") else ""
