@@ -93,7 +93,9 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     if isinstance(source, (IterableDataset, IterableDatasetDict)):
         raise DataError(STREAMED)
     if isinstance(source, Dataset):
-        source = DatasetDict({str(source.split or "train"): source})
+        reading = _reading_of({str(source.split or "train"): source}, "dataset")
+        reading.chosen = True
+        return reading
     if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
         return _reading_of(source, "dataset")
     if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
@@ -261,7 +263,7 @@ def _tables(listing: Listing, options: SourceOptions) -> tuple[Reading | None, D
     names = [name for name in listing.files if suffix(name) in TABLE_ENDINGS and name.count("/") < 3]
     metadata = [name for name in names if Path(name).stem.lower() == "metadata"]
     found: dict[str, Reading] = {}
-    trouble = None
+    trouble: DataError | None = None
     for name in metadata or [name for name in names if "/" not in name]:
         folder = str(PurePosixPath(name).parent) if "/" in name else ""
         parts = [PurePosixPath(name).stem, *reversed(PurePosixPath(name).parts[:-1])]
