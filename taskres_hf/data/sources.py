@@ -206,8 +206,7 @@ def _read_folder(path: Path, options: SourceOptions) -> Reading:
             raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
         return _reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
     listing = FolderListing(path)
-    parquet = [name for name in listing.files if suffix(name) == ".parquet" and name.count("/") < 2]
-    parquet = [name for name in parquet if _holds_pictures(path / name)]
+    parquet = [name for name in listing.files if suffix(name) == ".parquet" and _holds_pictures(path / name)]
     if parquet and listing.pictures():
         raise DataError(
             f"{printable(path)} holds pictures in parquet files ({shorten(parquet, 2)}) and {len(listing.pictures())} "
@@ -224,12 +223,19 @@ def _read_folder(path: Path, options: SourceOptions) -> Reading:
 
 
 def _read_parquet_files(path: Path, names: list[str], options: SourceOptions) -> Reading:
+    above = sorted({str(PurePosixPath(name).parent) for name in names})
+    one_set = [folder for folder in above if not split_name(PurePosixPath(folder).name)]
+    if len(one_set) > 1 or len({str(PurePosixPath(folder).parent) for folder in above}) > 1:
+        raise DataError(
+            f"{printable(path)} holds parquet files in several folders ({shorten(above)}), perhaps several data sets. "
+            "Give one of them."
+        )
     files: dict[str, list[str]] = {}
     for name in names:
         stem = _SHARD.sub("", Path(name).stem)  # train.parquet, or train-00000-of-00002.parquet
-        above = Path(name).parent.name
-        if stem.isdecimal() and split_name(above):  # train/0000.parquet
-            stem = above
+        folder = PurePosixPath(name).parent.name
+        if split_name(folder) and not split_name(stem):  # train/0000.parquet
+            stem = folder
         split = re.sub(r"\W", "_", split_name(stem) or stem)
         files.setdefault(split, []).append(str(path / name))
     reading = Reading("parquet files", [])

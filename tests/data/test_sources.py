@@ -104,6 +104,19 @@ def test_parquet_in_folders_of_splits(tmp_path: Path, splits: DatasetDict) -> No
     assert set(load_splits(tmp_path / "default")) == {"train", "test"}
 
 
+def test_a_folder_of_several_data_sets(tmp_path: Path, splits: DatasetDict) -> None:
+    for name in ("animals", "plants"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            splits[split].select(range(4)).to_parquet(tmp_path / name / f"{split}.parquet")
+    with pytest.raises(DataError, match=r"several folders \(animals, plants\).*Give one"):
+        load_splits(tmp_path)
+    assert set(load_splits(tmp_path / "plants")) == {"train", "test"}
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "plants").rename(tmp_path / "outer" / "data")
+    assert set(load_splits(tmp_path / "outer")) == {"train", "test"}
+
+
 def test_a_hub_id_that_is_not_there_is_named(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for load in (load_splits, load_training_data):
         with pytest.raises(FileNotFoundError, match=r"dataset 'tester/nothing' \(source, --dataset\)"):
