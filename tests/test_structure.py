@@ -21,7 +21,7 @@ ORDER = [
     "training.arguments", "training.recipes", "training.gradient", "training.enhanced_base", "training.checkpoints",
     "training.trainer", "training",
     "predicting", "demo",
-    "paper.datasets", "paper.runner", "paper.checkpoints", "paper",
+    "paper.datasets", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
     "cli.options", "cli.train", "cli.evaluate", "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
