@@ -149,7 +149,8 @@ class _Terminal:
                 loose = [index for index in texts if widths[index] > shortest[index]]
                 if not loose:
                     break
-                widths[max(loose, key=lambda index: widths[index])] -= 1
+                # What a row is about is folded last.
+                widths[max(loose, key=lambda index: (index != texts[0], widths[index]))] -= 1
             if sum(widths) <= room:
                 return widths
         return []

@@ -69,14 +69,15 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         seeds' means over datasets.
     """
     runs: dict[tuple[str, str], dict[int, dict[int, float]]] = {}  # accuracy by shots and seed
-    zero_shot: dict[tuple[str, str], float] = {}
+    zeros: dict[tuple[str, str], list[float]] = {}
     for result in results:
         measured = {result["dataset"]: result}
         measured |= {f"{result['dataset']} -> {name}": pair for name, pair in result["targets"].items()}
         for name, pair in measured.items():
             key = (name, result["recipe"])
-            zero_shot[key] = 100 * pair["zero_shot_accuracy"]
+            zeros.setdefault(key, []).append(100 * pair["zero_shot_accuracy"])
             runs.setdefault(key, {}).setdefault(result["shots"], {})[result["seed"]] = 100 * pair["accuracy"]
+    zero_shot = {key: mean(values) for key, values in zeros.items()}
     rows = [_row(*key, zero_shot[key], by_shots) for key, by_shots in runs.items()]
     for recipe in dict.fromkeys(recipe for _, recipe in runs):
         same = [by_shots for (name, other), by_shots in runs.items() if other == recipe and " -> " not in name]
@@ -86,8 +87,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for count in sorted(set.intersection(*map(set, same))):
             seeds = sorted(set.intersection(*(set(by_shots[count]) for by_shots in same)))
             means[count] = {seed: mean(by_shots[count][seed] for by_shots in same) for seed in seeds}
-        zeros = [zero_shot[name, other] for name, other in runs if other == recipe and " -> " not in name]
-        rows.append(_row("mean", recipe, mean(zeros), {count: by_seed for count, by_seed in means.items() if by_seed}))
+        before = mean(zero_shot[name, other] for name, other in runs if other == recipe and " -> " not in name)
+        rows.append(_row("mean", recipe, before, {count: by_seed for count, by_seed in means.items() if by_seed}))
     return rows
 
 
@@ -101,7 +102,12 @@ def _row(name: str, recipe: str, zero_shot: float, by_shots: Mapping[int, Mappin
 
 
 def accuracy_table(
-    rows: Sequence[Mapping[str, Any]], seeds: int, *, first: str = "dataset", caption: str | None = None
+    rows: Sequence[Mapping[str, Any]],
+    seeds: int,
+    *,
+    first: str = "dataset",
+    on: str = "the test split",
+    caption: str | None = None,
 ) -> Table:
     """The rows of `summarise` as a table: mean and standard deviation over seeds; one recipe is named in the title."""
     counts = sorted({count for row in rows for count in row["accuracy"]})
@@ -110,7 +116,7 @@ def accuracy_table(
     for row in rows:
         scores = [_score(row["accuracy"].get(count), row["spread"].get(count)) for count in counts]
         cells.append([row["dataset"], *([row["recipe"]] if len(recipes) > 1 else []), row["zero_shot"], *scores])
-    title = "Accuracy on the test split in percent"
+    title = f"Accuracy on {on} in percent"
     title += f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     title += f", recipe {recipes[0]}" if len(recipes) == 1 else ""
     columns = [first, *(["recipe"] if len(recipes) > 1 else []), "zero-shot"]
