@@ -1,12 +1,13 @@
 """`taskres`: parse, call the library, print. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 an error (the message says what to do), 2 wrong usage, 3 done but pictures were skipped.
+Exit codes: 0 done, 1 an error (the message says what to do), 2 wrong usage, 3 done but pictures were skipped,
+130 interrupted with Ctrl-C, 143 ended by SIGTERM.
 Tables and progress are for people; with `--json` the standard output holds one JSON value and nothing else.
 """
 
 from __future__ import annotations
 
-import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,6 +18,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .paper import benchmark, import_checkpoint
 from .predict import predict
+from .screen import as_json_text, end_on_sigterm, interruptible, program, warn
 from .share import info, push
 from .train import train
 
@@ -43,23 +45,19 @@ def _root(
 
 
 _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
-app.command(rich_help_panel=_USE)(train)
-app.command(rich_help_panel=_USE)(evaluate)
-app.command(rich_help_panel=_USE)(predict)
-app.command(rich_help_panel=_USE)(demo)
-app.command(rich_help_panel=_SHARE)(info)
-app.command(rich_help_panel=_SHARE)(push)
-app.command(rich_help_panel=_PAPER)(benchmark)
-app.command("import", rich_help_panel=_PAPER)(import_checkpoint)
+for _command, _panel in ((train, _USE), (evaluate, _USE), (predict, _USE), (demo, _USE), (info, _SHARE), (push, _SHARE)):
+    app.command(rich_help_panel=_panel)(interruptible(_command))
+app.command(rich_help_panel=_PAPER)(interruptible(benchmark))
+app.command("import", rich_help_panel=_PAPER)(interruptible(import_checkpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors end in one readable message and exit code 1."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    before = end_on_sigterm()
     try:
-        app(arguments)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
+        app(arguments, prog_name=program())
+    except KeyboardInterrupt:  # before a command began
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
@@ -70,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in arguments or not isinstance(error, (TaskResError, OSError)):
             raise
         if "--json" in arguments:
-            typer.echo(json.dumps({"error": str(error), "type": type(error).__name__}))
-        typer.echo(f"Error: {error}", err=True)
+            typer.echo(as_json_text({"error": str(error), "type": type(error).__name__}))
+        warn(f"Error: {error}")
         sys.exit(1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

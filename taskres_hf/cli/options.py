@@ -345,7 +345,14 @@ DevicePanel = Annotated[
     ),
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", hidden=True, help="The same as --device cpu.")]
-Engine = Annotated[EngineName, typer.Option(help="What runs the frozen image tower.", rich_help_panel=SPEED)]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        metavar="ENGINE",
+        help="What runs the frozen image tower: auto, torch, openvino or onnxruntime.",
+        rich_help_panel=SPEED,
+    ),
+]
 Precision = Annotated[PrecisionName, typer.Option(help="Numbers it computes with.", rich_help_panel=SPEED)]
 Crop = Annotated[
     CropName | None,

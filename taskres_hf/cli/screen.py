@@ -8,33 +8,30 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..tables import Table, visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Control characters, direction overrides and halves of a surrogate pair (bytes of a file name that is not UTF-8).
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What JSON may hold raw but a terminal would obey, and halves of surrogate pairs (file names that are not UTF-8).
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def visible(text: str) -> str:
-    """Text that does to a terminal no more than show: control characters are spelled out."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
-
-
-def say(text: str) -> None:
-    """A line for people, on the standard output."""
-    typer.echo(visible(text))
+def say(text: str, err: bool = False) -> None:
+    """Lines for people, of which a terminal obeys nothing but the line ends."""
+    typer.echo("\n".join(map(visible, text.split("\n"))), err=err)
 
 
 def warn(text: str) -> None:
-    """A line beside the results, on the standard error."""
-    typer.echo(visible(text), err=True)
+    """Lines beside the results, on the standard error."""
+    say(text, err=True)
 
 
 def plain(value: Any) -> str:
@@ -55,6 +52,11 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], **details: Any) -> None:
+    """A table, see `tables.Table` for the details, on the standard output."""
+    console().print(Table(columns, rows, **details).rich())
 
 
 def as_json_text(value: Any) -> str:
