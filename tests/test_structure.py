@@ -25,7 +25,8 @@ ORDER = [
     "predicting", "demo",
     "paper.datasets", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
-    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.evaluate", "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.evaluate", "cli.predict",
+    "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500

@@ -7,6 +7,7 @@ Tables and progress are for people; with `--json` the standard output holds one 
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,26 +15,22 @@ from typing import Annotated
 
 import typer
 
-from .demo import demo
-from .evaluate import evaluate
-from .paper import benchmark, import_checkpoint
-from .predict import predict
 from .screen import as_json_text, end_on_sigterm, interruptible, program, warn
-from .share import info, push
-from .train import train
 
-app = typer.Typer(
-    name="taskres",
-    help="Few-shot image classifiers as kilobyte residuals over frozen CLIP-like models.\n\n"
-    "Start with [bold]taskres demo[/bold], then [bold]taskres train[/bold] on your own pictures.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
+# Name: module, function, heading.
+_COMMANDS = {
+    "train": ("train", "train", _USE),
+    "evaluate": ("evaluate", "evaluate", _USE),
+    "predict": ("predict", "predict", _USE),
+    "demo": ("demo", "demo", _USE),
+    "info": ("share", "info", _SHARE),
+    "push": ("share", "push", _SHARE),
+    "benchmark": ("paper", "benchmark", _PAPER),
+    "import": ("paper", "import_checkpoint", _PAPER),
+}
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
@@ -44,11 +41,27 @@ def _root(
         raise typer.Exit
 
 
-_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
-for _command, _panel in ((train, _USE), (evaluate, _USE), (predict, _USE), (demo, _USE), (info, _SHARE), (push, _SHARE)):
-    app.command(rich_help_panel=_panel)(interruptible(_command))
-app.command(rich_help_panel=_PAPER)(interruptible(benchmark))
-app.command("import", rich_help_panel=_PAPER)(interruptible(import_checkpoint))
+def make_app(only: str | None = None) -> typer.Typer:
+    """The command line.
+
+    Args:
+        only: the one command to make, which is faster than all of them; any other name makes all.
+    """
+    app = typer.Typer(
+        name="taskres",
+        help="Few-shot image classifiers as kilobyte residuals over frozen CLIP-like models.\n\n"
+        "Start with [bold]taskres demo[/bold], then [bold]taskres train[/bold] on your own pictures.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name in [only] if only in _COMMANDS else _COMMANDS:
+        module, function, panel = _COMMANDS[str(name)]
+        command = getattr(importlib.import_module(f".{module}", __package__), function)
+        app.command(name, rich_help_panel=panel)(interruptible(command))
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     before = end_on_sigterm()
     try:
+        app = make_app(next((argument for argument in arguments if not argument.startswith("-")), None))
         app(arguments, prog_name=program())
     except KeyboardInterrupt:  # before a command began
         sys.exit(130)

@@ -11,7 +11,6 @@ from .screen import emit, percent, quiet_libraries, say, show_table, when_interr
 from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
-    from ..data.labelled import LabelledImages
     from ..training.arguments import TaskResTrainingArguments
 
 
@@ -51,23 +50,28 @@ def evaluate(
     """
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json)
-    source = str(one_dataset(dataset, dataset_option))
+    source = one_dataset(context, dataset, dataset_option)
     device = check_device(device, use_cpu)
     use_device(device)
-    read = {"image_column": image_column, "label_column": label_column, "drop_unlabelled": drop_unlabelled}
     arguments = _arguments(context, device, label_map, quiet or as_json)
-    pictures = _open(source, split, config_name, dataset_revision, read)
+    from ..data import load_evaluation_data
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training.trainer import TaskResTrainer
 
     classifier = TaskResCLIPForImageClassification.from_pretrained(
         model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
     )
+    pictures = load_evaluation_data(
+        source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
+        label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
+    )  # fmt: skip
+    if not as_json and pictures.account:
+        say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
     metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
     account = pictures.account.as_dict() if pictures.account else None
     result = {"split": pictures.split, **metrics, "account": account}
-    emit(as_json, result, lambda: _show(result, pictures))
+    emit(as_json, result, lambda: _show(result))
 
 
 def _arguments(
@@ -81,29 +85,7 @@ def _arguments(
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
 
-def _open(
-    source: str, split: str | None, name: str | None, revision: str | None, read: dict[str, Any]
-) -> LabelledImages:
-    """The pictures of one split; which one is decided here when nobody says."""
-    from ..data import load_splits
-    from ..data.labelled import LabelledImages
-    from ..errors import DataError
-
-    splits = load_splits(source, name=name, revision=revision)
-    if split is None:
-        split = next((known for known in ("test", "validation") if known in splits), None)
-        split = next(iter(splits)) if split is None and len(splits) == 1 else split
-    if split is None or split not in splits:
-        asked = f"no split {split!r}" if split else "neither a test nor a validation split"
-        raise DataError(f"{source} has {asked}; it has {', '.join(splits)}. Choose one with --split.")
-    pictures = LabelledImages(splits[split], **read)
-    pictures.split = pictures.split or split
-    return pictures
-
-
-def _show(metrics: dict[str, Any], pictures: LabelledImages) -> None:
-    if pictures.account:
-        say("\n".join(pictures.account.lines()))
+def _show(metrics: dict[str, Any]) -> None:
     images = metrics["num_images"]
     rows: list[list[Any]] = [
         [name, row["support"], percent(row["accuracy"])] for name, row in metrics["per_class"].items()

@@ -30,59 +30,66 @@ SPEED = "Speed and device"
 OUTPUT = "Output"
 
 
-class Recipe(str, Enum):
+class Choice(str, Enum):
+    """One of a few words: completed by the shell, refused when mistyped."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Recipe(Choice):
     AUTO = "auto"
     PAPER = "paper"
 
 
-class EngineName(str, Enum):
+class EngineName(Choice):
     AUTO = "auto"
     TORCH = "torch"
     OPENVINO = "openvino"
     ONNXRUNTIME = "onnxruntime"
 
 
-class PrecisionName(str, Enum):
+class PrecisionName(Choice):
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
 
 
-class DtypeName(str, Enum):
+class DtypeName(Choice):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
 
-class ShortClass(str, Enum):
+class ShortClass(Choice):
     WARN = "warn"
     RAISE = "raise"
     IGNORE = "ignore"
 
 
-class BrokenPicture(str, Enum):
+class BrokenPicture(Choice):
     RAISE = "raise"
     SKIP = "skip"
 
 
-class Average(str, Enum):
+class Average(Choice):
     RAW = "raw"
     NORMALIZED = "normalized"
 
 
-class Side(str, Enum):
+class Side(Choice):
     TEXT = "text"
     IMAGE = "image"
 
 
-class Underscores(str, Enum):
+class Underscores(Choice):
     REPLACE = "replace"
     KEEP = "keep"
 
 
-class CropName(str, Enum):
+class CropName(Choice):
     PROCESSOR = "processor"
     TORCHVISION = "torchvision"
 
@@ -179,9 +186,7 @@ Folds = Annotated[
 ]
 Indices = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Replay a draw: JSON list of rows, or a trained folder.", rich_help_panel=DATA
-    ),
+    typer.Option(metavar="FILE", help="Replay a draw: JSON list of rows, or a trained folder.", rich_help_panel=DATA),
 ]
 OnShort = Annotated[ShortClass, typer.Option(help="A class with too few pictures.", rich_help_panel=DATA)]
 Split = Annotated[
@@ -305,7 +310,12 @@ Views = Annotated[
     int, typer.Option(min=0, metavar="N", help="Augmented views cached per picture.", rich_help_panel=TRAINING)
 ]
 AugmentOnline = Annotated[
-    bool, typer.Option("--augment-online", help="Augment afresh each epoch, as published.", rich_help_panel=TRAINING)
+    bool | None,
+    typer.Option(
+        "--augment-online/--no-augment-online",
+        help="Augment afresh each epoch; recipe paper does by itself.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 EnhancedBase = Annotated[
     bool, typer.Option("--enhanced-base", help="Tune the text projection first (TaskRes*).", rich_help_panel=TRAINING)
@@ -323,14 +333,10 @@ Patience = Annotated[
 SaveEpochs = Annotated[
     int, typer.Option(min=0, metavar="N", help="Checkpoint every N epochs; 0: none.", rich_help_panel=TRAINING)
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=TRAINING)
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=TRAINING)]
 ReportTo = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME", help="Tracker, such as tensorboard or wandb; repeatable.", rich_help_panel=TRAINING
-    ),
+    typer.Option(metavar="NAME", help="Tracker, such as tensorboard or wandb; repeatable.", rich_help_panel=TRAINING),
 ]
 
 # ---------------------------------------------------------------------------------------------------- speed and device
@@ -374,9 +380,7 @@ BatchSize = Annotated[
 ]
 CacheDir = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FOLDER", help="Cached embeddings; $TASKRES_CACHE by default.", rich_help_panel=SPEED
-    ),
+    typer.Option(metavar="FOLDER", help="Cached embeddings; $TASKRES_CACHE by default.", rich_help_panel=SPEED),
 ]
 
 # ---------------------------------------------------------------------------------------------------- output

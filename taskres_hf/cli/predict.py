@@ -20,9 +20,7 @@ Output = Annotated[
 ]
 AllowSkipped = Annotated[
     bool,
-    typer.Option(
-        "--allow-skipped", help="End with 0 although pictures were skipped.", rich_help_panel=opt.OUTPUT
-    ),
+    typer.Option("--allow-skipped", help="End with 0 although pictures were skipped.", rich_help_panel=opt.OUTPUT),
 ]
 ResumeOutput = Annotated[
     bool, typer.Option("--resume", help="Go on with the rows that an interrupted run left.", rich_help_panel=opt.OUTPUT)

@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from types import NoneType
@@ -50,11 +51,12 @@ def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
         ConfigurationError: the file cannot be read, or has an unknown name or a value of the wrong kind.
     """
     command = context.command.callback
-    values = {name: _value(value) for name, value in context.params.items()}
+    names = [str(parameter.name) for parameter in context.command.params if parameter.name in context.params]
+    values = {name: _value(context.params[name]) for name in names}
     if config is None or command is None:
         return values
     hints = typing.get_type_hints(command)
-    known = {name: hints[name] for name in values if name not in _NEVER} | _training_hints()
+    known = _training_hints() | {name: hints[name] for name in values if name not in _NEVER}
     for name, value in read_file(config, known).items():
         source = context.get_parameter_source(name)
         if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
@@ -129,20 +131,32 @@ def _problem(name: Any, value: Any, known: Mapping[str, Any]) -> str | None:
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         return f"there is no setting {name!r}" + (f"; did you mean `{near[0]}`?" if near else "")
-    if value is None or name in _INLINE and isinstance(value, _INLINE[name]):
+    if value is None or (name in _INLINE and isinstance(value, _INLINE[name])):
         return None
     kinds = typing.get_args(known[name]) or (known[name],)
-    choices = [member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
-    choices += [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
-    if choices and str not in kinds:
-        return None if value in choices else f"`{name}` must be one of {', '.join(choices)}; it is {value!r}"
-    allowed = {kind for kind in kinds if isinstance(kind, type) and kind is not NoneType}
+    choices = _choices(kinds)
+    if choices and value in choices:
+        return None
+    allowed = {kind for kind in kinds if isinstance(kind, type) and kind is not NoneType and not issubclass(kind, Enum)}
     allowed |= {str} if Path in allowed else set()
     allowed |= {int} if float in allowed else set()
-    if type(value) in allowed or name in _INLINE and isinstance(value, _INLINE[name]):
+    if type(value) in allowed:
         return None
-    wanted = " or ".join(sorted(_KINDS.get(kind, kind.__name__) for kind in allowed if kind is not Path))
-    return f"`{name}` must be {wanted}; it is {value!r}"
+    wanted = choices or sorted(_KINDS.get(kind, kind.__name__) for kind in allowed if kind is not Path)
+    return f"`{name}` must be {' or '.join(wanted)}; it is {value!r}"
+
+
+def _choices(kinds: Iterable[Any]) -> list[str]:
+    """The words that an option accepts, of enums and of `Literal`s, bare or in a union."""
+    choices: list[str] = []
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            choices += [str(member.value) for member in kind]
+        elif typing.get_origin(kind) is typing.Literal:
+            choices += typing.get_args(kind)
+        elif isinstance(kind, str):  # the arguments of a bare Literal
+            choices.append(kind)
+    return choices
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
@@ -152,12 +166,10 @@ def _refuse_repeats(node: Any, path: Path) -> None:
     import yaml
 
     if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(map(str, names))) < len(
-            names
-        ) else None
-        if twice is not None:
-            raise ConfigurationError(f"--config: {path} sets {twice!r} twice.")
+        names = Counter(str(key.value) for key, _ in node.value)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ConfigurationError(f"--config: {path} sets {twice[0]!r} twice.")
         for _, value in node.value:
             _refuse_repeats(value, path)
 

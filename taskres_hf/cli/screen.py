@@ -93,7 +93,7 @@ def quiet_libraries(no_bars: bool, heavy: bool = True) -> None:
         return
     import datasets
     import transformers
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()

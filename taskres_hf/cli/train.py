@@ -77,7 +77,7 @@ def train(
     num_train_epochs: opt.Epochs = None,
     learning_rate: opt.LearningRate = None,
     views: opt.Views = 0,
-    augment_online: opt.AugmentOnline = False,
+    augment_online: opt.AugmentOnline = None,
     enhanced_base: opt.EnhancedBase = False,
     early_stopping_patience: opt.Patience = None,
     save_epochs: opt.SaveEpochs = 0,
@@ -104,9 +104,10 @@ def train(
 
     Example:  taskres train photos/ --shots 16 -o my-classifier
     """
-    run = read_run(context, config)
     quiet_libraries(quiet or as_json)
-    _settle(run, one_dataset(run["dataset"], dataset_option))
+    run = read_run(context, config)
+    run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
+    _settle(run)
     arguments = _arguments(run)
     when_interrupted(lambda: _what_is_kept(arguments))
     pictures, held_out, account = _open(run)
@@ -127,22 +128,21 @@ def train(
 # ---------------------------------------------------------------------------------------------------- before training
 
 
-def _settle(run: dict[str, Any], dataset: str | None) -> None:
+def _settle(run: dict[str, Any]) -> None:
     """Fill in what the options leave open, read the files they name and refuse what contradicts itself.
 
     Everything that can be wrong without looking at a picture is found here.
     """
     from ..errors import ConfigurationError
 
-    run["dataset"] = dataset
     if run["shots"] is not None and run["indices"] is not None:
         raise ConfigurationError("--indices replays a draw and --shots makes one: leave one of them out.")
     if run["indices"] is not None and run["holdout"] is not None:
-        raise ConfigurationError("--indices names the rows to train on, and --holdout draws some to leave out: drop one.")
+        raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
     run["base_model"] = run["base_model"] or opt.default_base_model()
-    run["output_dir"] = str(run["output_dir"] or default_output(str(dataset)))
+    run["output_dir"] = str(run["output_dir"] or default_output(run["dataset"]))
     run["device"] = check_device(run["device"], run.pop("use_cpu"))
     use_device(run["device"])
     run["class_names"] = read_class_names(run["class_names"])

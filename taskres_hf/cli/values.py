@@ -16,12 +16,12 @@ from ..errors import ConfigurationError
 SHIPPED = "shipped"
 
 
-def read_class_names(option: str | Sequence[Any] | Mapping[Any, Any] | None) -> list[str] | None:
-    """Class names in label order.
+def read_class_names(option: str | Sequence[Any] | Mapping[Any, Any] | None) -> list[str] | dict[str, str] | None:
+    """Class names in label order, or a mapping from the data's labels (such as folder names) to class names.
 
     Args:
-        option: a .json file (a list, id2label or label2id), a text file with one name a line, a comma list, or the
-            names themselves (from a config file).
+        option: a .json file (a list, id2label, label2id, or label to name), a text file with one name a line, a comma
+            list, or the names themselves (from a config file).
 
     Raises:
         ConfigurationError: a file that does not exist or cannot be read. ClassNamesError: it holds no class names.
@@ -30,25 +30,32 @@ def read_class_names(option: str | Sequence[Any] | Mapping[Any, Any] | None) -> 
 
     if option is None:
         return None
-    if not isinstance(option, str):
-        return check_class_names(option, minimum=1)
+    value: Any = _listed_names(option) if isinstance(option, str) else option
+    if isinstance(value, Mapping) and value and all(isinstance(name, str) for name in value.values()):
+        ids = {str(number) for number in range(len(value))}
+        if {str(label) for label in value} != ids:  # not id2label
+            return {str(label): name for label, name in value.items()}
+    return check_class_names(value, minimum=1)
+
+
+def _listed_names(option: str) -> Any:
     path = Path(option).expanduser()
     if path.suffix.lower() == ".json":
-        return check_class_names(read_json_option(path), minimum=1)
+        return read_json_option(path)
     if path.is_file():
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"--class-names: {path} cannot be read as UTF-8 text: {error}") from error
-        return check_class_names([line.strip() for line in lines if line.strip()], minimum=1)
-    if "," not in option:
+        return [line.strip() for line in lines if line.strip()]
+    names = [part.strip() for part in option.split(",")]
+    like_a_file = len(names) == 1 or (path.suffix and path.parent != Path(".") and path.parent.is_dir())
+    if like_a_file:
         raise ConfigurationError(
             f"--class-names: there is no file {option!r}{_nearest_file(path)}. Give a .txt file with one name a line, "
             "a .json file, or names separated by commas, such as 'tabby cat,beagle'."
         )
-    if any(separator in option for separator in ("/", os.sep)) and path.parent.is_dir() and path.suffix:
-        raise ConfigurationError(f"--class-names: there is no file {option!r}{_nearest_file(path)}.")
-    return check_class_names([part.strip() for part in option.split(",")], minimum=1)
+    return names
 
 
 def _nearest_file(path: Path) -> str:
@@ -168,13 +175,13 @@ def default_output(dataset: str) -> Path:
     return Path(f"{name or 'dataset'}-taskres")
 
 
-def one_dataset(argument: str | None, option: str | None, needed: bool = True) -> str | None:
+def one_dataset(context: typer.Context, argument: str | None, option: str | None) -> str:
     """The dataset from the argument or from `--dataset`, two spellings of one thing."""
     if argument is not None and option is not None and argument != option:
-        raise typer.BadParameter(f"DATASET is given twice: {argument!r} and --dataset {option!r}.")
+        context.fail(f"The dataset is given twice: DATASET is {argument!r}, --dataset {option!r}.")
     dataset = argument if argument is not None else option
-    if dataset is None and needed:
-        raise typer.BadParameter("Missing argument 'DATASET': a folder of pictures, a table, or a Hub dataset id.")
+    if dataset is None:
+        context.fail("Missing argument 'DATASET': a folder of pictures, a table, or a Hub dataset id.")
     return dataset
 
 
@@ -205,9 +212,8 @@ def check_device(name: str | None, cpu: bool = False) -> str | None:
         raise ConfigurationError(f"--device {name} is not a device: use cpu, cuda, cuda:1, mps or xpu.") from None
     if device.type == "cpu" and device.index in (None, 0):
         return "cpu"
-    backend = getattr(torch, device.type, None)
-    available = getattr(backend, "is_available", None)
-    if available is None or not available():
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "is_available") or not backend.is_available():
         raise ConfigurationError(
             f"--device {name}: torch finds no {device.type} device on this machine. Leave --device out to use the "
             "fastest there is, or pass --device cpu."
