@@ -8,14 +8,13 @@ Tables and progress are for people; with `--json` the standard output holds one 
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from .screen import as_json_text, end_on_sigterm, interruptible, program, warn
+from .screen import Interruption, as_json_text, program, warn
 
 _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
 # Name: module, function, heading.
@@ -60,19 +59,22 @@ def make_app(only: str | None = None) -> typer.Typer:
     for name in [only] if only in _COMMANDS else _COMMANDS:
         module, function, panel = _COMMANDS[str(name)]
         command = getattr(importlib.import_module(f".{module}", __package__), function)
-        app.command(name, rich_help_panel=panel)(interruptible(command))
+        app.command(name, rich_help_panel=panel)(command)
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors end in one readable message and exit code 1."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    before = end_on_sigterm()
+    with Interruption() as interruption:
+        _run(arguments)
+    interruption.finish()
+
+
+def _run(arguments: list[str]) -> None:
     try:
         app = make_app(next((argument for argument in arguments if not argument.startswith("-")), None))
         app(arguments, prog_name=program())
-    except KeyboardInterrupt:  # before a command began
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
@@ -85,6 +87,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             typer.echo(as_json_text({"error": str(error), "type": type(error).__name__}))
         warn(f"Error: {error}")
         sys.exit(1)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -106,10 +106,6 @@ def quiet_libraries(no_bars: bool, heavy: bool = True) -> None:
 # ---------------------------------------------------------------------------------------------------- interruption
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
 _NOTHING = "Nothing was changed."
 _kept: Callable[[], str] = lambda: _NOTHING  # noqa: E731 (what the running command says is there already)
 
@@ -120,31 +116,42 @@ def when_interrupted(kept: Callable[[], str]) -> None:
     _kept = kept
 
 
-def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, ending in one line and exit code 130 on Ctrl-C (143 on SIGTERM)."""
+class Interruption:
+    """Around a command: Ctrl-C and SIGTERM end it in one line, after everything else has been put in order.
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    Attributes:
+        code: exit code of an interrupted command, 128 plus the signal's number; None if it was not interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
         when_interrupted(lambda: _NOTHING)
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            warn(f"\nInterrupted. {_kept()}")
-            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == handler:
+                self._before[number] = signal.signal(number, self._stop)
+        return self
 
-    return run
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        raise KeyboardInterrupt
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self.code is None:  # raised by no signal of ours
+            self.code = 130
+        return self.code is not None
 
-def end_on_sigterm() -> Any:
-    """Make SIGTERM raise `Terminated`; returns the handler before, or None where it cannot be set."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    try:
-        return signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        return None
+    def finish(self) -> None:
+        """Say what is kept and end the program, if the command was interrupted."""
+        if self.code is not None:
+            warn(f"{chr(10) if sys.stderr.isatty() else ''}Interrupted. {_kept()}")
+            exec("")  # CPython recalls an interrupt inside `exec`, which imports use, and would die of SIGINT at exit
+            sys.exit(self.code)
 
 
 def program() -> str:
