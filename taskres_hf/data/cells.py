@@ -5,9 +5,7 @@ Each kind gives the undecoded cell of one picture, can be restricted to rows, an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +13,7 @@ import PIL.Image
 from datasets import Dataset, Image
 
 from ..errors import DataError, ImageError
+from ..pictures import picture_digest
 
 
 class Cells(Protocol):
@@ -90,7 +89,7 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
             if column not in values:
                 raise DataError(f"The dataset's transform leaves no column {column!r}, only {sorted(values)}. {advice}")
             try:
-                outcomes.append(content_digest(_picture_cell(values[column])))
+                outcomes.append(picture_digest(_picture_cell(values[column])))
             except ImageError as error:
                 raise DataError(f"The dataset's transform gives no picture at row {row}: {error} {advice}") from error
         if len(set(outcomes)) > 1:
@@ -134,24 +133,3 @@ def as_array(cell: Any) -> np.ndarray[Any, Any]:
     if pixels.dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 255):
         raise ImageError(f"Pixels from {pixels.min()} to {pixels.max()} are outside 0 to 255.")
     return np.ascontiguousarray(pixels.astype(np.uint8))
-
-
-def content_digest(cell: Any) -> str:
-    """SHA-256 of one picture: of its file's content or, where there is no file, of its pixels.
-
-    Raises:
-        ImageError: the file cannot be read.
-    """
-    if isinstance(cell, PIL.Image.Image):
-        palette = cell.getpalette() if cell.mode == "P" else None
-        return hashlib.sha256(f"{cell.mode} {cell.size} {palette} ".encode() + cell.tobytes()).hexdigest()
-    if isinstance(cell, np.ndarray):
-        return hashlib.sha256(f"{cell.shape} ".encode() + cell.tobytes()).hexdigest()
-    content = cell.get("bytes") if isinstance(cell, Mapping) else cell if isinstance(cell, bytes) else None
-    if content is None:
-        path = cell.get("path") if isinstance(cell, Mapping) else cell
-        try:
-            content = Path(str(path)).read_bytes()
-        except (OSError, TypeError, ValueError) as error:
-            raise ImageError(f"{path!r} cannot be read: {error}") from error
-    return hashlib.sha256(content).hexdigest()

@@ -17,10 +17,10 @@ from datasets import (
 )
 
 from ..errors import DataError, ImageError
-from ..pictures import read_image
+from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
 from .account import Account
-from .cells import Cells, DatasetCells, content_digest
+from .cells import Cells, DatasetCells
 
 _IMAGE_NAMES = (
     "image",
@@ -142,17 +142,19 @@ class LabelledImages:
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
-    def image(self, index: int, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
+    def image(
+        self, index: int, draft: tuple[int, int] | None = None, remarks: Remarks | None = None
+    ) -> PIL.Image.Image:
         """One picture, see `read_image`."""
         try:
-            return read_image(self._cells[index], draft)
+            return read_image(self._cells[index], draft, remarks)
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def digest(self, index: int) -> str:
         """SHA-256 of one picture's content: of its file or, where there is no file, of its pixels."""
         try:
-            return content_digest(self._cells[index])
+            return picture_digest(self._cells[index])
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
