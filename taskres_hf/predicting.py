@@ -52,7 +52,9 @@ def classify_files(
 
     def load(file: str) -> PIL.Image.Image | None:
         try:
-            return read_image(file)
+            picture = read_image(file)
+            embedder.preprocess.check(picture)
+            return picture
         except ImageError as error:
             errors[file] = str(error)
             return None
