@@ -84,7 +84,9 @@ def _classify(
 
     def load(place: int) -> PIL.Image.Image | None:
         try:
-            return read_image(paths[place], remarks=remarks)
+            picture = read_image(paths[place], remarks=remarks)
+            embedder.preprocess.check(picture)
+            return picture
         except ImageError as error:
             errors[place] = str(error)
             return None
