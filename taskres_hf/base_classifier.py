@@ -22,6 +22,8 @@ from .storage import cache_root, read_tensors, write_tensors
 
 _SKETCHES = 8
 _TOLERANCE = 2e-3  # relative to the norm of t: above rounding of fp16 weights, far below another checkpoint
+# Of an image side's sketch, by the coarser dtype of the two it was made from.
+_IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def base_embeddings(
@@ -142,6 +144,35 @@ def check_fingerprint(
             f"difference {gap:.2g}, allowed {_TOLERANCE:g}): it is another revision, or its weights or tokenizer "
             f"changed. Pin the right one with base_revision= or base_model=. {accept}"
         )
+
+
+def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints (`config.base_fingerprint`) speak of one base under the same prompts.
+
+    Rounding is tolerated. The image sides are compared where both fingerprints have one.
+    """
+    if any(first.get(key) != second.get(key) for key in ("prompts_sha256", "shape")):
+        return False
+    return _gap(first, second) <= _TOLERANCE and not image_sides_differ(first.get("image"), second.get("image"))
+
+
+def _gap(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """Largest relative difference of two text sides: sketches and norms."""
+    sketches, norms = (first.get("sketch") or [], second.get("sketch") or []), (first.get("norm"), second.get("norm"))
+    if len(sketches[0]) != len(sketches[1]) or not sketches[0] or not all(norms):
+        return math.inf
+    gap = max(abs(one - other) for one, other in zip(*sketches, strict=True))
+    return max(gap, abs(float(norms[0]) / float(norms[1]) - 1.0))  # type: ignore[arg-type]
+
+
+def image_sides_differ(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Whether two sketches of image towers are of different weights; False where one is unknown."""
+    if not first or not second:
+        return False
+    if first["parameters"] != second["parameters"]:
+        return True
+    tolerance = max(_IMAGE_TOLERANCE.get(str(side.get("dtype")), 0.05) for side in (first, second))
+    return max(abs(one - other) for one, other in zip(first["sketch"], second["sketch"], strict=True)) > tolerance
 
 
 def _sketch(base: Tensor) -> list[float]:

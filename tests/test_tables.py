@@ -11,7 +11,7 @@ from rich.console import Console
 from taskres_hf.tables import Table, markdown_text, spreadsheet_text, visible
 
 HOSTILE = [
-    "\x1b]0;owned\x07cat", "\x1b[2Jdog", "a\r\nb", "\u202egnp.exe", "\x9b31m", "caf\udce9", "[link](http://x.y)",
+    "\x1b]0;owned\x07cat", "\x1b[2Jdog", "a\r\nb", "\u202egnp.exe", "\x9b31m", "n\udcefve", "[link](http://x.y)",
     "<img src=x>", "a|b", "`code`", "**b**", "_i_", "&lt;", "[red]rich[/red]", "\u2028next", "http://x.y", "www.x.y",
 ]  # fmt: skip
 

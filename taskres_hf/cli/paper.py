@@ -239,12 +239,32 @@ def import_checkpoint(
             "--replace-underscores", help="If training did; the published code does not.", rich_help_panel=MODEL
         ),
     ] = False,
+    enhanced_base: Annotated[
+        bool,
+        typer.Option("--enhanced-base", help="It was trained on an enhanced base (TaskRes*).", rich_help_panel=MODEL),
+    ] = False,
+    keep_base: Annotated[
+        bool,
+        typer.Option(
+            "--keep-base",
+            help="Keep the file's own base, rounded to fp16: logits equal to 2e-5.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a classifier in OUTPUT_DIR.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn a checkpoint of the published TaskRes code into an artifact. Nothing in it is executed."""
+    from ..errors import ArtifactError, ConfigurationError
+
+    if (output_dir / "config.json").exists() and not overwrite:
+        raise ArtifactError(
+            f"{output_dir} already holds a model. Pass --overwrite to replace it, or another --output-dir."
+        )
     quiet_libraries(True)
-    from ..errors import ConfigurationError
     from ..paper.checkpoints import import_checkpoint as convert
     from ..paper.datasets import describe_dataset, unique_names
 
@@ -259,14 +279,14 @@ def import_checkpoint(
         raise ConfigurationError("Give the classes in the order of training: --dataset NAME or --class-names FILE.")
     model = convert(
         checkpoint, base_model, names, templates, 0.5 if alpha is None else alpha,
-        underscores="replace" if replace_underscores else "keep", prompt_names=prompt_names or None,
+        underscores="replace" if replace_underscores else "keep", enhanced_base=enhanced_base, keep_base=keep_base,
+        prompt_names=prompt_names or None,
     )  # fmt: skip
     model.save_pretrained(output_dir)
-    enhanced = model.classifier.shift is not None
+    base = "ours" if model.classifier.shift is None else "enhanced" if enhanced_base else "the checkpoint's"
     result = {
-        "output_dir": str(output_dir),
-        "classes": len(names),
-        "alpha": model.classifier.alpha,
-        "enhanced_base": enhanced,
-    }
-    emit(as_json, result, lambda: typer.echo(f"{len(names)} classes imported into {output_dir}"))
+        "output_dir": str(output_dir), "classes": len(names), "alpha": model.classifier.alpha,
+        "enhanced_base": enhanced_base, "base": base,
+    }  # fmt: skip
+    text = f"{len(names)} classes imported into {output_dir}: alpha {model.classifier.alpha:g}, base classifier {base}."
+    emit(as_json, result, lambda: typer.echo(text))

@@ -30,7 +30,7 @@ from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import read_json, write_bytes, write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
-from .datasets import SuiteData, describe_dataset, open_dataset, suite_datasets
+from .datasets import PaperData, describe_dataset, open_dataset, suite_datasets
 
 
 def published_results() -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ class _DatasetRun:
 
     def __init__(
         self,
-        data: SuiteData,
+        data: PaperData,
         settings: Mapping[str, Any],
         targets: Sequence[str],
         cells: Sequence[Cell],
