@@ -5,7 +5,9 @@ Each kind gives the undecoded cell of one picture, can be restricted to rows, an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +15,6 @@ import PIL.Image
 from datasets import Dataset, Image
 
 from ..errors import DataError, ImageError
-from ..pictures import picture_digest
 
 
 class Cells(Protocol):
@@ -29,19 +30,19 @@ class Cells(Protocol):
 
 
 class FileCells:
-    """Picture files on this machine."""
+    """Picture files on this machine; `names` are their paths."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, row: int) -> str:
-        return self.paths[row]
+        return self.names[row]
 
     def select(self, rows: Sequence[int]) -> FileCells:
-        return FileCells([self.paths[row] for row in rows])
+        return FileCells([self.names[row] for row in rows])
 
 
 class DatasetCells:
@@ -89,7 +90,7 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
             if column not in values:
                 raise DataError(f"The dataset's transform leaves no column {column!r}, only {sorted(values)}. {advice}")
             try:
-                outcomes.append(picture_digest(_picture_cell(values[column])))
+                outcomes.append(content_digest(_picture_cell(values[column])))
             except ImageError as error:
                 raise DataError(f"The dataset's transform gives no picture at row {row}: {error} {advice}") from error
         if len(set(outcomes)) > 1:
@@ -133,3 +134,42 @@ def as_array(cell: Any) -> np.ndarray[Any, Any]:
     if pixels.dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 255):
         raise ImageError(f"Pixels from {pixels.min()} to {pixels.max()} are outside 0 to 255.")
     return np.ascontiguousarray(pixels.astype(np.uint8))
+
+
+def content_digest(cell: Any) -> str:
+    """SHA-256 of one picture: of its file's content or, where there is no file, of its pixels.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    if isinstance(cell, PIL.Image.Image):
+        palette = cell.getpalette() if cell.mode == "P" else None
+        return hashlib.sha256(f"{cell.mode} {cell.size} {palette} ".encode() + cell.tobytes()).hexdigest()
+    if isinstance(cell, np.ndarray):
+        return hashlib.sha256(f"{cell.shape} ".encode() + cell.tobytes()).hexdigest()
+    content = cell.get("bytes") if isinstance(cell, Mapping) else cell if isinstance(cell, bytes) else None
+    if content is None:
+        path = cell.get("path") if isinstance(cell, Mapping) else cell
+        try:
+            content = Path(str(path)).read_bytes()
+        except (OSError, TypeError, ValueError) as error:
+            raise ImageError(f"{path!r} cannot be read: {error}") from error
+    return hashlib.sha256(content).hexdigest()
+
+
+class JoinedCells:
+    """Pictures of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Cells], rows: Sequence[tuple[int, int]] | None = None) -> None:
+        self.parts = list(parts)
+        self.rows = [(p, r) for p, part in enumerate(parts) for r in range(len(part))] if rows is None else list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Any:
+        part, inside = self.rows[row]
+        return self.parts[part][inside]
+
+    def select(self, rows: Sequence[int]) -> JoinedCells:
+        return JoinedCells(self.parts, [self.rows[row] for row in rows])

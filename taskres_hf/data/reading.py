@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,16 +77,3 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-def ending_counts(paths: Iterable[str], reason: str) -> list[LeftOut]:
-    """Files left out, counted by ending."""
-    examples: dict[str, list[str]] = {}
-    counts: Counter[str] = Counter()
-    for path in paths:
-        base = path.rsplit("/", 1)[-1]
-        ending = "." + base.rsplit(".", 1)[1].lower() if "." in base[1:] else "without an ending"
-        counts[ending] += 1
-        if counts[ending] <= 3:
-            examples.setdefault(ending, []).append(path)
-    return [LeftOut(f"{reason} ({ending})", count, tuple(examples[ending])) for ending, count in counts.most_common()]

@@ -18,7 +18,7 @@ from .account import Account, LeftOut, SplitAccount, shorten
 from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column
 from .naming import Naming, is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
-from .sources import read_source
+from .sources import SourceOptions, read_source
 
 
 class TrainingData(NamedTuple):
@@ -44,6 +44,7 @@ def load_training_data(
     drop_unlabelled: bool = False,
     holdout: float | None = None,
     seed: int = 1,
+    class_folder: str | None = None,
 ) -> TrainingData:
     """Read labelled pictures from anything that holds them; what was read as what is in the account.
 
@@ -58,6 +59,8 @@ def load_training_data(
         drop_unlabelled: leave out rows without a label instead of refusing them.
         holdout: share of the training pictures, per class, to hold out instead of a split.
         seed: seed of that draw.
+        class_folder: which folder is the class where folders lie in folders: `"first"` (below the split) or `"last"`
+            (that holds the picture). By default it is the first, and two possible readings are refused.
 
     Returns:
         `(train, held_out, account)`; both sets have the same classes in the same order.
@@ -67,7 +70,11 @@ def load_training_data(
     """
     if holdout is not None and eval_split not in (None, "none"):
         raise DataError("Choose one: holdout= takes part of the training split, eval_split= another split.")
-    reading = read_source(source, config_name, revision, token, cache_dir)
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, train_split, eval_split, class_folder,
+        class_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
     trained = _choose_training(reading, train_split)
     options = {"image_column": image_column, "label_column": label_column}
     held = None if holdout is not None else _choose_held_out(reading, trained, eval_split, options)
@@ -104,6 +111,7 @@ def load_evaluation_data(
     class_names: Any = None,
     default_names: Sequence[str] | None = None,
     drop_unlabelled: bool = False,
+    class_folder: str | None = None,
 ) -> LabelledImages:
     """One split to measure on, with `account` set; other arguments as in `load_training_data`.
 
@@ -114,7 +122,11 @@ def load_evaluation_data(
     Raises:
         DataError: as `load_training_data`; never another split than the one asked for.
     """
-    reading = read_source(source, config_name, revision, token, cache_dir)
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, None, split, class_folder,
+        class_names if class_names is not None else default_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
     options = {"image_column": image_column, "label_column": label_column}
     chosen = _named(reading, split) if split is not None else _default_held_out(reading, None, options)
     if chosen is None and len(reading.splits) == 1:
