@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     try:
         app = make_app(next((argument for argument in arguments if not argument.startswith("-")), None))
-        app(arguments, prog_name=program())
+        completion = any(argument.endswith("-completion") for argument in arguments)  # the shell knows us by one name
+        app(arguments, prog_name="taskres" if completion else program())
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:

@@ -312,7 +312,7 @@ Views = Annotated[
 AugmentOnline = Annotated[
     bool | None,
     typer.Option(
-        "--augment-online/--no-augment-online",
+        "--augment-online",
         help="Augment afresh each epoch; recipe paper does by itself.",
         rich_help_panel=TRAINING,
     ),

@@ -156,5 +156,9 @@ class Interruption:
 
 def program() -> str:
     """How the user calls us: `taskres`, or `python -m taskres_hf`."""
-    name = Path(sys.argv[0]).name if sys.argv else ""
-    return "python -m taskres_hf" if name == "__main__.py" else "taskres"
+    path = Path(sys.argv[0] if sys.argv else "")
+    return (
+        "python -m taskres_hf"
+        if path.name == "__main__.py" and path.parent.name in ("taskres_hf", "cli")
+        else "taskres"
+    )
