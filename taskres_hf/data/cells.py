@@ -5,16 +5,14 @@ Each kind gives the undecoded cell of one picture, can be restricted to rows, an
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import PIL.Image
 from datasets import Dataset, Image
 
 from ..errors import DataError, ImageError
+from ..pictures import picture_digest, read_image
+from ..tables import visible
 
 
 class Cells(Protocol):
@@ -67,8 +65,12 @@ class DatasetCells:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
-        cell = self.rows[row][self.column]
-        return as_array(cell) if not isinstance(cell, (str, bytes, Mapping, PIL.Image.Image, type(None))) else cell
+        try:
+            return self.rows[row][self.column]
+        except Exception as error:  # a transform is anyone's code, and decodes pictures itself
+            if not self.transformed:
+                raise
+            raise ImageError(f"The dataset's transform fails: {visible(str(error))}") from error
 
     def select(self, rows: Sequence[int]) -> DatasetCells:
         part = object.__new__(DatasetCells)
@@ -86,11 +88,17 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
     for row in sorted({0, len(dataset) // 2, len(dataset) - 1}):
         outcomes = []
         for _ in range(3):
-            values = dataset[row]
+            try:
+                values = dataset[row]
+            except Exception as error:  # a transform is anyone's code
+                raise DataError(
+                    f"The dataset's transform fails at row {row}: {visible(str(error))} {advice}"
+                ) from error
             if column not in values:
                 raise DataError(f"The dataset's transform leaves no column {column!r}, only {sorted(values)}. {advice}")
             try:
-                outcomes.append(content_digest(_picture_cell(values[column])))
+                read_image(values[column])
+                outcomes.append(picture_digest(values[column]))
             except ImageError as error:
                 raise DataError(f"The dataset's transform gives no picture at row {row}: {error} {advice}") from error
         if len(set(outcomes)) > 1:
@@ -105,56 +113,6 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
                     f"The dataset's transform changes the label of row {row} from {original!r} to "
                     f"{values[label_column]!r}. Change labels with dataset.map, which is what is read."
                 )
-
-
-def _picture_cell(cell: Any) -> Any:
-    return cell if isinstance(cell, (str, bytes, Mapping, PIL.Image.Image)) else as_array(cell)
-
-
-def as_array(cell: Any) -> np.ndarray[Any, Any]:
-    """Pixels [H, W] or [H, W, C] as uint8 from an array, a tensor or nested lists.
-
-    Raises:
-        ImageError: not whole numbers from 0 to 255, or not the shape of a picture.
-    """
-    try:
-        pixels = np.asarray(cell)
-    except Exception as error:  # ragged lists, tensors that need a gradient
-        raise ImageError(f"A cell of type {type(cell).__name__} is no picture: {error}") from error
-    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
-        pixels = pixels.transpose(1, 2, 0)  # channels first, as torch has them
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim not in (2, 3) or pixels.size == 0 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
-        raise ImageError(f"An array of shape {list(pixels.shape)} is no picture: [H, W] or [H, W, 3] is expected.")
-    if pixels.dtype == np.bool_:
-        return pixels.astype(np.uint8) * 255
-    if pixels.dtype.kind not in "iu":
-        raise ImageError(f"Pixels of type {pixels.dtype} have an unknown range. Convert them to uint8 first.")
-    if pixels.dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 255):
-        raise ImageError(f"Pixels from {pixels.min()} to {pixels.max()} are outside 0 to 255.")
-    return np.ascontiguousarray(pixels.astype(np.uint8))
-
-
-def content_digest(cell: Any) -> str:
-    """SHA-256 of one picture: of its file's content or, where there is no file, of its pixels.
-
-    Raises:
-        ImageError: the file cannot be read.
-    """
-    if isinstance(cell, PIL.Image.Image):
-        palette = cell.getpalette() if cell.mode == "P" else None
-        return hashlib.sha256(f"{cell.mode} {cell.size} {palette} ".encode() + cell.tobytes()).hexdigest()
-    if isinstance(cell, np.ndarray):
-        return hashlib.sha256(f"{cell.shape} ".encode() + cell.tobytes()).hexdigest()
-    content = cell.get("bytes") if isinstance(cell, Mapping) else cell if isinstance(cell, bytes) else None
-    if content is None:
-        path = cell.get("path") if isinstance(cell, Mapping) else cell
-        try:
-            content = Path(str(path)).read_bytes()
-        except (OSError, TypeError, ValueError) as error:
-            raise ImageError(f"{path!r} cannot be read: {error}") from error
-    return hashlib.sha256(content).hexdigest()
 
 
 class JoinedCells:

@@ -310,8 +310,9 @@ def _which_folder(top: Folder, choice: _Choice) -> str:
     if repeated or not telling:
         return "first"
     raise DataError(
-        f"The class folders can be read in two ways: as {len(first)} classes from the first folder, "
-        f"{shorten(sorted(first))}. Or as {len(last)} classes from the folder that holds the picture, {shorten(sorted(last))}. Choose with "
+        f"The class folders can be read in two ways: as {len(first)} classes from the first folder "
+        f"({shorten(sorted(first))}), or as {len(last)} classes from the folder that holds the picture "
+        f"({shorten(sorted(last))}). Choose with "
         "class_folder='first' or class_folder='last' (--class-folder), or with class_names."
     )
 

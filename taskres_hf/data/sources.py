@@ -234,8 +234,8 @@ def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
     if not agree and not (options.label_column or options.class_folder):
         raise DataError(
             f"{listing.name} can be read in two ways: as {_described(tables)}, or as {_described(folders)}. "
-            "Choose with label_column=... (--label-column) or class_folder='first' (--class-folder), or give the table itself as "
-            "the source."
+            "Choose with label_column=... (--label-column) or class_folder='first' (--class-folder), or give the "
+            "table itself as the source."
         )
     if (not agree and options.label_column) or (agree and len(tables.splits) > len(folders.splits)):
         return _with_rest(tables, listing)

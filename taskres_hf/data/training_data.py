@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..storage import is_path
 from .account import Account, LeftOut, SplitAccount, shorten
 from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column
-from .naming import Naming, is_missing, name_classes
+from .naming import Naming, are_codes, is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .sources import SourceOptions, read_source
 
@@ -234,8 +234,7 @@ def _labelled(
         images.split = split.name
         return images, Naming(images.class_names, {})
     elsewhere = [label for other in others for label in other.labels]
-    numbers = all(isinstance(label, int) or is_missing(label) for label in split.labels)
-    names = default_names if class_names is None and numbers else class_names
+    names = default_names if class_names is None and are_codes(split.labels, default_names) else class_names
     naming = name_classes(split.labels, elsewhere, names, split.origin or "labels")
     return _from_labels(split, naming, drop_unlabelled), naming
 
