@@ -6,20 +6,82 @@ Pictures are decoded in one place, `read_image`, through the same `transformers.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 import PIL.Image
-from PIL import ImageOps
+from PIL import ImageOps, features
 from transformers.image_utils import load_image
 
 from .errors import ImageError
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
+# Every format that is read, by Pillow's name for it. Pillow knows more: some start other programs (PostScript), some
+# only recognise a file without decoding it (FITS, HDF5, GRIB, MPEG, WMF), most are met nowhere but in attacks.
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+    "ICO": (".ico",),
+    "TGA": (".tga",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+_CODECS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # what Pillow can be built without
+_EXTRA = ("AVIF", "HEIF")  # formats that `pip install "taskres_hf[heif]"` adds where they are missing
+
+
+def _is_decodable(name: str) -> bool:
+    if name == "HEIF":
+        return importlib.util.find_spec("pillow_heif") is not None
+    if name == "AVIF" and "avif" not in features.modules:  # Pillow before 11.3
+        return False
+    return name not in _CODECS or bool(features.check(_CODECS[name]))
+
+
+_FORMATS = tuple(name for name in _ENDINGS if _is_decodable(name))
+IMAGE_EXTENSIONS = frozenset(ending for name in _FORMATS for ending in _ENDINGS[name])
+
+# What file managers, notebooks, archives and network drives leave in folders; names that start with a dot as well.
+_SYSTEM_NAMES = frozenset(
+    {
+        "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "@recycle", "#recycle", "@__thumb",
+        "$recycle.bin", "system volume information", "lost+found",
+    }
+)  # fmt: skip
+
+
+def ending_status(suffix: str) -> Literal["readable", "needs extra", "unknown"]:
+    """What can be done with files of an ending, such as `.jpg`; upper and lower case are the same.
+
+    `"needs extra"` are pictures that `pip install "taskres_hf[heif]"` makes readable: HEIC, and AVIF with an old Pillow.
+    """
+    suffix = suffix.lower()
+    if suffix in IMAGE_EXTENSIONS:
+        return "readable"
+    return "needs extra" if any(suffix in _ENDINGS[name] for name in _EXTRA) else "unknown"
+
+
+def is_ignored(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is hidden or the system's own: `.x`, `._x`, `__MACOSX`, `@eaDir`, `Thumbs.db`, ...
+
+    Args:
+        path: a name, or a path relative to the folder that is searched, of which every part counts; of an absolute
+            path only the last part, since a data set may well lie below a hidden folder.
+    """
+    pure = PurePath(path)
+    parts = (pure.name,) if pure.is_absolute() else pure.parts
+    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
 def read_image(source: Any, draft: tuple[int, int] | None = None) -> PIL.Image.Image:

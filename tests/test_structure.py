@@ -10,10 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
-    "_version", "errors", "registration", "storage", "prompts", "residual", "evaluation",
+    "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation",
     "families", "encoders", "base_model", "base_classifier", "configuration_taskres", "artifact", "hub",
     "modeling_taskres", "pictures",
-    "data.labelled", "data.sources", "data", "few_shot",
+    "data.account", "data.cells", "data.labelled", "data.reading", "data.naming", "data._old", "data.sources",
+    "data.training_data", "data",
+    "few_shot",
     "embedding.augmentation", "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn",
     "embedding.engines.int8", "embedding.engines.rewriting", "embedding.engines.engine",
     "embedding.engines.openvino", "embedding.engines.onnxruntime", "embedding.engines.choose", "embedding.engines",

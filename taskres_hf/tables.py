@@ -1,0 +1,176 @@
+"""One table for people and files: for a terminal (`rich`), as Markdown and as CSV, with user text made harmless."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NUMBER = re.compile(r"^[+-]?\d[\d,]*(\.\d+)?( ?%| ?± ?\d+(\.\d+)?)?$")
+_MARKDOWN = re.compile(r"([\\`*\[\]<|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[A-Za-z]):(?=//)|(?<=www)\.)")
+_GAP = 2  # between two columns
+_COMFORTABLE, _NARROWEST = 20, 8  # characters a text is folded to: before numbers are, and at most
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text: str) -> str:
+    r"""Text that a terminal only shows: control characters, line ends and changes of writing direction as `\x1b`.
+
+    Lone surrogates (a file name that is not UTF-8) are shown the same way, so the result can always be encoded.
+    """
+    return "".join(_shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _TURNING:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: no emphasis, link, HTML or end of a table cell comes of it."""
+    return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def spreadsheet_text(text: str) -> str:
+    """Text that a spreadsheet does not run as a formula: a leading `=`, `+`, `-`, `@`, tab or line end is quoted."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
+@dataclass
+class Table:
+    """Rows under columns.
+
+    Args:
+        columns: C names.
+        rows: each of C cells: text, whole numbers, floats or None (an empty cell). Floats are rounded to `digits` for
+            people and written in full in CSV.
+        title, caption: a line above and below.
+        digits: decimals of floats.
+        bold: numbers of rows to stress, such as the mean; negative ones count from the end.
+
+    A column is set to the right when every cell in it is a number.
+
+    Raises:
+        ValueError: a row has another number of cells than there are columns.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str | None = None
+    caption: str | None = None
+    digits: int = 1
+    bold: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(f"Row {number} has {len(row)} cells under {len(self.columns)} columns: {row!r}.")
+
+    def _texts(self) -> list[list[str]]:
+        return [[self._text(cell) for cell in row] for row in self.rows]
+
+    def _text(self, cell: Any) -> str:
+        if isinstance(cell, float):
+            return f"{cell:.{self.digits}f}"
+        return "" if cell is None else str(cell)
+
+    def _numeric(self) -> list[bool]:
+        """Whether each column holds numbers only."""
+        columns: Any = zip(*self._texts(), strict=True) if self.rows else [()] * len(self.columns)
+        return [all(_NUMBER.match(text) for text in column if text) and any(column) for column in columns]
+
+    def rich(self) -> Any:
+        """Something that rich prints, as wide as its console: cells go on in the next line and nothing is cut."""
+        return _Terminal(self)
+
+    def markdown(self) -> str:
+        """A GitHub table, with the title above and the caption below it."""
+        rules = ["---:" if numeric else "---" for numeric in self._numeric()]
+        lines = [_line(map(markdown_text, self.columns)), "|" + "|".join(rules) + "|"]
+        lines += [_line(map(markdown_text, row)) for row in self._texts()]
+        above = [markdown_text(self.title), ""] if self.title else []
+        below = ["", markdown_text(self.caption)] if self.caption else []
+        return "\n".join(above + lines + below)
+
+    def csv(self) -> str:
+        """Comma-separated values with a header; text that a spreadsheet would run as a formula is quoted."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        for row in [self.columns, *self.rows]:
+            writer.writerow([spreadsheet_text(cell) if isinstance(cell, str) else cell for cell in row])
+        return stream.getvalue()
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+class _Terminal:
+    """A table that fits the console it is printed on; one line a cell where even folded columns do not fit."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.rows = [[visible(text) for text in row] for row in table._texts()]
+        self.columns = [visible(name) for name in table.columns]
+        self.numeric = table._numeric()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        table, widths = self.table, self._widths(options.max_width)
+        if table.title:
+            yield Text(visible(table.title), style="italic")
+        yield self._grid(widths) if widths else self._records()
+        if table.caption:
+            yield Text(visible(table.caption), style="italic")
+
+    def _widths(self, available: int) -> list[int]:
+        """Width of each column, numbers whole and texts folded where they must be; empty if that cannot be."""
+        from rich.cells import cell_len
+
+        cells = [[name, *column] for name, column in zip(self.columns, zip(*self.rows, strict=True), strict=False)]
+        if not self.rows:
+            cells = [[name] for name in self.columns]
+        whole = [max(map(cell_len, column)) for column in cells]
+        words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in cells]
+        room = available - _GAP * (len(cells) - 1)
+        if sum(whole) <= room:
+            return whole
+        for numbers, shortest in ((whole, _COMFORTABLE), (words, _NARROWEST)):
+            widths = [number if numeric else w for number, w, numeric in zip(numbers, whole, self.numeric, strict=True)]
+            texts = [index for index, numeric in enumerate(self.numeric) if not numeric]
+            while sum(widths) > room:
+                widest = max(texts, key=lambda index: widths[index], default=None)
+                if widest is None or widths[widest] <= shortest:
+                    break
+                widths[widest] -= 1
+            if sum(widths) <= room:
+                return widths
+        return []
+
+    def _grid(self, widths: Sequence[int]) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        for name, width, numeric in zip(self.columns, widths, self.numeric, strict=True):
+            grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", width=width)
+        stressed = {index % len(self.rows) for index in self.table.bold} if self.rows else set()
+        for index, row in enumerate(self.rows):
+            grid.add_row(*map(Text, row), style="bold" if index in stressed else None)
+        return grid
+
+    def _records(self) -> Any:
+        from rich.text import Text
+
+        lines = []
+        for row in self.rows:
+            lines += [f"{name}: {text}" for name, text in zip(self.columns, row, strict=True) if text] + [""]
+        return Text("\n".join(lines), overflow="fold")
