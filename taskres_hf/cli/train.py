@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..errors import ArtifactError, BaseModelError, ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
 from .screen import emit, percent, quiet_libraries, say, show_table, warn, when_interrupted
@@ -28,8 +29,7 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from ..data.account import Account
-    from ..data.labelled import LabelledImages
+    from ..data import LabelledImages, TrainingData
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training.arguments import TaskResTrainingArguments
     from ..training.trainer import TaskResTrainer
@@ -110,18 +110,19 @@ def train(
     _settle(run)
     arguments = _arguments(run)
     when_interrupted(lambda: _what_is_kept(arguments))
-    pictures, held_out, account = _open(run)
+    data = _open(run)
+    validation = _validation(run, data) if arguments.keeps_best else None
     if not as_json:
-        say("\n".join(account.lines()))
-    model = _make_model(run, pictures.class_names)
+        say("\n".join(data.account.lines()))
+    model = _make_model(run, data.train.class_names)
     from ..training.trainer import TaskResTrainer
 
-    trainer = TaskResTrainer(model, arguments, pictures, held_out)
+    trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
     trainer.train(resume_from_checkpoint=run["resume"] or None)
-    _remember_rows(model, run, pictures)
-    metrics = _measure(trainer, run)
+    _remember_rows(model, run, data.train)
+    metrics = _measure(trainer, run, data.held_out)
     if trainer.accelerator.is_main_process:
-        result = _save(model, run, pictures.class_names) | metrics | {"account": account.as_dict()}
+        result = _save(model, run) | metrics | {"account": data.account.as_dict()}
         emit(as_json, result, lambda: _show(result))
 
 
@@ -154,8 +155,6 @@ def _settle(run: dict[str, Any]) -> None:
 
 
 def _check_output(folder: Path, replace: bool) -> None:
-    from ..errors import ArtifactError
-
     if (folder / "config.json").exists() and not replace:
         raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
     if folder.exists() and not folder.is_dir():
@@ -173,26 +172,44 @@ def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
 
-def _open(run: dict[str, Any]) -> tuple[LabelledImages, LabelledImages | None, Account]:
-    """What to train on, what to measure on, and how the dataset was read."""
+def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     from ..data import load_training_data
-    from ..errors import ConfigurationError
 
     names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
-    data = load_training_data(
-        run["dataset"], revision=run["dataset_revision"], drop_unlabelled=run["drop_unlabelled"], seed=run["seed"],
-        **{name: run[name] for name in names},
-    )  # fmt: skip
-    pictures = data.train
-    if run["indices"] is not None:
-        place = {row: position for position, row in enumerate(pictures.indices)}
-        rows = read_indices(run["indices"], max(place) + 1)
-        unusable = [row for row in rows if row not in place]
-        if unusable:
-            raise ConfigurationError(f"--indices: row {unusable[0]} has no label, so it cannot be trained on.")
-        pictures = pictures.select([place[row] for row in rows])
-        run["indices"] = rows
-    return pictures, data.held_out, data.account
+    options = {name: run[name] for name in (*names, "drop_unlabelled", "seed")} | changes
+    return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
+
+
+def _open(run: dict[str, Any]) -> TrainingData:
+    """What to train on, what to measure on, and how the dataset was read."""
+    data = _load(run)
+    if run["indices"] is None:
+        return data
+    place = {row: position for position, row in enumerate(data.train.indices)}
+    run["indices"] = read_indices(run["indices"], max(place) + 1)
+    unusable = [row for row in run["indices"] if row not in place]
+    if unusable:
+        raise ConfigurationError(f"--indices: row {unusable[0]} has no label, so it cannot be trained on.")
+    return data._replace(train=data.train.select([place[row] for row in run["indices"]]))
+
+
+def _validation(run: dict[str, Any], data: TrainingData) -> LabelledImages | None:
+    """The split to choose the epoch on, where `data` holds out the test split; None where it holds out another.
+
+    Raises:
+        ConfigurationError: there is nothing but the test split to choose on.
+    """
+    if data.held_out is not None and data.held_out.split != "test":
+        return None
+    try:
+        if data.held_out is not None:
+            return _load(run, eval_split="validation").held_out
+    except DataError:
+        pass
+    raise ConfigurationError(
+        f"--early-stopping-patience chooses the epoch on held-out pictures, and {run['dataset']} has no validation "
+        "split (a test split must not choose). Set a part of the training pictures aside with --holdout 0.2."
+    )
 
 
 def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification:
@@ -213,7 +230,6 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
 
 def _without_base(name: str, error: OSError) -> Exception:
     """What to do when the base cannot be had."""
-    from ..errors import BaseModelError
     from ..storage import is_path
 
     if is_path(name):
@@ -247,16 +263,15 @@ def _remember_rows(model: TaskResCLIPForImageClassification, run: dict[str, Any]
         model.config.few_shot = {**(model.config.few_shot or {}), "indices": list(pictures.indices)}
 
 
-def _measure(trainer: TaskResTrainer, run: dict[str, Any]) -> dict[str, Any]:
+def _measure(trainer: TaskResTrainer, run: dict[str, Any], held_out: LabelledImages | None) -> dict[str, Any]:
     """An honest number: on held-out pictures, else by cross-validation."""
-    if trainer.eval_dataset is None and run["folds"] == 0:
+    if held_out is None and run["folds"] == 0:
         return {"split": None, "method": None}
-    metrics = trainer.measure() if run["folds"] in (0, 5) else trainer.measure(folds=run["folds"])
-    recorded = trainer.model.config.metrics or {}
-    return {"split": recorded.get("split"), "method": recorded.get("method"), **metrics}
+    metrics = trainer.measure(held_out, folds=max(run["folds"], 2))
+    return {"split": None, "method": None, **metrics}
 
 
-def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
+def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict[str, Any]:
     """Save, read back, write the settings beside it and upload; what was done."""
     import torch
 
@@ -268,7 +283,7 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any], class_n
     if model.config.base_model_revision:
         stored["base_revision"] = model.config.base_model_revision
     write_run(folder, stored)
-    result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(class_names)}
+    result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
     result["train_images"] = (model.config.few_shot or {}).get("num_images")
     result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
     if run["hub_model_id"]:
@@ -295,8 +310,6 @@ def _show(result: dict[str, Any]) -> None:
     else:
         row = [_measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)
-        if result["accuracy"] < result["zero_shot_accuracy"]:
-            say("Training did not help here: try more pictures, other prompts, or serve zero-shot.")
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
