@@ -70,7 +70,7 @@ def evaluate(
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
     metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
     account = pictures.account.as_dict() if pictures.account else None
-    result = {"split": pictures.split, **metrics, "account": account}
+    result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
     emit(as_json, result, lambda: _show(result))
 
 
@@ -93,4 +93,6 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, trained", images, percent(metrics["accuracy"])]]
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
-    show_table(["class", "pictures", "accuracy"], rows, title=f"{metrics['split']}: {images} pictures", bold=[-3])
+    title = f"{metrics['split']}: {images} pictures"
+    title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
+    show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])

@@ -209,7 +209,7 @@ def write_run(folder: Path, values: Mapping[str, Any]) -> Path:
     dumper: Any = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
     dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))  # so that "1e3" is quoted
     dropped = _NEVER | _ACTIONS | _SECRETS
-    stored = {name: value for name, value in values.items() if value is not None and name not in dropped}
+    stored = {name: value for name, value in values.items() if value not in (None, []) and name not in dropped}
     head = (
         f"# The settings of this classifier, trained with taskres_hf {__version__}.\n"
         "# The same run again: taskres train --config run.yaml -o NEW_FOLDER\n"

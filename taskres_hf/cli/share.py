@@ -39,6 +39,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to upload to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    include_code: Annotated[
+        bool, typer.Option("--include-code", help="Add the module trust_remote_code needs.")
+    ] = False,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Commit message.")] = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -53,7 +56,13 @@ def push(
     from ..hub import push_folder
 
     commit = push_folder(
-        model, repo_id, private=private or None, revision=revision, create_pr=create_pr, commit_message=message
+        model,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        include_code=include_code,
     )
     result = {"repo_id": repo_id, "url": str(commit.repo_url), "commit": commit.oid, "pr_url": commit.pr_url}
     emit(as_json, result, lambda: say(f"Uploaded to {result['pr_url'] or result['url']}"))

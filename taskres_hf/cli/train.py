@@ -235,7 +235,8 @@ def _without_base(name: str, error: OSError) -> Exception:
     if is_path(name):
         return error
     return BaseModelError(
-        f"The base model {name} is neither on this machine nor could it be downloaded: {error}\n"
+        f"The base model {name} is neither on this machine nor could it be downloaded: "
+        f"{str(error).splitlines()[0]}\n"
         f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
         f"${opt.BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
     )
