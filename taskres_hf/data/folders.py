@@ -138,7 +138,9 @@ def _unwrap(top: Folder, choice: _Choice) -> Folder:
     """The folder below those that only hold one other folder."""
     while not top.pictures and len(top.filled) == 1:
         (name, inner), *_ = top.filled.items()
-        lone_class = not inner.filled or (inner.pictures and len(inner.filled) < 2)
+        # day1, day2: a class in parts; but 0, 1 or A, B may well be classes.
+        divided = inner.filled and all(_GENERIC.fullmatch(sub) and len(_letters(sub)) > 3 for sub in inner.filled)
+        lone_class = not inner.filled or divided or (inner.pictures and len(inner.filled) < 2)
         if split_name(name) or name in (choice.train_split, choice.eval_split):
             break
         if lone_class and not is_wrapper(name):

@@ -128,7 +128,9 @@ def load_evaluation_data(
     )  # fmt: skip
     reading = read_source(source, given)
     options = {"image_column": image_column, "label_column": label_column}
-    chosen = _named(reading, split) if split is not None else _default_held_out(reading, None, options)
+    chosen = (
+        _measurable(_named(reading, split), options) if split is not None else _default_held_out(reading, None, options)
+    )
     if chosen is None and len(reading.splits) == 1:
         chosen = reading.splits[0]
     if chosen is None:
@@ -188,6 +190,14 @@ def _choose_held_out(
         raise DataError(
             f"The split {split.name!r} cannot be trained on and measured on. Choose another eval_split (--eval-split), "
             "or set a part aside with holdout=0.2 (--holdout 0.2)."
+        )
+    return _measurable(split, options)
+
+
+def _measurable(split: SplitReading, options: Mapping[str, Any]) -> SplitReading:
+    if not any(not is_missing(label) for label in _labels(split, options)):
+        raise DataError(
+            f"The split {split.name!r} has no labels, so nothing can be measured on its {len(split)} pictures."
         )
     return split
 
