@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,openvino,onnx]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx]"
 	touch $@
 
 clean:

@@ -17,6 +17,7 @@ _PUBLIC = {
     "TaskResTrainingArguments": "training",
     "sample_few_shot": "few_shot",
     "load_splits": "data",
+    "load_training_data": "data",
     "TaskResError": "errors",
 }
 
@@ -25,6 +26,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from .configuration_taskres import TaskResConfig as TaskResConfig
     from .data import load_splits as load_splits
+    from .data import load_training_data as load_training_data
     from .errors import TaskResError as TaskResError
     from .few_shot import sample_few_shot as sample_few_shot
     from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification

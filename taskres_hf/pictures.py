@@ -6,88 +6,460 @@ Pictures are decoded in one place, `read_image`, through the same `transformers.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
 import os
+import re
+import stat
+import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePath
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname, urlopen
 
+import numpy as np
 import PIL.Image
-from PIL import ImageOps
+from numpy.typing import NDArray
+from PIL import ImageOps, features
 from transformers.image_utils import load_image
 
+from ._version import __version__
 from .errors import ImageError
+from .tables import visible
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
+# Every format that is read, by Pillow's name for it. Pillow knows more: some start other programs (PostScript), some
+# only recognise a file without decoding it (FITS, HDF5, GRIB, MPEG, WMF), most are met nowhere but in attacks.
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+    "ICO": (".ico",),
+    "TGA": (".tga",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+_CODECS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # what Pillow can be built without
+_WITHOUT_MARK = ("DIB", "TGA")  # nothing in the content is sure to tell them: only with their own ending
+_EXTRA = ("AVIF", "HEIF")  # formats that `pip install "taskres_hf[heif]"` adds where they are missing
 
 
-def read_image(source: Any, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
-    """A picture as RGB, upright, exactly as `pipeline` would see it.
+def _is_decodable(name: str) -> bool:
+    if name == "HEIF":
+        return importlib.util.find_spec("pillow_heif") is not None
+    if name == "AVIF" and "avif" not in features.modules:  # Pillow before 11.3
+        return False
+    return name not in _CODECS or bool(features.check(_CODECS[name]))
+
+
+_FORMATS = tuple(name for name in _ENDINGS if _is_decodable(name))
+IMAGE_EXTENSIONS = frozenset(ending for name in _FORMATS for ending in _ENDINGS[name])
+
+_LARGEST_DOWNLOAD = 256 << 20
+_ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+://")
+
+# What file managers, notebooks, archives and network drives leave in folders; names that start with a dot as well.
+_SYSTEM_NAMES = frozenset(
+    {
+        "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "@recycle", "#recycle", "@__thumb",
+        "$recycle.bin", "system volume information", "lost+found",
+    }
+)  # fmt: skip
+
+
+def ending_status(suffix: str) -> Literal["readable", "needs extra", "unknown"]:
+    """What can be done with files of an ending, such as `.jpg`; upper and lower case are the same.
+
+    `"needs extra"` are those that `pip install "taskres_hf[heif]"` makes readable: HEIC, and AVIF with an old Pillow.
+    """
+    suffix = suffix.lower()
+    if suffix in IMAGE_EXTENSIONS:
+        return "readable"
+    return "needs extra" if any(suffix in _ENDINGS[name] for name in _EXTRA) else "unknown"
+
+
+def is_ignored(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is hidden or the system's own: `.x`, `._x`, `__MACOSX`, `@eaDir`, `Thumbs.db`, ...
 
     Args:
-        source: path, URL, bytes, `{"bytes": ..., "path": ...}` (a cell of an undecoded `datasets` column), PIL image or
-            uint8 array [H, W(, C)].
+        path: a name, or a path relative to the folder that is searched, of which every part counts; of an absolute
+            path only the last part, since a data set may well lie below a hidden folder.
+    """
+    pure = PurePath(path)
+    parts = (pure.name,) if pure.is_absolute() else pure.parts
+    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
+
+
+class Remarks:
+    """Counts what is odd about pictures, in any thread, to say it in one line of each kind instead of one a picture."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, dict[Any, str]] = {}  # kind -> what tells a picture from others -> its name
+
+    def add(self, kind: str, key: Any, name: str) -> None:
+        """Note one picture; noting it again, as another view of it, counts once."""
+        with self._lock:
+            self._seen.setdefault(kind, {}).setdefault(key, name)
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """Give one warning of each kind that was met, and forget them."""
+        with self._lock:
+            seen, self._seen = self._seen, {}
+        for kind, names in sorted(seen.items()):
+            subject = next(iter(names.values()))
+            if len(names) > 1:
+                subject = f"{len(names)} pictures (one of them: {subject})"
+            warnings.warn(_REMARKS[kind].format(subject), stacklevel=stacklevel + 1)
+
+
+_REMARKS = {
+    "deep": "More than 8 bits a channel in {}; values above 255 are clipped, as pipeline() does.",
+    "transparent": "Transparent pixels in {}; their hidden colour is used, as pipeline() does.",
+}
+
+
+def read_image(source: Any, draft: tuple[int, int] | None = None, remarks: Remarks | None = None) -> PIL.Image.Image:
+    """A picture as RGB, upright, exactly as `pipeline` would see it; of several frames or pages the first.
+
+    Args:
+        source: path, `http(s)://`, `file://` or `data:` address, bytes, `{"bytes": ..., "path": ...}` (a cell of an
+            undecoded `datasets` column), PIL image, or uint8 array (or nested lists of whole numbers from 0 to 255)
+            [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4.
         draft: let JPEG decoding stop at the smallest scale that still covers this height and width; faster on large
             pictures, and not exactly what `pipeline` would see.
+        remarks: collects what is odd (transparency, more than 8 bits); None warns about each picture at once.
 
     Raises:
-        ImageError: not a picture, truncated, more pixels than Pillow's limit, or floating-point pixels, whose range
-            is unknown.
+        ImageError: no regular file, not a picture in a format of `IMAGE_EXTENSIONS` (by its content, whatever its
+            name), truncated, more pixels than Pillow's limit, or values whose range is unknown.
     """
-    name = "the picture"
+    name = _name(source)
     try:
-        if isinstance(source, Mapping):
-            name = repr(source.get("path")) if source.get("path") else name
-            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-        if isinstance(source, (str, os.PathLike)):
-            source = os.fspath(source)
-            name = repr(source)
-            if source.startswith(("http://", "https://", "data:image/")):
-                source = load_image(source)
-            elif not os.path.isfile(source):
-                raise ImageError(f"There is no file {name}.")
-        if isinstance(source, (bytes, bytearray)):
-            source = io.BytesIO(source)
-        ours = isinstance(source, (str, io.BytesIO))
-        if ours:
-            source = PIL.Image.open(source)
-        elif source is not None and not isinstance(source, PIL.Image.Image):
-            source = PIL.Image.fromarray(source)
-        if not isinstance(source, PIL.Image.Image):
-            raise ImageError(f"{name} is empty: neither bytes nor a path.")
-        limit = PIL.Image.MAX_IMAGE_PIXELS
-        if limit is not None and source.width * source.height > limit:
-            raise ImageError(f"{name} has {source.width}x{source.height} pixels, more than the limit of {limit}.")
-        if draft is not None:
-            source.draft("RGB", draft[::-1])
-        if source.mode == "F":
-            raise ImageError(f"{name} has floating-point pixels of unknown range. Convert it to 8 bits first.")
-        if source.mode.startswith("I"):
-            warnings.warn(f"{name} has more than 8 bits a channel; values above 255 are clipped.", stacklevel=2)
-        elif source.mode in ("RGBA", "LA") and source.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
-            warnings.warn(
-                f"{name} has transparent pixels; their hidden colour is used, as pipeline() does.",
-                stacklevel=2,
-            )
-        if not ours or source.mode != "RGB":
-            return load_image(source)
-        source.load()
-        ImageOps.exif_transpose(source, in_place=True)  # as `load_image` does, without copying a large picture twice
-        return source
+        with ExitStack() as stack:
+            stream = _stream(source, name, stack)
+            if stream is not None:
+                picture: PIL.Image.Image = _identified(stream, name, _path(source))
+            elif isinstance(source, PIL.Image.Image):
+                picture = source
+            else:
+                picture = PIL.Image.fromarray(_as_bytes(source, name))
+            _check_size(picture, name)
+            if stream is not None and draft is not None:
+                picture.draft("RGB", draft[::-1])
+            mine = remarks or Remarks()
+            for kind in _oddities(picture, name):
+                mine.add(kind, _key(source), name)
+            if remarks is None:
+                mine.warn(stacklevel=2)
+            if stream is None:
+                return load_image(picture)
+            # Without this Pillow has a warning of its own about palettes; converting to RGB makes no use of it.
+            picture.info.pop("transparency", None)
+            if picture.mode != "RGB":
+                return load_image(picture)
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)  # as `load_image`, without copying a large picture twice
+            return picture
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files
-        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+        raise ImageError(f"{name} is damaged or cut short: {visible(str(error).strip())}") from error
+
+
+def picture_digest(source: Any) -> str:
+    """SHA-256, hexadecimal, of the content of a picture's file, or of an array's or PIL image's pixels and size.
+
+    Raises:
+        ImageError: there is nothing to read; whether it is a picture is not looked at.
+    """
+    name, digest = _name(source), hashlib.sha256()
+    try:
+        with ExitStack() as stack:
+            stream = _stream(source, name, stack)
+            if stream is None:
+                palette = source.getpalette() if getattr(source, "mode", None) == "P" else None
+                pixels = np.asarray(source)
+                kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} "
+                stream = io.BytesIO(kind.encode() + np.ascontiguousarray(pixels).tobytes())
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} cannot be read: {visible(str(error))}") from error
+    return digest.hexdigest()
+
+
+def _path(source: Any) -> str | None:
+    """The path or address of a picture, as text; None for what has none."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
+
+
+def _name(source: Any) -> str:
+    """What an error calls a picture: no control characters, no password or signature of an address, not too long."""
+    path = _path(source)
+    if not path:
+        return "the picture"
+    if _ADDRESS.match(path) and not path.startswith("data:"):
+        parts = urlsplit(path)
+        path = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    shown = visible(path)
+    return f"'{shown if len(shown) <= 300 else shown[:120] + ' ... ' + shown[-120:]}'"
+
+
+def _key(source: Any) -> Any:
+    """What tells a picture from others: its bytes or its path."""
+    content = source.get("bytes") if isinstance(source, Mapping) else source
+    if isinstance(content, (bytes, bytearray)):
+        return hashlib.sha256(content).digest()
+    return _path(source) or object()
+
+
+def _stream(source: Any, name: str, stack: ExitStack) -> IO[bytes] | None:
+    """The bytes of a picture, closed with `stack`; None for an array or PIL image.
+
+    A file is not given to Pillow by its name: it would be mapped into memory, and cutting it short meanwhile would end
+    the process.
+    """
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ImageError(f"{name} is empty: neither bytes nor a path.")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    if is_address(path):
+        scheme = path.partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            return io.BytesIO(_download(path, name))
+        if scheme == "data":
+            with urlopen(path) as reply:
+                return io.BytesIO(reply.read())
+        if scheme != "file":
+            raise ImageError(
+                f"{name} is an address of the kind {scheme}://, which is not read. Download the picture first; paths, "
+                "http(s)://, file:// and data: are read."
+            )
+        path = url2pathname(urlsplit(path).path)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file.")
+        return stack.enter_context(open(path, "rb"))
+    except FileNotFoundError:
+        raise ImageError(f"There is no file {name}.") from None
+    except OSError as error:
+        raise ImageError(f"{name} cannot be opened: {error.strerror}.") from error
+
+
+def _download(url: str, name: str) -> bytes:
+    """The content at an address, at most 256 MiB and within two minutes."""
+    from huggingface_hub import get_session
+
+    content, end = bytearray(), time.monotonic() + 120
+    headers = {"User-Agent": f"taskres_hf/{__version__}"}  # some servers refuse a library's default name
+    try:
+        with get_session().stream("GET", url, follow_redirects=True, timeout=30, headers=headers) as reply:
+            if reply.status_code != 200:
+                raise ImageError(f"{name} cannot be downloaded: {reply.status_code} {reply.reason_phrase}.")
+            for chunk in reply.iter_bytes():
+                content += chunk
+                if len(content) > _LARGEST_DOWNLOAD or time.monotonic() > end:
+                    raise ImageError(f"{name} cannot be downloaded: it is larger than 256 MiB or takes too long.")
+    except ImageError:
+        raise
+    except Exception as error:  # whatever the Hub client's library of this version raises
+        raise ImageError(f"{name} cannot be downloaded: {visible(str(error)) or type(error).__name__}.") from error
+    return bytes(content)
+
+
+def _identified(stream: IO[bytes], name: str, path: str | None) -> PIL.Image.Image:
+    """The picture in a stream, not decoded yet, if its content is of a format that is read."""
+    start = stream.read(32)
+    stream.seek(0)
+    if not start:
+        raise ImageError(f"{name} is empty: 0 bytes.")
+    ending = PurePath(path or "").suffix.lower()
+    formats = [name for name in _FORMATS if name not in _WITHOUT_MARK or ending in _ENDINGS[name]]
+    if "HEIF" in formats:
+        if start[4:8] == b"ftyp":
+            _register_heif()
+        else:
+            formats.remove("HEIF")
+    try:
+        return PIL.Image.open(stream, formats=formats)
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} has too many pixels: {error}") from error
+    except PIL.UnidentifiedImageError:
+        pass
+    missing = _missing_format(start)
+    if missing:
+        raise ImageError(f'{name} is a picture in the format {missing}. To read it: pip install "taskres_hf[heif]"')
+    PIL.Image.init()  # the other formats, whose marks are looked for, and no more
+    others = {kind: accepts for kind, (_, accepts) in PIL.Image.OPEN.items() if kind not in _ENDINGS and accepts}
+    kind = next((kind for kind, accepts in others.items() if accepts(start) is True), None)
+    problem = f"it looks like {kind}, which is not read" if kind else "it is damaged or not a picture"
+    raise ImageError(f"{name} cannot be read: {problem}. Formats that are read: {', '.join(_FORMATS)}.")
+
+
+def _missing_format(start: bytes) -> str | None:
+    """The format of a file that an extra would read, by how it starts."""
+    brand = start[8:12] if start[4:8] == b"ftyp" else b""
+    kind = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF", b"msf1": "HEIF",
+            b"hevc": "HEIF", b"heim": "HEIF", b"heis": "HEIF"}.get(brand)  # fmt: skip
+    return kind if kind not in _FORMATS else None
+
+
+@lru_cache(maxsize=1)
+def _register_heif() -> None:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+
+def _as_bytes(source: Any, name: str) -> NDArray[np.uint8]:
+    """Pixels [H, W] or [H, W, C] of an array whose values and order of dimensions leave no doubt."""
+    nested = isinstance(source, (list, tuple))
+    if not nested and not hasattr(source, "__array__"):
+        raise ImageError(f"{name} cannot be read from {type(source).__name__}: expected a path, bytes or pixels.")
+    pixels = np.asarray(source)
+    whole = nested and pixels.dtype.kind in "iu" and pixels.size and pixels.min() >= 0 and pixels.max() <= 255
+    if pixels.dtype != np.uint8 and not whole:
+        kind = "floating-point pixels" if pixels.dtype.kind == "f" else f"pixels of the type {pixels.dtype}"
+        raise ImageError(f"{name} has {kind} of unknown range. Convert it to 8 bits (uint8, 0 to 255) first.")
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, 2))
+    if pixels.ndim != 2 and first == last:
+        raise ImageError(
+            f"{name} is an array of shape {pixels.shape}; expected [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4"
+            f"{', and here both are possible' if first else ''}."
+        )
+    pixels = np.moveaxis(pixels, 0, 2) if first else pixels
+    return np.ascontiguousarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels, np.uint8)
+
+
+def _check_size(picture: PIL.Image.Image, name: str) -> None:
+    if 0 in picture.size:
+        raise ImageError(f"{name} has {picture.width}x{picture.height} pixels: there is nothing to see.")
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and picture.width * picture.height > limit:
+        raise ImageError(f"{name} has {picture.width}x{picture.height} pixels, more than the limit of {limit}.")
+
+
+def _oddities(picture: PIL.Image.Image, name: str) -> list[str]:
+    """Which of `_REMARKS` fit a picture."""
+    if picture.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels of unknown range. Convert it to 8 bits first.")
+    if picture.mode.startswith("I"):
+        return ["deep"]
+    if picture.mode in ("RGBA", "LA", "PA") or (picture.mode == "P" and "transparency" in picture.info):
+        alpha = (picture if "A" in picture.mode else picture.convert("RGBA")).getchannel("A")
+        lowest = alpha.getextrema()[0]
+        return ["transparent"] if isinstance(lowest, (int, float)) and lowest < 255 else []
+    return []
+
+
+# ---------------------------------------------------------------------- files and folders
+
+
+@dataclass(frozen=True)
+class ImageListing:
+    """Picture files, and what lay beside them.
+
+    Attributes:
+        files: paths and addresses, in order, each once.
+        left_out: number of files by ending (in lower case; "" for none) that are no pictures or that need an extra.
+        ignored: number of hidden files and folders, and the system's own, see `is_ignored`.
+    """
+
+    files: list[str]
+    left_out: dict[str, int]
+    ignored: int = 0
+
+    def lines(self) -> list[str]:
+        """What was left out, for people; nothing if nothing was."""
+        counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        lines = []
+        for needs_extra in (False, True):
+            part = [(end, count) for end, count in counts if (ending_status(end) == "needs extra") == needs_extra]
+            if part:
+                text = ", ".join(f"{count} {visible(ending) or 'without an ending'}" for ending, count in part[:10])
+                more = f" and {len(part) - 10} other endings" if len(part) > 10 else ""
+                remedy = '; to read them: pip install "taskres_hf[heif]"' if needs_extra else ""
+                lines.append(f"Left out by their ending: {text}{more}{remedy}")
+        return lines
+
+
+def is_address(text: str) -> bool:
+    """Whether text is an address (`https://`, `s3://`, `file://`, `data:`) and not a path."""
+    return bool(_ADDRESS.match(text)) and not os.path.lexists(text)
+
+
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> ImageListing:
+    """Picture files among files, folders (searched in depth, sorted) and addresses, with an account of the rest.
+
+    A file named outright is listed whatever its name. So are, within folders, broken links, pipes and folders that
+    cannot be opened: `read_image` says what is wrong with them.
+    """
+    files: dict[str, str] = {}  # absolute path -> as it was named
+    left_out: Counter[str] = Counter()
+    ignored = 0
+    for path in map(os.fsdecode, paths):
+        if is_address(path) or not os.path.isdir(path):
+            files.setdefault(path if is_address(path) else os.path.abspath(path), path)
+            continue
+        inside, endings, hidden = _search(path)
+        left_out += endings
+        ignored += hidden
+        for file in inside:
+            files.setdefault(os.path.abspath(file), file)
+    return ImageListing(list(files.values()), dict(left_out), ignored)
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Picture files among files and folders (searched in depth, sorted); a file named outright is always kept."""
-    found: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file())
-            found += sorted(os.fspath(file) for file in inside)
-        else:
-            found.append(os.fspath(path))
-    return found
+    """The files of `list_images`."""
+    return list_images(paths).files
+
+
+def _search(top: str) -> tuple[list[str], Counter[str], int]:
+    """Pictures in a folder and below, sorted; the number of other files by ending; the number of ignored entries."""
+    files, left_out, ignored = [], Counter[str](), 0
+    waiting: list[tuple[str, tuple[str, ...]]] = [(top, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in above:  # a link to a folder that it lies in
+            continue
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            files.append(folder)
+            continue
+        for entry in entries:
+            path = os.path.join(folder, entry.name) if folder != "." else entry.name
+            ending = PurePath(entry.name).suffix.lower()
+            if is_ignored(entry.name):
+                ignored += 1
+            elif os.path.isdir(path):
+                waiting.append((path, (*above, real)))
+            elif ending in IMAGE_EXTENSIONS:
+                files.append(path)
+            else:
+                left_out[ending] += 1
+    return sorted(files), left_out, ignored

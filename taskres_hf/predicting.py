@@ -1,26 +1,41 @@
-"""Classify picture files with a trained model and write what was found as CSV, JSON lines or parquet."""
+"""Classify picture files with a trained model and write the answers as CSV, JSON lines or parquet.
+
+Answers go to `NAME.partial` beside the output as they come, one checked line each. When all are there, the output is
+made from it in one step: it is whole or absent, and a run that was killed goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
 from .embedding.embedder import Embedder
-from .errors import ConfigurationError, ImageError
+from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
-from .pictures import read_image
+from .pictures import Remarks, read_image
 from .storage import write_bytes
+from .tables import spreadsheet_text, visible
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link there may point at anything
+_ROW_GROUP = 65536  # rows that parquet compresses together
 
 
 def classify_files(
@@ -33,75 +48,338 @@ def classify_files(
     precision: str = "fp32",
     progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Classes of picture files, in order; what cannot be read is reported, not raised.
+    """Classes of picture files and addresses, in order; what cannot be read is reported, not raised.
+
+    What is odd about the pictures (transparency, more than 8 bits) is one warning of each kind, at the end.
 
     Args:
+        files: what `read_image` takes as text, see also `list_images`; one named twice has two rows.
         top_k: classes per picture, at most K.
         batch_size: pictures a forward pass, by default the engine's best.
         engine, precision: see `engines`.
 
     Yields:
         `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
-        or says why there are no predictions.
+        or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
     """
-    names = model.class_names
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
-    size = batch_size or embedder.batch_size
-    batches = [[os.fspath(file) for file in files[start : start + size]] for start in range(0, len(files), size)]
-    errors: dict[str, str] = {}
+    yield from _classify(model, embedder, files, top_k, batch_size or embedder.batch_size, progress)
 
-    def load(file: str) -> PIL.Image.Image | None:
+
+def _classify(
+    model: TaskResCLIPForImageClassification,
+    embedder: Embedder,
+    files: Sequence[str | os.PathLike[str]],
+    top_k: int,
+    batch_size: int,
+    progress: bool,
+    done: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the files from number `done` on."""
+    names, head = model.class_names, model.classifier
+    paths = [os.fsdecode(file) for file in files]
+    batches = [range(start, min(start + batch_size, len(paths))) for start in range(done, len(paths), batch_size)]
+    errors: dict[int, str] = {}
+    remarks = Remarks()
+
+    def load(place: int) -> PIL.Image.Image | None:
         try:
-            return read_image(file)
+            picture = read_image(paths[place], remarks=remarks)
+            embedder.preprocess.check(picture)
+            return picture
         except ImageError as error:
-            errors[file] = str(error)
+            errors[place] = str(error)
             return None
 
-    with tqdm(total=len(files), desc="Classifying", unit="img", disable=not progress) as bar:
-        for chunk, embeds in embedder.stream(batches, load, augmented=False):
-            found: Iterator[list[dict[str, Any]]] = iter(())
+    with tqdm(total=len(paths), initial=done, desc="Classifying", unit="img", disable=not progress) as bar:
+        for places, embeds in embedder.stream(batches, load, augmented=False):
+            answers: Iterator[list[dict[str, Any]]] = iter(())
             if embeds is not None:
                 with torch.no_grad():
-                    logits = model.classifier(embeds.to(model.classifier.residual.device))
+                    logits = head(embeds.to(head.residual.device))
                 scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)
-                found = (
+                answers = (
                     [{"label": names[label], "score": score} for label, score in zip(ids, values, strict=True)]
                     for ids, values in zip(labels.tolist(), scores.tolist(), strict=True)
                 )
-            for file in chunk:
-                bad = errors.get(file)
-                yield {"file": file, "predictions": [] if bad else next(found), "error": bad}
-            bar.update(len(chunk))
+            for place in places:
+                problem = errors.pop(place, None)
+                predictions = [] if problem else next(answers)
+                if any(top["score"] != top["score"] for top in predictions):
+                    predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
+                yield {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
+            bar.update(len(places))
+    remarks.warn(stacklevel=3)
+
+
+# ---------------------------------------------------------------------- to a file
+
+
+@dataclass(frozen=True)
+class WrittenPredictions:
+    """What `classify_to_file` wrote.
+
+    Attributes:
+        path: the file. classified: number of pictures with an answer. resumed: how many rows an earlier run had left.
+        skipped: why pictures have no answer, one message each.
+    """
+
+    path: Path
+    classified: int
+    skipped: list[str]
+    resumed: int = 0
+
+
+def classify_to_file(
+    model: TaskResCLIPForImageClassification,
+    files: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    top_k: int = 1,
+    batch_size: int | None = None,
+    engine: str = "torch",
+    precision: str = "fp32",
+    progress: bool = False,
+    resume: bool = False,
+) -> WrittenPredictions:
+    """Classify picture files into a .csv, .jsonl or .parquet file; a run that was stopped can go on.
+
+    The output appears, or replaces another, when every file has its row. Until then rows are in `OUTPUT.partial`, which
+    is left there when the run is interrupted, killed or out of disk space.
+
+    Args:
+        output: see `write_predictions` for what is in it.
+        resume: go on with `OUTPUT.partial` if there is one; the outcome is that of an uninterrupted run.
+        top_k, batch_size, engine, precision: see `classify_files`.
+
+    Raises:
+        ConfigurationError: a file name that cannot be written (`check_output`); a partial file that is another run's
+            (other model, files, options), that another process is writing, or that is there without `resume`.
+        ArtifactError: the rows cannot be written, such as on a full disk.
+    """
+    output = Path(output)
+    check_output(output)
+    embedder = Embedder(model.clip, model.image_processor, engine, precision)
+    size = batch_size or embedder.batch_size
+    top_k = min(top_k, len(model.class_names))
+    run = {
+        "files": _digest(*(os.fsencode(name) for file in files for name in (file, os.path.abspath(file)))),
+        "classifier": _digest(
+            model.classifier.weight().detach().cpu().numpy().tobytes(),
+            model.classifier.residual.detach().cpu().numpy().tobytes(),
+            json.dumps([model.classifier.extra_repr(), *model.class_names]).encode(),
+        ),
+        "base model or engine": _digest(json.dumps(embedder.key).encode()),
+        "top_k": top_k,
+        "batch_size": size,
+    }
+    with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:
+        done = writer.rows
+        for row in _classify(model, embedder, files, top_k, size, progress, done):
+            writer.write(row)
+        skipped = writer.finish(top_k)
+    return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
+
+
+class PredictionWriter:
+    """Rows kept beside an output file as they come, until the output is made from them.
+
+    Use it as a context manager. Leaving it without `finish` keeps `OUTPUT.partial`, unless that has no rows.
+
+    Args:
+        output: the file to make in the end.
+        run: what rows depend on, name by name; only the same run can be resumed.
+        resume: go on with the rows that are there.
+        batch_size: rows beyond the last whole batch are made again, so that batches are those of an uninterrupted run.
+
+    Attributes:
+        rows: number of rows in the partial file.
+
+    Raises:
+        ConfigurationError: the partial file is another run's, in use, or there without `resume`.
+        ArtifactError: it cannot be written.
+    """
+
+    def __init__(
+        self, output: str | os.PathLike[str], run: Mapping[str, Any], *, resume: bool = False, batch_size: int = 1
+    ) -> None:
+        self.output = Path(output)
+        self.partial = self.output.with_name(f"{self.output.name}.partial")
+        self.rows = 0
+        try:
+            self._stream: IO[bytes] = os.fdopen(os.open(self.partial, _OPEN, 0o666), "r+b")
+        except OSError as error:
+            raise self._failure(error) from error
+        try:
+            self._lock()
+            self._begin(dict(run), resume, batch_size)
+        except OSError as error:
+            self._stream.close()
+            raise self._failure(error) from error
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> PredictionWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):  # a full disk was reported when the row was written
+            self._stream.close()
+        if not self.rows:
+            self.partial.unlink(missing_ok=True)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a row of `classify_files`; it is with the operating system when this returns."""
+        try:
+            self._stream.write(_line(row))
+            self._stream.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+        self.rows += 1
+
+    def finish(self, top_k: int) -> list[str]:
+        """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
+        self._stream.seek(0)
+        skipped: list[str] = []
+
+        def rows() -> Iterator[dict[str, Any]]:
+            number = 0
+            for number, (row, _) in enumerate(_checked_lines(self._stream)):
+                if number > 0:  # the first line is the run
+                    skipped.extend([row["error"]] if row["error"] else [])
+                    yield row
+            if number != self.rows:
+                raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
+
+        try:
+            write_predictions(self.output, rows(), top_k)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
+        self._stream.close()
+        self.partial.unlink(missing_ok=True)
+        self.rows = 0
+        return skipped
+
+    def _lock(self) -> None:
+        """Keep other processes away until this one closes the file or ends, where the system can."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"Another process is writing {self.partial}. Wait for it, or choose another output."
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def _begin(self, run: dict[str, Any], resume: bool, batch_size: int) -> None:
+        """Read what is there, cut it after the last whole batch, and be ready to add rows."""
+        begun: Any = None
+        ends = []  # position after each line
+        for number, (value, end) in enumerate(_checked_lines(self._stream)):
+            begun = value if number == 0 else begun
+            ends.append(end)
+        if not ends and os.fstat(self._stream.fileno()).st_size:
+            raise ConfigurationError(f"{self.partial} is in the way: it holds no rows of this library. Move it away.")
+        rows = len(ends) - 1
+        if rows > 0 and not resume:
+            raise ConfigurationError(
+                f"{self.partial} holds {rows} rows of a run that was stopped. Go on with resume=True (--resume), or "
+                "delete it to start anew."
+            )
+        if rows > 0 and begun != run:
+            other = [name for name in {**run, **begun} if run.get(name) != begun.get(name)]
+            raise ConfigurationError(
+                f"{self.partial} was begun with other {', '.join(other)}, so its {rows} rows would not fit. Repeat the "
+                "call that began it, or delete it to start anew."
+            )
+        self.rows = max(rows, 0) // batch_size * batch_size
+        self._stream.seek(ends[self.rows] if self.rows else 0)
+        self._stream.truncate()
+        if not self.rows:
+            self._stream.write(_line(run))
+            self._stream.flush()
+
+    def _failure(self, error: OSError) -> ArtifactError:
+        advice = f"Its {self.rows} rows stay: make room and go on with resume=True (--resume)." if self.rows else ""
+        return ArtifactError(f"Cannot write {self.partial}: {error.strerror or error}. {advice}".rstrip())
+
+
+def _line(value: Any) -> bytes:
+    """A value as JSON after its checksum, so that what was written in part or changed is noticed."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _checked_lines(stream: IO[bytes]) -> Iterator[tuple[Any, int]]:
+    """Each value and the position after it, up to the first line that is not whole."""
+    position = stream.tell()
+    for line in iter(stream.readline, b""):
+        text = line[9:-1]
+        if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(text):
+            return
+        position += len(line)
+        yield json.loads(text), position
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"%d " % len(part) + part)
+    return digest.hexdigest()
+
+
+def _as_utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_output(path: Path) -> None:
     """Refuse a file name that cannot be written, before hours of work.
 
     Raises:
-        ConfigurationError: unknown ending, or no such folder.
+        ConfigurationError: unknown ending, a folder of that name, or no such folder or none that can be written.
     """
-    if path.suffix not in _SUFFIXES:
+    folder = path.absolute().parent
+    if path.suffix.lower() not in _SUFFIXES:
         raise ConfigurationError(f"Cannot tell the format of {path}: end its name in {', '.join(_SUFFIXES)}.")
-    if not path.absolute().parent.is_dir():
+    if not folder.is_dir():
         raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} into.")
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder: give the name of a file to write.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"The folder {path.parent} cannot be written: choose another for {path.name}.")
 
 
-def write_predictions(path: Path, rows: Sequence[dict[str, Any]], top_k: int = 1) -> None:
+def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1) -> None:
     """Write the rows of `classify_files` in one step.
 
-    CSV has the columns file, label, score, label_2, score_2, ..., error; text that a spreadsheet would run as a formula
-    gets a leading apostrophe. JSON lines hold the rows as they are; parquet has the lists `labels` and `scores`.
+    CSV has the columns file, label, score, label_2, score_2, ..., error; control characters are escaped, and text that
+    a spreadsheet would run as a formula gets a leading apostrophe. JSON lines hold the rows as they are; parquet has
+    the lists `labels` and `scores`.
     """
-    if path.suffix == ".csv":
-        content = _csv(rows, top_k).encode("utf-8")
-    elif path.suffix == ".jsonl":
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        content = _csv(rows, top_k).encode("utf-8", "backslashreplace")
+    elif kind == ".jsonl":
+        content = b"".join(f"{_json(row)}\n".encode() for row in rows)
     else:
         content = _parquet(rows)
     write_bytes(path, content)
 
 
-def _csv(rows: Sequence[dict[str, Any]], top_k: int) -> str:
+def _json(row: Mapping[str, Any]) -> str:
+    """A row as JSON in which what a terminal would obey is escaped too; it reads back as the same row."""
+    text = json.dumps(row, ensure_ascii=False)
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], top_k: int) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
@@ -109,28 +387,30 @@ def _csv(rows: Sequence[dict[str, Any]], top_k: int) -> str:
     for row in rows:
         cells: list[Any] = []
         for top in row["predictions"]:
-            cells += [_safe(top["label"]), f"{top['score']:.6f}"]
+            cells += [_csv_text(top["label"]), f"{top['score']:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
-        writer.writerow([_safe(row["file"]), *cells, _safe(row["error"] or "")])
+        writer.writerow([_csv_text(row["file"]), *cells, _csv_text(row["error"] or "")])
     return text.getvalue()
 
 
-def _safe(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+def _csv_text(text: str) -> str:
+    return spreadsheet_text(visible(text))
 
 
-def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+def _parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "file": pa.array([row["file"] for row in rows], pa.string()),
-            "labels": pa.array([[top["label"] for top in row["predictions"]] for row in rows], pa.list_(pa.string())),
-            "scores": pa.array([[top["score"] for top in row["predictions"]] for row in rows], pa.list_(pa.float32())),
-            "error": pa.array([row["error"] for row in rows], pa.string()),
-        }
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
+    fields = {"file": pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
+    schema = pa.schema({**fields, "error": pa.string()})
+    sink, remaining = io.BytesIO(), iter(rows)
+    with pq.ParquetWriter(sink, schema) as writer:
+        while group := list(islice(remaining, _ROW_GROUP)):
+            columns = {
+                "file": [_as_utf8(row["file"]) for row in group],
+                "labels": [[_as_utf8(top["label"]) for top in row["predictions"]] for row in group],
+                "scores": [[top["score"] for top in row["predictions"]] for row in group],
+                "error": [row["error"] and _as_utf8(row["error"]) for row in group],
+            }
+            writer.write_table(pa.table(columns, schema=schema))
     return sink.getvalue()

@@ -16,6 +16,7 @@ from .options import (
     quiet_libraries,
     read_numbers,
 )
+from .screen import when_interrupted
 
 
 def demo(
@@ -33,6 +34,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train on the pictures shipped with the library: no network, under a minute on two CPU cores."""
+    when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json)
     from tqdm.auto import tqdm
 

@@ -17,8 +17,10 @@ from .options import (
     CacheDir,
     Debug,
     Engine,
+    EngineName,
     Json,
     Precision,
+    PrecisionName,
     Quiet,
     console,
     emit,
@@ -28,6 +30,7 @@ from .options import (
     read_numbers,
     read_templates,
 )
+from .screen import when_interrupted
 
 
 def benchmark(
@@ -95,8 +98,8 @@ def benchmark(
         Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
     ] = Path("taskres-benchmark"),
     batch_size: BatchSize = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
+    engine: Engine = EngineName.AUTO,
+    precision: Precision = PrecisionName.AUTO,
     cache_dir: CacheDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,6 +110,7 @@ def benchmark(
     Example:  taskres benchmark --dataset oxford_pets,dtd --root DATA --base-model openai/clip-vit-base-patch16
     """
     counts, draws = read_numbers(shots, "--shots"), read_numbers(seeds, "--seeds")
+    when_interrupted(lambda: f"Finished runs are kept in {output_dir}: the same command goes on from there.")
     quiet_libraries(True)
     from ..demo import demo_model
     from ..paper.datasets import suite_datasets
@@ -291,7 +295,8 @@ def import_checkpoint(
     from ..paper.checkpoints import import_checkpoint as convert
     from ..paper.datasets import describe_dataset, unique_names
 
-    names, templates, prompt_names = read_class_names(class_names), read_templates(template), None
+    names: Any = read_class_names(class_names)
+    templates, prompt_names = read_templates(template), None
     if dataset is not None:
         spec = describe_dataset(dataset)
         names, prompt_names = unique_names(spec["class_names"], spec["all_wnids"])

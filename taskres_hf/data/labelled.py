@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -19,8 +17,10 @@ from datasets import (
 )
 
 from ..errors import DataError, ImageError
-from ..pictures import read_image
+from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
+from .account import Account
+from .cells import Cells, DatasetCells
 
 _IMAGE_NAMES = (
     "image",
@@ -46,10 +46,13 @@ STREAMED = (
 
 
 class LabelledImages:
-    """Pictures with class ids, read lazily from a `datasets.Dataset`.
+    """Pictures with class ids, read lazily from a `datasets.Dataset`, from files or from an archive.
+
+    A transform set on the dataset (`with_transform`) is applied: the picture is what comes out of it.
 
     Args:
-        dataset: any dataset with a picture column and a label column.
+        dataset: any dataset with a picture column and a label column. Pictures may be files, bytes, or uint8 arrays
+            [H, W], [H, W, 3] or [3, H, W].
         image_column, label_column: their names; found by type, then by usual names, when None.
         class_names: names in label order; needed when labels are plain numbers, and overriding a `ClassLabel`'s
             names position by position.
@@ -62,7 +65,8 @@ class LabelledImages:
         account: how the source was read, or None (see `load_training_data`).
 
     Raises:
-        DataError: no such column, an empty dataset, unlabelled rows, or labels outside the classes.
+        DataError: no such column, an empty dataset, unlabelled rows, labels outside the classes, or a transform that
+            gives no pictures, other ones each time, or other labels.
     """
 
     def __init__(
@@ -90,56 +94,77 @@ class LabelledImages:
         self.class_names, self.labels = _resolve_labels(labels, feature, class_names, default_names, self.label_column)
         self.indices = list(range(len(dataset)))
         self.split: str | None = None if dataset.split is None else str(dataset.split)
-        self.account: Any = None
-        images = dataset.with_format(None).select_columns([self.image_column])
-        if isinstance(dataset.features[self.image_column], Image):
-            images = images.cast_column(self.image_column, Image(decode=False))
-        self._images = images
-        unlabelled = [index for index, label in enumerate(self.labels) if label < 0]
-        if unlabelled and not drop_unlabelled:
+        self.account: Account | None = None
+        self._cells: Cells = DatasetCells(dataset, self.image_column, self.label_column)
+        self._leave_out_unlabelled(drop_unlabelled)
+
+    @classmethod
+    def from_cells(
+        cls,
+        cells: Cells,
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        *,
+        split: str | None = None,
+        drop_unlabelled: bool = False,
+    ) -> LabelledImages:
+        """N pictures from anywhere (see `data.cells`) with class ids, -1 for none."""
+        images = object.__new__(cls)
+        images.image_column, images.label_column = "image", "label"
+        images.class_names, images.labels = list(class_names), list(labels)
+        images.indices = list(range(len(cells)))
+        images.split, images.account, images._cells = split, None, cells
+        images._leave_out_unlabelled(drop_unlabelled)
+        return images
+
+    def _leave_out_unlabelled(self, drop: bool) -> None:
+        labelled = [index for index, label in enumerate(self.labels) if label >= 0]
+        if len(labelled) == len(self.labels):
+            return
+        if not labelled:
+            raise DataError("No row has a label: there is nothing to train on or to evaluate.")
+        if not drop:
+            first = next(index for index, label in enumerate(self.labels) if label < 0)
             raise DataError(
-                f"{len(unlabelled)} of {len(self.labels)} rows have no label (None or -1), the first at index "
-                f"{unlabelled[0]}. Label them, or leave them out with drop_unlabelled=True (--drop-unlabelled)."
+                f"{len(self.labels) - len(labelled)} of {len(self.labels)} rows have no label (None or -1), the first "
+                f"at index {first}. Label them, or leave them out with drop_unlabelled=True (--drop-unlabelled)."
             )
-        if unlabelled:
-            kept = self.select([index for index, label in enumerate(self.labels) if label >= 0])
-            if not len(kept):
-                raise DataError("No row has a label: there is nothing to train on or to evaluate.")
-            self.labels, self.indices, self._images = kept.labels, kept.indices, kept._images
+        part = self.select(labelled)
+        self.labels, self.indices, self._cells = part.labels, part.indices, part._cells
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def source(self, index: int) -> Any:
-        """The undecoded cell of one picture: `{"bytes", "path"}` or a path."""
-        return self._images[index][self.image_column]
+        """The undecoded cell of one picture: `{"bytes", "path"}`, a path, a PIL image or a uint8 array."""
+        try:
+            return self._cells[index]
+        except ImageError as error:
+            raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
-    def image(self, index: int, draft: tuple[int, int] | None = None) -> PIL.Image.Image:
+    def image(
+        self, index: int, draft: tuple[int, int] | None = None, remarks: Remarks | None = None
+    ) -> PIL.Image.Image:
         """One picture, see `read_image`."""
         try:
-            return read_image(self.source(index), draft)
+            return read_image(self._cells[index], draft, remarks)
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def digest(self, index: int) -> str:
-        """SHA-256 of one picture's file content."""
-        cell = self.source(index)
-        content = cell.get("bytes") if isinstance(cell, Mapping) else None
-        if content is None:
-            path = cell.get("path") if isinstance(cell, Mapping) else cell
-            try:
-                content = Path(str(path)).read_bytes()
-            except (OSError, TypeError) as error:
-                raise ImageError(f"Row {self.indices[index]}: {path!r} cannot be read: {error}") from error
-        return hashlib.sha256(content).hexdigest()
+        """SHA-256 of one picture's content: of its file or, where there is no file, of its pixels."""
+        try:
+            return picture_digest(self._cells[index])
+        except ImageError as error:
+            raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def select(self, indices: Sequence[int]) -> LabelledImages:
-        """The same dataset restricted to positions, in that order."""
+        """The same pictures restricted to positions, in that order."""
         part = object.__new__(LabelledImages)
         part.__dict__.update(self.__dict__)
         part.labels = [self.labels[index] for index in indices]
         part.indices = [self.indices[index] for index in indices]
-        part._images = self._images.select(indices)
+        part._cells = self._cells.select(list(indices))
         return part
 
     def aligned(self, class_names: Sequence[str], label_map: Mapping[str, str] | str | None = None) -> LabelledImages:

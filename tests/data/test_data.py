@@ -1,8 +1,7 @@
-"""Datasets of every shape users have, few-shot draws that can be replayed, one way of decoding."""
+"""Datasets of every shape users have, few-shot draws that can be replayed."""
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hub_server import HubServer
-from transformers.image_utils import load_image
 
 from taskres_hf import load_splits, sample_few_shot
 from taskres_hf.data.labelled import LabelledImages, class_counts
-from taskres_hf.errors import ClassNamesError, DataError, FewShotError, ImageError
+from taskres_hf.errors import ClassNamesError, DataError, FewShotError
 from taskres_hf.few_shot import few_shot_indices
-from taskres_hf.pictures import find_images, read_image
 
 
 def _picture(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
@@ -193,60 +190,3 @@ def test_sampled_dataset_can_be_replayed(splits: DatasetDict) -> None:
     assert few["hexcode"] == splits["train"].select(indices)["hexcode"]
     text = splits["train"].cast_column("label", Value("int64")).map(lambda row: {"label": str(row["label"])})
     assert len(sample_few_shot(text, 3)) == 24
-
-
-# ---------------------------------------------------------------------- pictures
-
-
-def _bytes(picture: PIL.Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
-def test_pictures_look_as_they_do_to_pipeline(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
-    _picture(1).convert(mode).save(path)
-    expected = np.asarray(load_image(str(path)))
-    assert np.array_equal(np.asarray(read_image(path)), expected)
-    assert np.array_equal(np.asarray(read_image({"bytes": path.read_bytes(), "path": None})), expected)
-    assert np.array_equal(np.asarray(read_image(PIL.Image.open(path))), expected)
-
-
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    _picture(1, (40, 30)).save(tmp_path / "p.jpg", exif=exif)
-    assert read_image(tmp_path / "p.jpg").size == (30, 40)
-
-
-def test_transparency_is_pointed_out() -> None:
-    picture = PIL.Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    with pytest.warns(UserWarning, match="transparent"):
-        read_image(picture)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [b"", b"<html></html>", _bytes(_picture(1), "JPEG")[:200], None, {"bytes": None, "path": None}, "missing.png"],
-)
-def test_what_is_no_picture(source: Any) -> None:
-    with pytest.raises(ImageError):
-        read_image(source)
-
-
-def test_floating_point_and_huge_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ImageError, match="floating-point"):
-        read_image(PIL.Image.new("F", (4, 4)))
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match="limit of 100"):
-        read_image(_picture(1))
-
-
-def test_find_images(tmp_path: Path) -> None:
-    root = _folder(tmp_path / "d")
-    (root / "notes.txt").write_text("no picture")
-    (root / "odd").write_bytes(b"x")
-    assert len(find_images([root])) == 6
-    assert find_images([root / "odd"]) == [str(root / "odd")]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from support import random_residual
+from transformers.trainer_callback import TrainerCallback
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.embedding.features import ImageFeatures
@@ -30,6 +31,11 @@ def _arguments(**options: Any) -> TaskResTrainingArguments:
 def embedded(model: Model, splits: DatasetDict) -> dict[str, ImageFeatures]:
     trainer = TaskResTrainer(model, _arguments())
     return {name: trainer.embed(splits[name]) for name in splits}
+
+
+class InterruptAfterSaving(TrainerCallback):
+    def on_save(self, *values: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
 
 
 def test_training_beats_zero_shot_and_leaves_the_base(model: Model, splits: DatasetDict) -> None:
@@ -89,14 +95,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
     interrupted = _arguments(output_dir=str(tmp_path / "b"), save_epochs=2, **settings)
     model.classifier.reset()
-    trainer = TaskResTrainer(model, interrupted, splits["train"])
-    real = trainer._checkpoint
-
-    def stop_after_saving(*values: Any) -> None:
-        real(*values)
-        raise KeyboardInterrupt
-
-    trainer._checkpoint = stop_after_saving  # type: ignore[method-assign]
+    trainer = TaskResTrainer(model, interrupted, splits["train"], callbacks=[InterruptAfterSaving])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [folder.name for folder in (tmp_path / "b").iterdir()] == ["checkpoint-2"]

@@ -1,0 +1,372 @@
+"""Labelled pictures to train on and to measure on, with classes numbered and an account of what was read."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel
+
+from ..errors import DataError
+from ..storage import is_path
+from .account import Account, LeftOut, SplitAccount, shorten
+from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column
+from .naming import Naming, are_codes, is_missing, name_classes
+from .reading import Reading, SplitReading, split_name
+from .sources import SourceOptions, read_source
+
+
+class TrainingData(NamedTuple):
+    """What `load_training_data` gives: pictures to train on, pictures to measure on or None, and the account."""
+
+    train: LabelledImages
+    held_out: LabelledImages | None
+    account: Account
+
+
+def load_training_data(
+    source: Any,
+    *,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Any = None,
+    drop_unlabelled: bool = False,
+    holdout: float | None = None,
+    seed: int = 1,
+    class_folder: str | None = None,
+) -> TrainingData:
+    """Read labelled pictures from anything that holds them; what was read as what is in the account.
+
+    Args:
+        source: a Hub dataset id, a `Dataset` or `DatasetDict`, or a path.
+        train_split: split to train on; by default the training split or, where nothing is split, everything.
+        eval_split: split to hold out; by default test, else validation, else none. `"none"` holds nothing out.
+        config_name: configuration of a Hub dataset.
+        revision, token, cache_dir: as in `datasets.load_dataset`.
+        image_column, label_column: columns of a table or dataset; recognised when None.
+        class_names: names in label order, or a mapping from label (such as a folder's name) to name.
+        drop_unlabelled: leave out rows without a label instead of refusing them.
+        holdout: share of the training pictures, per class, to hold out instead of a split.
+        seed: seed of that draw.
+        class_folder: which folder is the class where folders lie in folders: `"first"` (below the split) or `"last"`
+            (that holds the picture). By default it is the first, and two possible readings are refused.
+
+    Returns:
+        `(train, held_out, account)`; both sets have the same classes in the same order.
+
+    Raises:
+        DataError: nothing readable, no such split or column, or more than one way to read it.
+    """
+    if holdout is not None and eval_split not in (None, "none"):
+        raise DataError("Choose one: holdout= takes part of the training split, eval_split= another split.")
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, train_split, eval_split, class_folder,
+        class_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
+    trained = _choose_training(reading, train_split)
+    options = {"image_column": image_column, "label_column": label_column}
+    held = None if holdout is not None else _choose_held_out(reading, trained, eval_split, options)
+    train, naming = _labelled(trained, [held] if held else [], class_names, drop_unlabelled, options)
+    held_out = None
+    left_out = list(reading.left_out) + _unlabelled(trained, train)
+    if held is not None:
+        held_out, lost = _aligned(held, train.class_names, naming, class_names, drop_unlabelled, options)
+        left_out += lost
+    if holdout is not None:
+        train, held_out = _set_aside(train, holdout, seed)
+        reading.notes.append(
+            f"{len(held_out)} pictures ({holdout:g} of each class, seed {seed}) are held out of train."
+        )
+    splits = _account_splits(reading, trained, held, train, held_out, options)
+    notes = [*reading.notes, *naming.notes, *_class_notes(reading, train, held_out)]
+    account = Account(_public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, tuple(notes))
+    for images in (train, held_out):
+        if images is not None:
+            images.account = account
+    return TrainingData(train, held_out, account)
+
+
+def load_evaluation_data(
+    source: Any,
+    split: str | None = None,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Any = None,
+    default_names: Sequence[str] | None = None,
+    drop_unlabelled: bool = False,
+    class_folder: str | None = None,
+) -> LabelledImages:
+    """One split to measure on, with `account` set; other arguments as in `load_training_data`.
+
+    Args:
+        split: its name; by default test, else validation, else the only one there is.
+        default_names: names to use when labels are plain numbers and `class_names` is None.
+
+    Raises:
+        DataError: as `load_training_data`; never another split than the one asked for.
+    """
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, None, split, class_folder,
+        class_names if class_names is not None else default_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
+    options = {"image_column": image_column, "label_column": label_column}
+    chosen = (
+        _measurable(_named(reading, split), options) if split is not None else _default_held_out(reading, None, options)
+    )
+    if chosen is None and len(reading.splits) == 1:
+        chosen = reading.splits[0]
+    if chosen is None:
+        raise DataError(f"Which split is to be measured? There are {_listed(reading)}: name one with split= (--split).")
+    images, naming = _labelled(chosen, [], class_names, drop_unlabelled, options, default_names)
+    splits = _account_splits(reading, None, chosen, None, images, options)
+    left_out = [*reading.left_out, *_unlabelled(chosen, images)]
+    notes = (*reading.notes, *naming.notes)
+    images.account = Account(_public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, notes)
+    return images
+
+
+def _public_name(source: Any) -> str:
+    """A Hub id as it is, of a path the last part only, of an object in memory its kind."""
+    if not isinstance(source, (str, os.PathLike)):
+        return type(source).__name__
+    return Path(source).absolute().name if is_path(source) else str(source)
+
+
+# ---------------------------------------------------------------------- choosing splits
+
+
+def _listed(reading: Reading) -> str:
+    return shorten([split.name for split in reading.splits], 10)
+
+
+def _named(reading: Reading, name: str) -> SplitReading:
+    split = reading.split(name)
+    if split is None:
+        raise DataError(f"There is no split {name!r}; there are {_listed(reading)}.")
+    return split
+
+
+def _choose_training(reading: Reading, name: str | None) -> SplitReading:
+    if name is not None:
+        return _named(reading, name)
+    split = reading.split("train")
+    if split is None and len(reading.splits) == 1 and split_name(reading.splits[0].name) is None:
+        split = reading.splits[0]
+    if split is None:
+        raise DataError(
+            f"There is no training split; there are {_listed(reading)}. Name the one to train on with train_split= "
+            "(--train-split)."
+        )
+    return split
+
+
+def _choose_held_out(
+    reading: Reading, trained: SplitReading, name: str | None, options: Mapping[str, Any]
+) -> SplitReading | None:
+    if name == "none":
+        return None
+    if name is None:
+        return _default_held_out(reading, trained, options)
+    split = _named(reading, name)
+    if split is trained:
+        raise DataError(
+            f"The split {split.name!r} cannot be trained on and measured on. Choose another eval_split (--eval-split), "
+            "or set a part aside with holdout=0.2 (--holdout 0.2)."
+        )
+    return _measurable(split, options)
+
+
+def _measurable(split: SplitReading, options: Mapping[str, Any]) -> SplitReading:
+    if not any(not is_missing(label) for label in _labels(split, options)):
+        raise DataError(
+            f"The split {split.name!r} has no labels, so nothing can be measured on its {len(split)} pictures."
+        )
+    return split
+
+
+def _default_held_out(
+    reading: Reading, trained: SplitReading | None, options: Mapping[str, Any]
+) -> SplitReading | None:
+    """Test, else validation: the first that has labels."""
+    for name in ("test", "validation"):
+        split = reading.split(name)
+        if split is not None and split is not trained and len(split):
+            if any(not is_missing(label) for label in _labels(split, options)):
+                return split
+            reading.notes.append(f"{split.name}: {len(split)} pictures without labels; nothing is measured on them.")
+    return None
+
+
+def _labels(split: SplitReading, options: Mapping[str, Any]) -> Sequence[Any]:
+    if split.dataset is None:
+        return split.labels
+    try:
+        column = find_column(split.dataset, options["label_column"], "label", LABEL_NAMES, ClassLabel)
+    except DataError:
+        return []
+    return column_values(split.dataset, column)
+
+
+# ---------------------------------------------------------------------- labels to classes
+
+
+def _labelled(
+    split: SplitReading,
+    others: Sequence[SplitReading],
+    class_names: Any,
+    drop_unlabelled: bool,
+    options: Mapping[str, Any],
+    default_names: Sequence[str] | None = None,
+) -> tuple[LabelledImages, Naming]:
+    if split.dataset is not None:
+        images = LabelledImages(
+            split.dataset, class_names=class_names, default_names=default_names, drop_unlabelled=drop_unlabelled,
+            **options,
+        )  # fmt: skip
+        images.split = split.name
+        return images, Naming(images.class_names, {})
+    elsewhere = [label for other in others for label in other.labels]
+    names = default_names if class_names is None and are_codes(split.labels, default_names) else class_names
+    naming = name_classes(split.labels, elsewhere, names, split.origin or "labels")
+    return _from_labels(split, naming, drop_unlabelled), naming
+
+
+def _from_labels(split: SplitReading, naming: Naming, drop_unlabelled: bool) -> LabelledImages:
+    assert split.cells is not None
+    ids = [-1 if is_missing(label) else naming.ids[label] for label in split.labels]
+    return LabelledImages.from_cells(split.cells, ids, naming.names, split=split.name, drop_unlabelled=drop_unlabelled)
+
+
+def _aligned(
+    split: SplitReading,
+    names: list[str],
+    naming: Naming,
+    class_names: Any,
+    drop_unlabelled: bool,
+    options: Mapping[str, Any],
+) -> tuple[LabelledImages, list[LeftOut]]:
+    """The held-out pictures with the training classes; those of other classes are left out and named."""
+    if split.dataset is None:
+        lost = Counter(label for label in split.labels if not is_missing(label) and label not in naming.ids)
+        rows = [row for row, label in enumerate(split.labels) if label not in lost]
+        _check_common(split, rows, lost, names)
+        assert split.cells is not None
+        part = SplitReading(split.name, split.origin, None, split.cells.select(rows), [split.labels[r] for r in rows])
+        return _from_labels(part, naming, drop_unlabelled), _foreign(split, lost)
+    images = LabelledImages(
+        split.dataset, class_names=class_names, default_names=names, drop_unlabelled=drop_unlabelled, **options
+    )
+    images.split = split.name
+    lost = Counter(name for name in map(images.class_names.__getitem__, images.labels) if name not in set(names))
+    rows = [row for row, label in enumerate(images.labels) if images.class_names[label] not in lost]
+    _check_common(split, rows, lost, names)
+    return (images.select(rows) if lost else images).aligned(names), _foreign(split, lost)
+
+
+def _check_common(split: SplitReading, rows: Sequence[int], lost: Mapping[str, int], names: Sequence[str]) -> None:
+    if not rows:
+        raise DataError(
+            f"The split {split.name!r} has no class of the training split: it has {shorten(lost)}, training has "
+            f"{shorten(names)}."
+        )
+
+
+def _foreign(split: SplitReading, lost: Mapping[str, int]) -> list[LeftOut]:
+    if not lost:
+        return []
+    row = LeftOut(f"{split.name} pictures of classes without a training picture", sum(lost.values()), tuple(lost))
+    warnings.warn(f"{row.count} {row.reason} are left out: {shorten(lost)}.", stacklevel=4)
+    return [row]
+
+
+def _unlabelled(split: SplitReading, images: LabelledImages) -> list[LeftOut]:
+    count = len(split) - len(images)
+    return [LeftOut(f"{split.name} rows without a label", count)] if count else []
+
+
+def _set_aside(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The pictures to train on and a random share of each class to measure on."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise DataError(f"holdout= is a share of the training pictures between 0 and 1, such as 0.2; got {share!r}.")
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(images.labels):
+        members.setdefault(label, []).append(row)
+    alone = [images.class_names[label] for label, rows in members.items() if len(rows) < 2]
+    if alone:
+        raise DataError(
+            f"{len(alone)} classes have one picture only, so none can be held out: {shorten(alone)}. Add pictures, or "
+            "leave holdout out: without held-out pictures the trainer measures by cross-validation."
+        )
+    generator = random.Random(seed)
+    chosen: set[int] = set()
+    for label in sorted(members):
+        count = min(max(round(share * len(members[label])), 1), len(members[label]) - 1)
+        chosen.update(generator.sample(members[label], count))
+    train = images.select([row for row in range(len(images)) if row not in chosen])
+    held_out = images.select(sorted(chosen))
+    held_out.split = "holdout"
+    return train, held_out
+
+
+# ---------------------------------------------------------------------- the account
+
+
+def _account_splits(
+    reading: Reading,
+    trained: SplitReading | None,
+    held: SplitReading | None,
+    train: LabelledImages | None,
+    held_out: LabelledImages | None,
+    options: Mapping[str, Any],
+) -> tuple[SplitAccount, ...]:
+    rows = []
+    for split in reading.splits:
+        images, use = (train, "train") if split is trained else (held_out, "held out") if split is held else (None, "")
+        if images is not None:
+            counts = class_counts(images.labels, images.class_names)
+            rows.append(SplitAccount(split.name, split.origin, use, counts))
+            continue
+        features = {} if split.dataset is None else split.dataset.features
+        typed = next((feature.names for feature in features.values() if isinstance(feature, ClassLabel)), None)
+        labels = [label for label in _labels(split, options) if not is_missing(label)]
+        known = Counter(typed[label] if typed and isinstance(label, int) else str(label) for label in labels)
+        rows.append(SplitAccount(split.name, split.origin, "not used", dict(known), len(split) - len(labels)))
+    if held is None and held_out is not None and trained is not None:
+        counts = class_counts(held_out.labels, held_out.class_names)
+        rows.append(SplitAccount("holdout", trained.name, "held out", counts))
+    return tuple(rows)
+
+
+def _class_notes(reading: Reading, train: LabelledImages, held_out: LabelledImages | None) -> list[str]:
+    notes = []
+    counts = class_counts(train.labels, train.class_names)
+    absent = [name for name, count in counts.items() if not count]
+    if absent:
+        notes.append(f"Classes without a training picture: {shorten(absent)}.")
+    empty = [name for name in reading.empty if name not in absent]
+    if empty:
+        notes.append(f"Folders without any picture, which make no class: {shorten(empty)}.")
+    if held_out is not None:
+        measured = class_counts(held_out.labels, held_out.class_names)
+        unmeasured = [name for name, count in measured.items() if not count and counts[name]]
+        if unmeasured:
+            notes.append(f"Classes without a picture in {held_out.split}: {shorten(unmeasured)}.")
+    return notes
