@@ -180,6 +180,7 @@ class _DatasetRun:
     ) -> None:
         self.data, self.settings, self.options = data, settings, options
         self.spec = describe_dataset(data.name)
+        self.has_underscores = any("_" in data.prompt_names.get(name, name) for name in data.class_names)
         self.target_names, self.root, self.allow_other_split = list(targets), root, allow_other_split
         labels = data.splits["train"].labels
         self.draws = {
@@ -210,7 +211,7 @@ class _DatasetRun:
         """The classifier of a recipe; recipes with the same prompts share it, and all share the base."""
         keep = self.settings["keep_underscores"]
         keep = recipe == "paper" if keep is None else keep
-        keep = keep and any("_" in self.data.prompt_names.get(name, name) for name in self.data.class_names)
+        keep = keep and self.has_underscores
         if keep not in self._models:
             first = next(iter(self._models.values()), None)
             self._models[keep] = TaskResCLIPForImageClassification.from_base(
@@ -281,7 +282,8 @@ class _DatasetRun:
             "image_weights": image_weights_digest(model.clip), "engine": self.engine(cell.recipe)[0],
             "training": {
                 **(model.config.training or {}), "engine": self.engine(cell.recipe)[0], "alpha": model.config.alpha,
-                "underscores": model.config.underscores, "views": self.views(cell.recipe),
+                "views": self.views(cell.recipe),
+                "underscores": model.config.underscores if self.has_underscores else "none",
             },
             "library_versions": library_versions(),
         }  # fmt: skip
