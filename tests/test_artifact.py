@@ -82,14 +82,14 @@ def test_another_models_config_is_never_replaced(tmp_path: Path) -> None:
 def test_a_crash_between_the_files_is_healed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old, new = torch.zeros(2, 3), torch.ones(2, 3)
     write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.5}, old, {})
-    real = artifact.write_bytes
+    real = os.replace
 
-    def stop_at_config(path: Path, content: bytes) -> None:
-        if Path(path).name == "config.json":
+    def stop_at_config(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "config.json":
             raise KeyboardInterrupt
-        real(path, content)
+        real(source, target)
 
-    monkeypatch.setattr(artifact, "write_bytes", stop_at_config)
+    monkeypatch.setattr(artifact.os, "replace", stop_at_config)
     with pytest.raises(KeyboardInterrupt):
         write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.9}, new, {})
     config, residual, _ = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
@@ -218,7 +218,7 @@ def test_missing_config_keys(trained: Path, tmp_path: Path, key: str) -> None:
 def test_newer_format_and_broken_json(trained: Path, tmp_path: Path) -> None:
     folder = _copy(trained, tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "format_version": 2}))
+    (folder / "config.json").write_text(json.dumps({**config, "format_version": 3}))
     with pytest.raises(ArtifactError, match="upgrade"):
         _load(folder)
     (folder / "config.json").write_text("{")
