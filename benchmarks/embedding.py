@@ -19,8 +19,8 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines.onednn import PackedLinear
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.embedding.preprocessing import Preprocessor
-from taskres_hf.evaluation import accuracy
 from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.paper.runner import few_shot_runs, grid
 from taskres_hf.pictures import find_images, read_image
 from taskres_hf.predicting import classify_files
 
@@ -173,14 +173,14 @@ def precision(report: Report) -> None:
             train, test = (
                 embed_images(embedder, LabelledImages(splits[split]), progress=False) for split in ("train", "test")
             )
-            scores = []
-            for seed in (1, 2, 3, 4, 5):
-                rows = few_shot_indices(train.labels.tolist(), 16, seed, on_short="ignore")
-                model.classifier.reset()
-                arguments = TaskResTrainingArguments(seed=seed, on_short="ignore", disable_tqdm=True)
-                TaskResTrainer(model, arguments, train.select(rows)).train()
-                with torch.no_grad():
-                    scores.append(100 * accuracy(model.classifier(test.image_embeds[0]), test.labels))
+            draws = {
+                seed: few_shot_indices(train.labels.tolist(), 16, seed, on_short="ignore") for seed in (1, 2, 3, 4, 5)
+            }
+            runs = few_shot_runs(
+                model, grid(task, [16], list(draws)), lambda cell: train.select(draws[cell.seed]),
+                lambda cell: {"": (test, None)}, lambda cell: {},
+            )  # fmt: skip
+            scores = [100 * accuracies[""][1] for _, accuracies in runs]
             embeds = test.image_embeds[0]
             if reference is None:
                 reference = (embeds, mean(scores))

@@ -75,6 +75,13 @@ def test_eighty_columns_cut_nothing() -> None:
     assert shown.count("28.6 ± 0.5") == 5
 
 
+def test_what_a_row_is_about_is_folded_last() -> None:
+    rows = [["a-name-to-copy-from-here", 1281167, "no commercial use"]]
+    shown = _print(Table(["name", "train", "licence"], rows), 44)
+    assert "a-name-to-copy-from-here" in shown
+    assert "commerc\n" in shown.replace(" ", "")
+
+
 def test_csv_holds_full_numbers_and_runs_no_formula() -> None:
     text = Table(["class", "accuracy"], [["=1+1", 0.123456789], ["a,b", None]]).csv()
     assert list(csv.reader(io.StringIO(text))) == [["class", "accuracy"], ["'=1+1", "0.123456789"], ["a,b", ""]]

@@ -49,16 +49,33 @@ def benchmark(
     seeds: Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)] = "1,2,3",
     recipes: Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)] = "paper,auto",
     views: Annotated[
-        int, typer.Option(help="Augmented views cached per picture.", min=0, rich_help_panel=TRAINING)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Augmented views cached per picture; 10 for paper, none for auto.", min=0, rich_help_panel=TRAINING
+        ),
+    ] = None,
+    augment_online: Annotated[
+        bool,
+        typer.Option(
+            "--augment-online", help="paper: augment afresh each epoch, as published.", rich_help_panel=TRAINING
+        ),
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(help="Override the recipes.", min=1, rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Override the recipes.", rich_help_panel=TRAINING)
+    ] = None,
     enhanced_base: Annotated[
         bool,
         typer.Option("--enhanced-base", help="TaskRes*: tune the text projection first.", rich_help_panel=TRAINING),
     ] = False,
     keep_underscores: Annotated[
-        bool,
-        typer.Option("--keep-underscores", help="Prompts as the published code writes them.", rich_help_panel=MODEL),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--keep-underscores/--replace-underscores",
+            help="Of class names in prompts; kept for paper, replaced for auto.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(
@@ -96,62 +113,87 @@ def benchmark(
     when_interrupted(lambda: f"Finished runs are kept in {output_dir}: the same command goes on from there.")
     quiet_libraries(True)
     from ..demo import demo_model
-    from ..paper import datasets as suite
-    from ..paper import runner as benchmarking
+    from ..paper.datasets import suite_datasets
+    from ..paper.reports import accuracy_table, comparable_results, published_table, summarise, what_ran, write_reports
+    from ..paper.runner import run_benchmark
 
-    known = suite.suite_datasets()
     if list_datasets:
-        _list(known, as_json)
+        _list(suite_datasets(), as_json)
         return
-    groups = {
-        "paper": [name for name, spec in known.items() if "template_set" in spec],
-        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
-    }
-    names = [name for part in dataset.split(",") for name in groups.get(part.strip(), [part.strip()])]
+    names = _dataset_names(dataset)
     if check:
-        facts = {}
-        for name in names:
-            data = suite.open_dataset(name, root, allow_other_split=allow_other_split)
-            facts[name] = {"classes": len(data.class_names), "notes": data.notes}
-            facts[name] |= {split: len(pictures) for split, pictures in data.splits.items()}
-        emit(as_json, facts, lambda: typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items())))
+        _check(names, root, allow_other_split, as_json)
         return
     model = base_model or demo_model()
     chosen = [part.strip() for part in recipes.split(",")]
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
     arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine, "precision": precision}
-    if cache_dir is not None:
-        arguments["cache_dir"] = str(cache_dir)
+    overrides = {"cache_dir": cache_dir and str(cache_dir), "num_train_epochs": epochs, "learning_rate": learning_rate}
+    arguments |= {key: value for key, value in overrides.items() if value is not None}
     total = len(names) * len(counts) * len(draws) * len(chosen)
     finished: list[dict[str, Any]] = []
     with _Live(total, show=not (quiet or as_json)) as live:
 
         def on_cell(cell: Any, result: dict[str, Any], was_done: bool) -> None:
             finished.append(result)
-            live.update(len(finished), benchmarking.summarise(finished), counts)
+            live.update(accuracy_table(summarise(finished), len(draws), caption=f"{len(finished)} of {total} runs"))
 
-        results = benchmarking.run_benchmark(
+        results = run_benchmark(
             model, names, output_dir, shots=counts, seeds=draws, recipes=chosen, root=root, revision=base_revision,
-            views=views, enhanced_base=enhanced_base, keep_underscores=keep_underscores, targets=wanted,
-            allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
+            views=views, augment_online=augment_online, enhanced_base=enhanced_base, keep_underscores=keep_underscores,
+            targets=wanted, allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
         )  # fmt: skip
-    files = benchmarking.write_reports(results, output_dir, model)
+    files = write_reports(results, output_dir, model)
+    rows, published, ran = summarise(results), comparable_results(model, results), what_ran(results)
     summary = {
-        "base_model": public_name(model),
-        "rows": benchmarking.summarise(results),
+        "base_model": public_name(model), "rows": rows, "what_ran": ran, "published": published,
         "files": [str(file) for file in files],
-    }
+    }  # fmt: skip
 
     def show() -> None:
         if not live.shown:
-            console().print(live.table(benchmarking.summarise(results), counts))
-        for row in benchmarking.comparable_results(model, results):
-            typer.echo(
-                f"published: {row['dataset']}, {row['method']} {row['accuracy']} ({row['certainty']}; {row['source']})"
-            )
-        typer.echo("Written: " + ", ".join(map(str, files)))
+            console().print(accuracy_table(rows, len(draws)).rich())
+        if published:
+            console().print(published_table(published).rich())
+        typer.echo("\n".join([*ran, "Written: " + ", ".join(map(str, files))]))
 
     emit(as_json, summary, show)
+
+
+def _dataset_names(text: str) -> list[str]:
+    """Names from a comma list, with `paper` and `shipped` for all of a kind."""
+    from ..paper.datasets import suite_datasets
+
+    known = suite_datasets()
+    groups = {
+        "paper": [name for name, spec in known.items() if "template_set" in spec],
+        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
+    }
+    return [name for part in text.split(",") for name in groups.get(part.strip(), [part.strip()])]
+
+
+def _check(names: list[str], root: Path | None, allow_other_split: bool, as_json: bool) -> None:
+    from ..paper.datasets import open_dataset, overlaps
+    from ..tables import Table
+
+    facts: dict[str, dict[str, Any]] = {}
+    for name in names:
+        data = open_dataset(name, root, allow_other_split=allow_other_split)
+        facts[name] = {"classes": len(data.class_names), "notes": data.notes, "overlaps": overlaps(data.splits)}
+        facts[name] |= {
+            split: len(data.splits[split]) for split in ("train", "validation", "test") if split in data.splits
+        }
+
+    def show() -> None:
+        columns = ["dataset", "classes", "train", "validation", "test"]
+        console().print(
+            Table(columns, [[name, *(fact.get(key) for key in columns[1:])] for name, fact in facts.items()]).rich()
+        )
+        for name, fact in facts.items():
+            for line in fact["notes"] + fact["overlaps"]:
+                typer.echo(f"{name}: {line}")
+
+    emit(as_json, facts, show)
 
 
 class _Live:
@@ -172,23 +214,9 @@ class _Live:
         if self.shown:
             self._live.stop()
 
-    def update(self, done: int, rows: list[dict[str, Any]], counts: list[int]) -> None:
+    def update(self, table: Any) -> None:
         if self.shown:
-            self._live.update(self.table(rows, counts, f"{done} of {self.total} runs"))
-
-    @staticmethod
-    def table(rows: list[dict[str, Any]], counts: list[int], caption: str | None = None) -> Any:
-        from rich.table import Table
-
-        shown = Table(title="Accuracy (%), mean over seeds", title_justify="left", caption=caption)
-        for name in ("dataset", "recipe"):
-            shown.add_column(name)
-        for name in ("zero-shot", *(f"{count} shot{'s' * (count > 1)}" for count in counts)):
-            shown.add_column(name, justify="right")
-        for row in rows:
-            scores = [f"{row['accuracy'][count]:.1f}" if count in row["accuracy"] else "" for count in counts]
-            shown.add_row(row["dataset"], row["recipe"], f"{row['zero_shot']:.1f}", *scores)
-        return shown
+            self._live.update(table.rich())
 
 
 def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
@@ -196,22 +224,21 @@ def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
         {
             "name": name, "title": spec["title"],
             "classes": len(spec.get("wnids") or spec.get("class_names") or []) or None,
-            "sizes": spec.get("sizes"), "hub": (spec.get("hub") or {}).get("id"), "licence": spec.get("licence"),
-            "traps": spec["traps"],
+            "sizes": spec.get("sizes"), "sizes_are": spec.get("sizes_are"), "hub": (spec.get("hub") or {}).get("id"),
+            "licence": spec.get("licence"), "traps": spec["traps"],
         }
         for name, spec in known.items()
     ]  # fmt: skip
 
     def show() -> None:
-        from rich.table import Table
+        from ..tables import Table
 
-        table = Table()
-        for column in ("name", "title", "classes", "train/validation/test", "licence"):
-            table.add_column(column)
+        columns, splits = ["name", "classes"], ["train", "validation", "test"]
+        cells = []
         for row in rows:
-            sizes = "/".join(str(size) for size in (row["sizes"] or {}).values())
-            table.add_row(row["name"], row["title"], str(row["classes"] or ""), sizes, row["licence"] or "")
-        console().print(table)
+            sizes = [(row["sizes"] or {}).get(split) for split in splits]
+            cells.append([*(row[column] for column in columns), *sizes, row["licence"]])
+        console().print(Table([*columns, *splits, "licence"], cells).rich())
 
     emit(as_json, rows, show)
 

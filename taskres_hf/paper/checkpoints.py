@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickletools
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None
                 raise ArtifactError(f"{path} is no TaskRes checkpoint: it has no matrix {_RESIDUAL!r}, but {keys}.")
             residual = _matrix(archive, _RESIDUAL, state[_RESIDUAL])
             base = None if state.get(_BASE) is None else _matrix(archive, _BASE, state[_BASE])
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OverflowError) as error:
+    except ArtifactError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError, ValueError) as error:
         raise ArtifactError(
             f"{path} is damaged or was not written by torch 1.6 or later ({error}), and is refused. Copy it again, or "
             "save it anew with today's torch."
