@@ -137,6 +137,7 @@ def write_artifact(
     _refuse_foreign(folder)
     config = {**config, "residual_sha256": tensors_digest(stored)}
     try:
+        config = json.loads(json.dumps(config, default=_plain))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         encoded = text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -169,6 +170,13 @@ def write_artifact(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of numpy or torch as JSON knows it."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} {value!r:.40} has no place in JSON")
 
 
 def check_loads(folder: str | os.PathLike[str]) -> None:

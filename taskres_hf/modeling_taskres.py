@@ -385,7 +385,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             name, options = self._processor_source
             # Without torchvision the default would only warn before it takes the PIL one.
             backend = {} if is_torchvision_available() else {"backend": "pil"}
-            self._image_processor = AutoImageProcessor.from_pretrained(name, **backend, **options)
+            self._image_processor = AutoImageProcessor.from_pretrained(
+                name, trust_remote_code=False, **backend, **options
+            )
         return self._image_processor
 
     @image_processor.setter

@@ -106,7 +106,7 @@ def check_class_names(class_names: Any, minimum: int = 2) -> list[str]:
                 "Rename one, for example 'crane (bird)' and 'crane (machine)'."
             )
         first[name] = position
-    warn_of_equals(cleaned, [" ".join(name.replace("_", " ").split()).casefold() for name in cleaned], "class names")
+    warn_of_equals(cleaned, [_bare(name) for name in cleaned], "class names")
     meaningless = [name for name in cleaned if _MEANINGLESS.match(name)]
     if meaningless:
         warnings.warn(
@@ -204,11 +204,16 @@ def warn_of_equals(names: Sequence[str], keys: Sequence[Any], what: str) -> None
     if pairs:
         shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:5])
         warnings.warn(
-            f"{len(pairs)} pairs of {what} are the same to a text encoder, or nearly: {shown}"
+            f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of {what} are the same to a text encoder, or nearly: {shown}"
             f"{' ...' if len(pairs) > 5 else ''}. Zero-shot cannot tell them apart: are they one class? If not, give "
             "prompt_names= or class_descriptions= that differ.",
             stacklevel=4,
         )
+
+
+def _bare(name: str) -> str:
+    """A name without what a text encoder hardly sees: case, underscores, spaces, look-alike characters."""
+    return " ".join(unicodedata.normalize("NFKC", name).replace("_", " ").split()).casefold()
 
 
 def _check_prompt_names(prompt_names: Mapping[str, str] | None, class_names: Sequence[str]) -> None:
