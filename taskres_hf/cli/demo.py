@@ -11,12 +11,13 @@ from .options import (
     Debug,
     Json,
     Quiet,
+    Recipe,
     console,
     emit,
     quiet_libraries,
     read_numbers,
 )
-from .screen import when_interrupted
+from .screen import say, when_interrupted
 
 
 def demo(
@@ -24,7 +25,7 @@ def demo(
     all_tasks: Annotated[bool, typer.Option("--all", help="Every task, as one table.")] = False,
     shots: Annotated[str, typer.Option(help="Comma list of shot counts.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "1,2,3",
-    recipe: Annotated[str, typer.Option(help="'auto' or 'paper'.")] = "auto",
+    recipe: Annotated[Recipe, typer.Option(help="One setting for every task, or as published.")] = Recipe.AUTO,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the classifier is saved.")] = Path(
         "taskres-demo"
     ),
@@ -47,11 +48,11 @@ def demo(
     total = len(tasks) * len(counts) * len(draws)
     with tqdm(total=total, desc="Training", unit="run", disable=quiet or as_json) as bar:
         runs = run_benchmark(
-            demo_model(), tasks, shots=counts, seeds=draws, recipes=[recipe], targets=[],
+            demo_model(), tasks, shots=counts, seeds=draws, recipes=[recipe.value], targets=[],
             on_cell=lambda *_: bar.update(),
         )  # fmt: skip
     table = accuracy_table(summarise(runs), len(draws), first="task")
-    result: dict[str, Any] = {"recipe": recipe, "shots": counts, "seeds": draws, "tasks": _by_task(runs)}
+    result: dict[str, Any] = {"recipe": recipe.value, "shots": counts, "seeds": draws, "tasks": _by_task(runs)}
     if not all_tasks:
         result |= _train_and_classify(task, output_dir, shots=max(counts), seed=draws[0], recipe=recipe)
 
@@ -61,7 +62,7 @@ def demo(
         else:
             console().print(table.rich())
         if not all_tasks:
-            typer.echo(_story(result))
+            say(_story(result))
 
     emit(as_json, result, show)
 
@@ -75,7 +76,7 @@ def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return tasks
 
 
-def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, recipe: str) -> dict[str, Any]:
+def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, recipe: Recipe) -> dict[str, Any]:
     """Train one classifier as a user would, save it, and classify test pictures through `pipeline`.
 
     Returns:
@@ -91,7 +92,7 @@ def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, r
     splits, spec = demo_dataset(task), demo_tasks()[task]
     model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
     arguments = TaskResTrainingArguments(
-        output_dir=str(output_dir), recipe=recipe, shots=shots, seed=seed, on_short="ignore", disable_tqdm=True,
+        output_dir=str(output_dir), recipe=recipe.value, shots=shots, seed=seed, on_short="ignore", disable_tqdm=True,
         dataset_name=f"{task} (shipped)",
     )  # fmt: skip
     trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])

@@ -19,9 +19,11 @@ from .options import (
     Engine,
     EngineName,
     Json,
+    Overwrite,
     Precision,
     PrecisionName,
     Quiet,
+    Recipe,
     console,
     emit,
     public_name,
@@ -30,7 +32,7 @@ from .options import (
     read_numbers,
     read_templates,
 )
-from .screen import when_interrupted
+from .screen import say, when_interrupted
 
 
 def benchmark(
@@ -125,9 +127,9 @@ def benchmark(
         _check(names, root, allow_other_split, as_json)
         return
     model = base_model or demo_model()
-    chosen = [part.strip() for part in recipes.split(",")]
+    chosen = _recipe_names(recipes)
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
-    arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine, "precision": precision}
+    arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine.value, "precision": precision.value}
     overrides = {"cache_dir": cache_dir and str(cache_dir), "num_train_epochs": epochs, "learning_rate": learning_rate}
     arguments |= {key: value for key, value in overrides.items() if value is not None}
     total = len(names) * len(counts) * len(draws) * len(chosen)
@@ -155,9 +157,17 @@ def benchmark(
             console().print(accuracy_table(rows, len(draws)).rich())
         if published:
             console().print(published_table(published).rich())
-        typer.echo("\n".join([*ran, "Written: " + ", ".join(map(str, files))]))
+        say("\n".join([*ran, "Written: " + ", ".join(map(str, files))]))
 
     emit(as_json, summary, show)
+
+
+def _recipe_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    known = [recipe.value for recipe in Recipe]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"--recipes must be a comma list of {', '.join(known)}; got {unknown[0]!r}.")
+    return names
 
 
 def _dataset_names(text: str) -> list[str]:
@@ -191,7 +201,7 @@ def _check(names: list[str], root: Path | None, allow_other_split: bool, as_json
         )
         for name, fact in facts.items():
             for line in fact["notes"] + fact["overlaps"]:
-                typer.echo(f"{name}: {line}")
+                say(f"{name}: {line}")
 
     emit(as_json, facts, show)
 
@@ -278,9 +288,7 @@ def import_checkpoint(
             rich_help_panel=MODEL,
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a classifier in OUTPUT_DIR.", rich_help_panel=OUTPUT)
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -316,4 +324,4 @@ def import_checkpoint(
         "enhanced_base": enhanced_base, "base": base,
     }  # fmt: skip
     text = f"{len(names)} classes imported into {output_dir}: alpha {model.classifier.alpha:g}, base classifier {base}."
-    emit(as_json, result, lambda: typer.echo(text))
+    emit(as_json, result, lambda: say(text))

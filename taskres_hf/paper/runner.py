@@ -27,21 +27,6 @@ from ..storage import library_versions, read_json, write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
 from .datasets import PaperData, describe_dataset, open_dataset
-from .reports import (
-    as_markdown as as_markdown,
-)
-from .reports import (
-    comparable_results as comparable_results,
-)
-from .reports import (
-    published_results as published_results,
-)
-from .reports import (
-    summarise as summarise,
-)
-from .reports import (
-    write_reports as write_reports,
-)
 
 PAPER_VIEWS = 10  # cached augmented views for recipe "paper"; the published code draws a fresh one every epoch
 _CHANGE_NOTHING = ("embed_batch_size", "cache_dir", "buffer_mb", "use_cpu")  # settings that only cost or save time

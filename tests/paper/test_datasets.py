@@ -16,6 +16,7 @@ from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.paper import datasets
 from taskres_hf.paper.datasets import describe_dataset, open_dataset, overlaps, suite_datasets, unique_names
 from taskres_hf.prompts import class_prompts, named_templates
+from taskres_hf.training.recipes import published_constants
 
 
 @pytest.fixture
@@ -44,6 +45,14 @@ def test_every_dataset_of_the_paper_is_described() -> None:
     assert describe_dataset("imagenet")["learning_rate"] == 2e-4
     assert describe_dataset("oxford_pets")["class_names"][:2] == ["abyssinian", "american_bulldog"]
     assert describe_dataset("eurosat")["class_names"][0] == "Annual Crop Land"
+
+
+def test_constants_of_datasets_are_those_of_the_recipe() -> None:
+    for name in PAPER:
+        constants = {key: describe_dataset(name)[key] for key in ("learning_rate",) if key in describe_dataset(name)}
+        if describe_dataset(name)["alpha"] != 0.5:
+            constants["alpha"] = describe_dataset(name)["alpha"]
+        assert published_constants(name) == constants
 
 
 def test_variants_of_imagenet_are_told_by_wordnet_id() -> None:
