@@ -348,3 +348,64 @@ def test_wrong_files_and_settings(model: Model, splits: Any, tmp_path: Path) -> 
     data.class_names = list(reversed(data.class_names))
     with pytest.raises(DataError, match="order differ"):
         TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True), data).train()
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+class _Process:
+    """One of several processes, as `accelerate.Accelerator` shows them; here threads."""
+
+    def __init__(self, rank: int, world: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.process_index, self.num_processes, self.device = rank, world, torch.device("cpu")
+        self.is_main_process = rank == 0
+        self.shared, self.barrier = shared, barrier
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.shared[self.process_index] = tensor
+        self.barrier.wait(60)
+        everyone = torch.cat(self.shared)
+        self.barrier.wait(60)
+        return everyone
+
+
+def _in_processes(world: int, embed: Any) -> list[Any]:
+    """What `embed(rank, accelerator)` gives, or the error it raises, in each of several processes at once."""
+    shared, barrier, results = [None] * world, threading.Barrier(world), [None] * world
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = embed(rank, _Process(rank, world, shared, barrier))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_every_process_has_the_whole_and_names_what_another_could_not_read(
+    model: Model, tmp_path: Path, views: int
+) -> None:
+    embedders = [Embedder(model.clip, model.image_processor) for _ in range(2)]
+    alone = _with_broken().select([0, 3])
+    expected = embed_images(embedders[0], alone, views=views, progress=False).image_embeds
+
+    def embed(rank: int, accelerator: Any, on_error: str = "skip") -> Any:
+        # Folders of their own, as on machines that share no disk: only the first keeps anything.
+        folder, options = tmp_path / str(rank), {"on_error": on_error, "accelerator": accelerator, "progress": False}
+        return embed_images(embedders[rank], _with_broken(), views=views, cache_dir=folder, **options)
+
+    with pytest.warns(UserWarning, match=_BOTH):
+        # Made, then read by one and made again by the other.
+        results = [*_in_processes(2, embed), *_in_processes(2, embed)]
+    for found in results:
+        torch.testing.assert_close(found.image_embeds, expected, atol=1e-4, rtol=1e-4)
+        assert found.skipped == (1, 2)
+    for error in _in_processes(2, lambda rank, accelerator: embed(rank, accelerator, "raise")):
+        assert isinstance(error, ImageError)
+        assert re.search(_BOTH, str(error))
