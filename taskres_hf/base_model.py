@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .errors import BaseModelError, ConfigurationError
-from .families import SPLIT_TOWERS, family_of
+from .families import FAMILIES, family_of
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
@@ -145,7 +145,7 @@ def load_image_tower(
     base.config.vision_config.num_hidden_layers = layers
     stack = base.vision_model.encoder.layers
     stack.extend(_copied(stack[0]) for _ in range(layers - 1))
-    for attribute in SPLIT_TOWERS[config.model_type]:
+    for attribute in family_of(config).text_modules:
         setattr(base, attribute, TextTowerNotLoaded())
     with safe_open(str(path), framework="pt") as stream:
         stored = set(stream.keys())
@@ -174,7 +174,8 @@ def load_image_tower(
 def _config_of_split_towers(text: str) -> PreTrainedConfig | None:
     """The config in a file's text, or None if its towers cannot be loaded separately; making one takes milliseconds."""
     values = json.loads(text)
-    if values.get("model_type") not in SPLIT_TOWERS or "auto_map" in values:
+    family = FAMILIES.get(values.get("model_type"))
+    if family is None or not family.text_modules or "auto_map" in values:
         return None
     return AutoConfig.for_model(**values)
 

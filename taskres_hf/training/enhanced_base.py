@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from ..embedding.features import ImageFeatures
 from ..encoders import encode_texts
 from ..errors import BaseModelError
-
-_PROJECTIONS = ("text_projection", "text_proj", "text_model.head")
+from ..families import family_of
 
 
 def projection_inputs(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
@@ -34,9 +33,8 @@ def projection_inputs(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[S
     Raises:
         BaseModelError: the base has no single linear text projection.
     """
-    modules = dict(base.named_modules())
-    projection = next((modules[name] for name in _PROJECTIONS if isinstance(modules.get(name), nn.Linear)), None)
-    if projection is None:
+    projection = dict(base.named_modules()).get(family_of(base).text_projection)
+    if not isinstance(projection, nn.Linear):
         raise BaseModelError(
             f"{type(base).__name__} has no linear text projection to enhance. Train without enhanced_base."
         )

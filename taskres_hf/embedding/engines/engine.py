@@ -24,6 +24,7 @@ class ImageEngine:
         engine, precision: what was chosen. batch_size: pictures a pass at which it is fastest.
         prepare: converts the tower and returns what runs it; called when the first pictures come.
         takes_bytes: whether the pixel values it takes are bytes, uint8, not yet normalised.
+        is_stock: whether it is the tower as it is, so that there is nothing to compare it with.
     """
 
     engine: str
@@ -31,6 +32,7 @@ class ImageEngine:
     batch_size: int
     prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
     takes_bytes: bool = False
+    is_stock: bool = False
 
     def get_ready(self) -> None:
         """Convert the tower now rather than when the first pictures come."""

@@ -19,7 +19,7 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose as engines
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.embedding.engines.rewriting import REWRITABLE, int8_obstacle
+from taskres_hf.embedding.engines.rewriting import int8_obstacle
 from taskres_hf.encoders import encode_images
 from taskres_hf.errors import ConfigurationError, MissingExtraError
 from taskres_hf.families import FAMILIES
@@ -79,7 +79,7 @@ def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
     with torch.no_grad():
         expected = encode_images(base, inputs)
         for engine, precision in (("torch", "fp32"), *COMBINATIONS):
-            if engine != "torch" and (family not in REWRITABLE or not importlib.util.find_spec(engine)):
+            if engine != "torch" and (not FAMILIES[family].clip_layers or not importlib.util.find_spec(engine)):
                 continue
             if precision == "int8" and int8_obstacle(base):
                 continue
