@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils.hub import cached_file
 
 from .errors import ArtifactError, BaseModelError
@@ -73,7 +73,8 @@ def config_file(source: BaseSource) -> str:
         try:
             return str(cached_file(name, "config.json", revision=source.revision, **source.hub))
         except OSError as error:
-            if not isinstance(error.__cause__, EntryNotFoundError):
+            cause = error.__cause__  # of the two, the second says only that the Hub could not be asked
+            if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
                 raise
     raise BaseModelError(
         _other_format(source)
