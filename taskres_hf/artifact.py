@@ -136,12 +136,9 @@ def write_artifact(
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
     config = {**config, "residual_sha256": tensors_digest(stored)}
-    try:
-        config = json.loads(json.dumps(config, default=_plain))
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        encoded = text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"The config cannot be written as JSON ({error}). Nothing was changed.") from error
+    config = as_json(config)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    encoded = text.encode("utf-8", "backslashreplace")  # a lone surrogate, as of a file name, becomes its JSON escape
     metadata = {
         "contents": "task residual [K, D]",
         "config": json.dumps(config, sort_keys=True, ensure_ascii=False),
@@ -172,11 +169,23 @@ def write_artifact(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _plain(value: Any) -> Any:
-    """A number or an array of numpy or torch as JSON knows it."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r:.40} has no place in JSON")
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON will hold them: numbers and arrays of numpy and torch as numbers and lists.
+
+    Raises:
+        ArtifactError: something else has no place in JSON.
+    """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+    try:
+        ready: dict[str, Any] = json.loads(json.dumps(values, default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The config holds what JSON cannot: {error}. Nothing was changed.") from error
+    return ready
 
 
 def check_loads(folder: str | os.PathLike[str]) -> None:
