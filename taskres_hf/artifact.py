@@ -81,31 +81,25 @@ def _stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def check_residual(residual: StoredTensor, where: str) -> Any:
+def check_residual(residual: StoredTensor, where: str) -> None:
     """Refuse a residual that is not a finite floating-point matrix.
-
-    Returns:
-        Its values as an fp32 array.
 
     Raises:
         ArtifactError: says what it is instead.
     """
-    import numpy as np
-
-    values = residual.array()
-    if values is None or values.ndim != 2:
+    values = residual.values()
+    if values is None or len(residual.shape) != 2:
         raise ArtifactError(
             f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.torch_name} "
             f"{list(residual.shape)}."
         )
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = int((~finite).any(axis=1).sum())
+    if not all(map(math.isfinite, values)):
+        classes, dim = residual.shape
+        bad = sum(not all(map(math.isfinite, values[row * dim : (row + 1) * dim])) for row in range(classes))
         raise ArtifactError(
-            f"{where}: the residual holds NaN or infinite values in {bad} of {values.shape[0]} classes. Training "
+            f"{where}: the residual holds NaN or infinite values in {bad} of {classes} classes. Training "
             "diverged or the file is damaged: train again with a lower learning rate, or download the file again."
         )
-    return values
 
 
 def write_artifact(
@@ -136,12 +130,9 @@ def write_artifact(
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
     config = {**config, "residual_sha256": tensors_digest(stored)}
-    try:
-        config = json.loads(json.dumps(config, default=_plain))
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        encoded = text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"The config cannot be written as JSON ({error}). Nothing was changed.") from error
+    config = as_json(config)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    encoded = text.encode("utf-8", "backslashreplace")  # a lone surrogate, as of a file name, becomes its JSON escape
     metadata = {
         "contents": "task residual [K, D]",
         "config": json.dumps(config, sort_keys=True, ensure_ascii=False),
@@ -172,11 +163,23 @@ def write_artifact(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _plain(value: Any) -> Any:
-    """A number or an array of numpy or torch as JSON knows it."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r:.40} has no place in JSON")
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON will hold them: numbers and arrays of numpy and torch as numbers and lists.
+
+    Raises:
+        ArtifactError: something else has no place in JSON.
+    """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+    try:
+        ready: dict[str, Any] = json.loads(json.dumps(values, default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The config holds what JSON cannot: {error}. Nothing was changed.") from error
+    return ready
 
 
 def check_loads(folder: str | os.PathLike[str]) -> None:
@@ -246,19 +249,21 @@ def read_artifact(
     """
     import torch
 
-    config, arrays = read_checked(config_path, weights_path)
-    residual, shift = (None if array is None else torch.tensor(array) for array in map(arrays.get, (RESIDUAL, SHIFT)))
-    assert residual is not None
-    return config, residual, shift
+    config, tensors = read_checked(config_path, weights_path)
+    read = {
+        name: torch.frombuffer(tensor.values(), dtype=torch.float32).reshape(tensor.shape).clone()
+        for name, tensor in tensors.items()
+    }
+    return config, read[RESIDUAL], read.get(SHIFT)
 
 
 def read_checked(
     config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Read and verify an artifact's two files, without torch.
 
     Returns:
-        The config, and the arrays by name in fp32.
+        The config, and the tensors by name.
 
     Raises:
         ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
@@ -271,7 +276,8 @@ def read_checked(
             f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base); it "
             f"holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
         )
-    arrays = {name: check_residual(tensor, str(weights_path)) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        check_residual(tensor, str(weights_path))
     digest = tensors_digest(tensors)
     if config.get("residual_sha256") not in (None, digest):
         # A save was cut between the two files: the weights carry the config they were written with.
@@ -291,7 +297,7 @@ def read_checked(
             f"The residual in {weights_path} has shape {shapes[0]}; config.json speaks of {table[0]} "
             f"classes and projection_dim {table[1]}. The two files do not belong together."
         )
-    return config, arrays
+    return config, tensors
 
 
 def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -420,12 +426,11 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
     Raises:
         ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
     """
-    import numpy as np
-
     name = os.fspath(name_or_path)
     paths = find_artifact(name_or_path, revision, **hub_kwargs)
-    config, arrays = read_checked(*paths)
-    residual = arrays[RESIDUAL]
+    config, tensors = read_checked(*paths)
+    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
+    assert values is not None
     names = {int(index): label for index, label in config["id2label"].items()}
     metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
     files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
@@ -441,11 +446,11 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
         "alpha": config["alpha"],
         "residual": {
-            "shape": list(residual.shape),
+            "shape": [rows, dim],
             "side": config.get("residual_side", "text"),
-            "mean_length": float(np.linalg.norm(residual, axis=1).mean()),
+            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
         },
-        "enhanced_base": SHIFT in arrays,
+        "enhanced_base": SHIFT in tensors,
         "shots": few_shot.get("shots"),
         "seed": few_shot.get("seed"),
         "train_images": few_shot.get("num_images"),

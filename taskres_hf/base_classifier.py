@@ -109,7 +109,7 @@ def base_for_classes(
         family_of(base_model)
         check_weights(base_model, source.name)
         base, target = base_model.eval().requires_grad_(False), base_model.dtype
-        source = replace(source, revision=getattr(base_model.config, "_commit_hash", None) or source.revision)
+        source = replace(source, revision=getattr(base_model.config, "_commit_hash", None) or source.commit())
     else:
         base, commit, target = load_base_fp32(source, dtype, options)
         source = replace(source, revision=commit)

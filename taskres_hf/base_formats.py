@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .errors import ArtifactError, BaseModelError
 from .families import FAMILIES
@@ -58,6 +58,13 @@ class BaseSource:
             return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **options)
         return None
 
+    def commit(self) -> str | None:
+        """The commit its revision is now; the revision itself where that cannot be told, None for a folder."""
+        if not self.name or is_path(self.name):
+            return None
+        path = self.file("config.json")
+        return (extract_commit_hash(path, None) if path else None) or self.revision
+
 
 def config_file(source: BaseSource) -> str:
     """The base's config.json."""
@@ -71,7 +78,9 @@ def config_file(source: BaseSource) -> str:
             return path
     else:
         try:
-            return str(cached_file(name, "config.json", revision=source.revision, **source.hub))
+            found = cached_file(name, "config.json", revision=source.revision, **source.hub)
+            if found is not None:
+                return str(found)
         except OSError as error:
             cause = error.__cause__  # of the two, the second says only that the Hub could not be asked
             if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):

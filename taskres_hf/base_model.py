@@ -332,11 +332,13 @@ def check_tokens(base: PreTrainedModel, texts: Sequence[str], ids: Sequence[Sequ
         BaseModelError: most different texts become the same tokens, or an id is beyond the base's vocabulary.
     """
     different, told_apart = len(set(texts)), len({tuple(row) for row in ids})
-    if different > 1 and told_apart <= different / 2:
+    words, tokens = {word for text in texts for word in text.split()}, {token for row in ids for token in row}
+    few = len(tokens) <= len(words) / 2 and (told_apart < different or len(tokens) <= 3)  # start, end, unknown
+    if different > 1 and (told_apart <= different / 2 or few):
         raise BaseModelError(
-            f"The tokenizer makes the same tokens of different prompts ({told_apart} of {different} differ), such as "
-            f"{texts[0]!r}: its vocabulary is missing or is another language's. Check the tokenizer's files of the "
-            "base model, or pass tokenizer=."
+            f"The tokenizer makes the same tokens of different words ({len(tokens)} tokens of {len(words)} words), "
+            f"as in {texts[0]!r}: its vocabulary is missing or is another language's. Check the tokenizer's files "
+            "of the base model, or pass tokenizer=."
         )
     text_config = getattr(base.config, "text_config", base.config)
     known = getattr(text_config, "vocab_size", None)

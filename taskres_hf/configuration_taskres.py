@@ -188,7 +188,7 @@ def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | None, options
     """
     if config is not None:
         # AutoModel puts whatever argument a config has into the config, so it is checked here.
-        different = [key for key in _FIXED if getattr(config, key, None) != getattr(loaded, key)]
+        different = [key for key in _FIXED if _comparable(config, key) != _comparable(loaded, key)]
         if different:
             raise ConfigurationError(
                 f"The config given differs from the artifact's in {', '.join(different)}. Classes, prompts and base "
@@ -219,4 +219,11 @@ def base_options(options: Mapping[str, Any], method: str, positional: Sequence[A
         raise TypeError(
             f"{method}() got unexpected arguments: {', '.join([*map(repr, positional), *shown])}.{why}{more}"
         )
-    return {key: options[key] for key in BASE_KWARGS if options.get(key) is not None}
+    return {key: options[key] for key in BASE_KWARGS if options.get(key) not in (None, False)}
+
+
+def _comparable(config: PreTrainedConfig, key: str) -> Any:
+    value = getattr(config, key, None)
+    if key == "id2label" and isinstance(value, Mapping):  # ids are text in JSON, and where scripts pass them so
+        return {str(index): name for index, name in value.items()}
+    return value

@@ -89,7 +89,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         templates=[cell(template) for template in config.get("templates") or []],
         metrics=metrics,
         per_class=[
-            (cell(name), row) for name, row in (metrics.get("per_class") or {}).items() if isinstance(row, Mapping)
+            (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],
         few_shot=config.get("few_shot") or {},
         training=config.get("training") or {},
@@ -97,6 +97,10 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         versions=config.get("library_versions") or {},
     )
     return str(card)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def cell(text: str) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import find_artifact, read_artifact, trusted_base_name, write_artifact
+from .artifact import as_json, find_artifact, read_artifact, trusted_base_name, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes
 from .base_formats import BaseSource
 from .base_model import (
@@ -385,9 +385,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             name, options = self._processor_source
             # Without torchvision the default would only warn before it takes the PIL one.
             backend = {} if is_torchvision_available() else {"backend": "pil"}
-            self._image_processor = AutoImageProcessor.from_pretrained(
-                name, trust_remote_code=False, **backend, **options
-            )
+            options = {**options, **backend, "trust_remote_code": False}
+            self._image_processor = AutoImageProcessor.from_pretrained(name, **options)
         return self._image_processor
 
     @image_processor.setter
@@ -444,7 +443,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, self.classifier.residual))
         include_code = include_code or getattr(self, "_auto_class", None) is not None
         self.config.architectures, self.config.dtype = [type(self).__name__], self.clip.dtype
-        values = self.config.to_save(base_name, self.classifier.shift is not None, AUTO_MAP if include_code else None)
+        enhanced = self.classifier.shift is not None
+        values = as_json(self.config.to_save(base_name, enhanced, AUTO_MAP if include_code else None))
         has_processor = self._image_processor is not None or self._processor_source is not None
         extra = side_files(self.image_processor if has_processor else None, include_code)
         card = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")

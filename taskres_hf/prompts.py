@@ -204,9 +204,9 @@ def warn_of_equals(names: Sequence[str], keys: Sequence[Any], what: str) -> None
     if pairs:
         shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:5])
         warnings.warn(
-            f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of {what} are the same to a text encoder, or nearly: {shown}"
-            f"{' ...' if len(pairs) > 5 else ''}. Zero-shot cannot tell them apart: are they one class? If not, give "
-            "prompt_names= or class_descriptions= that differ.",
+            f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of {what} are the same to a text encoder, or nearly: "
+            f"{shown}{' ...' if len(pairs) > 5 else ''}. Zero-shot cannot tell them apart: are they one class? "
+            "If not, give prompt_names= or class_descriptions= that differ.",
             stacklevel=4,
         )
 

@@ -9,7 +9,9 @@ import importlib.metadata
 import json
 import os
 import re
+import struct
 import tempfile
+from array import array
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from safetensors import SafetensorError, deserialize
 from .errors import ArtifactError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 # The files of an artifact, and the tensors in its weights.
@@ -116,9 +117,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         ) from error
 
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor as it lies in a safetensors file: dtype such as `"F32"`, shape, bytes."""
@@ -133,17 +131,16 @@ class StoredTensor:
         names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
         return f"torch.{names.get(self.dtype, self.dtype.lower())}"
 
-    def array(self) -> np.ndarray[Any, Any] | None:
-        """Its values in fp32; None where it does not hold real numbers."""
-        import numpy as np
-
+    def values(self) -> array[float] | None:
+        """Its values in fp32, row after row; None where it does not hold real numbers. Needs no numpy."""
+        if self.dtype == "F32":
+            return array("f", self.content)
         if self.dtype == "BF16":
-            bits = np.frombuffer(self.content, "<u2").astype("<u4") << 16
-            return bits.view("<f4").reshape(self.shape)
-        if self.dtype not in _NUMPY:
-            return None
-        with np.errstate(over="ignore"):
-            return np.frombuffer(self.content, _NUMPY[self.dtype]).astype("<f4").reshape(self.shape)
+            return array("f", array("I", [bits << 16 for bits in memoryview(self.content).cast("H")]).tobytes())
+        if self.dtype in ("F16", "F64"):
+            kind, size = ("e", 2) if self.dtype == "F16" else ("d", 8)
+            return array("f", struct.unpack(f"<{len(self.content) // size}{kind}", self.content))
+        return None
 
 
 def read_stored(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, str]]:

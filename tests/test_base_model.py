@@ -38,7 +38,7 @@ def test_a_base_without_its_tokenizer(
 
 def test_a_tokenizer_that_does_not_fit(base: str, tmp_path: Path) -> None:
     empty = AutoTokenizer.from_pretrained(str(copied(base, tmp_path / "a", ("tokenizer.json",))))
-    with pytest.raises(BaseModelError, match="same tokens of different prompts"):
+    with pytest.raises(BaseModelError, match="same tokens of different words"):
         Model.from_base(base, NAMES, tokenizer=empty)
     larger = AutoTokenizer.from_pretrained(base)
     larger.add_tokens(["zebrafish"])

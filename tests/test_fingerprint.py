@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.base_classifier import same_base
-from taskres_hf.errors import BaseMismatchError, BaseModelError
+from taskres_hf.errors import BaseMismatchError
 from taskres_hf.fingerprint import image_sides_differ, image_sketch
 
 
@@ -102,19 +103,20 @@ def test_what_changed_in_a_base_is_named(base: str, tmp_path: Path, edit: str, t
     for _ in range(2):  # the second time t is known
         with pytest.raises(BaseMismatchError, match=words):
             Model.from_pretrained(tmp_path / "a", text_tower=text_tower)
+    dtype = torch.float32 if "further" in edit or "per cent" in edit else torch.bfloat16
     with pytest.raises(BaseMismatchError, match=words):
-        Model.from_pretrained(tmp_path / "a", base_model=CLIPModel.from_pretrained(other, dtype=torch.bfloat16))
+        Model.from_pretrained(tmp_path / "a", base_model=CLIPModel.from_pretrained(other, dtype=dtype))
     assert Model.from_pretrained(tmp_path / "a", accept_base_mismatch=True).class_names == NAMES
 
 
 def test_another_tokenizer_is_named(base: str, tmp_path: Path) -> None:
     folder = copied(base, tmp_path / "base")
     random_residual(Model.from_base(str(folder), NAMES)).save_pretrained(tmp_path / "a")
-    text = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(
-        text.replace('"red</w>":', '"r\\u0000</w>":', 1).replace('"x</w>":', '"red</w>":', 1)
-    )
-    with pytest.raises((BaseMismatchError, BaseModelError), match="tokeni[sz]er"):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["red</w>"], words["blue</w>"] = words["blue</w>"], words["red</w>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BaseMismatchError, match="tokenizer makes other tokens"):
         Model.from_pretrained(tmp_path / "a")
 
 
