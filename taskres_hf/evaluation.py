@@ -96,5 +96,5 @@ def loss_to_zero_shot(metrics: Mapping[str, Any]) -> str | None:
     return (
         f"The trained classifier is below zero-shot: {100 * metrics['accuracy']:.1f} % against "
         f"{100 * metrics['zero_shot_accuracy']:.1f} % of {metrics['num_images']} pictures. Classes that lost: "
-        f"{', '.join(lost[:10])}{more}. Try more pictures or other prompts, or serve zero-shot: model.classifier.reset()."
+        f"{', '.join(lost[:10])}{more}. Try more pictures or other prompts, or serve zero-shot."
     )

@@ -17,6 +17,10 @@ import pytest
 import torch
 
 from taskres_hf import TaskResCLIPForImageClassification, predicting
+from taskres_hf.data.cells import FileCells
+from taskres_hf.data.labelled import LabelledImages
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.features import embed_images
 from taskres_hf.errors import ArtifactError, ConfigurationError, ImageError
 from taskres_hf.pictures import read_image
 from taskres_hf.predicting import (
@@ -106,7 +110,7 @@ def test_a_file_named_twice_that_is_readable_once(
     monkeypatch.setattr(predicting, "read_image", read)
     rows = list(classify_files(classifier, [files[0], files[1], files[0], files[2]], batch_size=4))
     first = next(number for number in (0, 2) if rows[number]["error"])
-    assert [row["error"] for row in rows].count("not yet") == 1
+    assert sum("not yet" in (row["error"] or "") for row in rows) == 1
     answers = [row["predictions"][0]["label"] for row in rows if not row["error"]]
     labels = [predictions[0]["label"] for predictions in expected]
     assert answers == ([labels[1], labels[0], labels[2]] if first == 0 else labels)
@@ -145,6 +149,59 @@ def test_odd_kinds_are_classified_as_by_pipeline(
     for row, [top] in zip(rows, expected, strict=True):
         assert row["predictions"][0]["label"] == top["label"]
         assert row["predictions"][0]["score"] == pytest.approx(top["score"], abs=1e-3)
+
+
+def test_very_long_pictures_take_no_more_memory_than_others(
+    classifier: TaskResCLIPForImageClassification, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled whole, each would have billions of bytes; where it would be, it is skipped and named."""
+    for name, size in (("wide.png", (20000, 1)), ("high.png", (1, 20000))):
+        PIL.Image.open(files[0]).resize(size).save(tmp_path / name)
+    names = [files[1], str(tmp_path / "wide.png"), str(tmp_path / "high.png"), files[2]]
+    resize = PIL.Image.Image.resize
+
+    def bounded(self: PIL.Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> PIL.Image.Image:
+        assert size[0] * size[1] < 1 << 26
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", bounded)
+    assert [row["error"] for row in classify_files(classifier, names)] == [None] * 4
+    monkeypatch.setattr("taskres_hf.embedding.preprocessing._Plan.of", lambda _: None)  # a processor of another kind
+    rows = list(classify_files(classifier, names))
+    assert [row["error"] is None for row in rows] == [True, False, False, True]
+    assert "wide.png" in rows[1]["error"]
+    assert "20000x1" in rows[1]["error"]
+
+
+def test_training_and_predicting_agree_on_what_is_a_picture(
+    classifier: TaskResCLIPForImageClassification, files: list[str], tmp_path: Path
+) -> None:
+    picture = PIL.Image.open(files[0])
+    for ending in ("jfif", "jp2", "tga", "gif"):
+        picture.save(tmp_path / f"good.{ending}")
+    for number in (1, 2):
+        PIL.Image.new("RGBA", (30, 20), (99, 50 * number, 0, 0)).save(tmp_path / f"good{number}.png")
+    picture.save(tmp_path / "bad1.jpg", "EPS")
+    (tmp_path / "bad2.png").write_bytes((tmp_path / "good1.png").read_bytes()[:-40])
+    (tmp_path / "bad3.jpg").mkdir()
+    os.mkfifo(tmp_path / "bad4.png")
+    (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(b"")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    with pytest.warns(UserWarning, match="Transparent pixels in 2 pictures"):
+        errors = [row["error"] for row in classify_files(classifier, paths)]
+    assert [error is None for error in errors] == ["good" in path for path in paths]
+
+    images = LabelledImages.from_cells(FileCells(paths), [0] * len(paths), classifier.class_names[:1])
+    embedder = Embedder(classifier.clip, classifier.image_processor)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        features = embed_images(embedder, images, views=2, on_error="skip", progress=False)
+    assert features.skipped == tuple(number for number, error in enumerate(errors) if error)
+    messages = [str(warning.message) for warning in caught]
+    assert sum(message.startswith("Transparent pixels in 2 pictures") for message in messages) == 1
+    assert len(messages) == 2
+    for error in filter(None, errors):
+        assert error in messages[0] + messages[1]
 
 
 def test_an_answer_is_never_nan(trained: Path, files: list[str]) -> None:

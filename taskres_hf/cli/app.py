@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .screen import Interruption, as_json_text, program, warn
+from .screen import Interruption, emit, program, warn
 
 _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
 # Name: module, function, heading.
@@ -85,6 +85,6 @@ def _run(arguments: list[str]) -> None:
         if "--debug" in arguments or not isinstance(error, (TaskResError, OSError)):
             raise
         if "--json" in arguments:
-            typer.echo(as_json_text({"error": str(error), "type": type(error).__name__}))
+            emit(True, {"error": str(error), "type": type(error).__name__}, lambda: None)
         warn(f"Error: {error}")
         sys.exit(1)

@@ -49,7 +49,7 @@ def evaluate(
     Example:  taskres evaluate my-classifier photos/ --split test
     """
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
-    quiet_libraries(quiet or as_json)
+    quiet_libraries(quiet or as_json, collect=as_json)
     source = one_dataset(context, dataset, dataset_option)
     device = check_device(device, use_cpu)
     use_device(device)

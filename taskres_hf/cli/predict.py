@@ -58,7 +58,7 @@ def predict(
     when_interrupted(lambda: _what_is_kept(output))
     if resume and output is None:
         raise typer.BadParameter("it goes on with a file: name it with --output.", param_hint="--resume")
-    quiet_libraries(quiet or as_json)
+    quiet_libraries(quiet or as_json, collect=as_json)
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pictures import list_images
     from ..predicting import check_output

@@ -88,6 +88,8 @@ def training_only(values: Mapping[str, Any]) -> dict[str, Any]:
 def _value(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, tuple):
+        return list(value)
     return os.fspath(value) if isinstance(value, Path) else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -65,20 +66,37 @@ def as_json_text(value: Any) -> str:
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
+_collected: list[str] = []  # warnings that go into the JSON value instead of beside it
+
+
 def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
-    """Print `value` as JSON, or call `show` to print it for people."""
-    if as_json:
-        typer.echo(as_json_text(value))
-    else:
+    """Print `value` as JSON, with the warnings if it is an object; or call `show` to print it for people."""
+    if not as_json:
         show()
+        return
+    if _collected and isinstance(value, dict):
+        value = {**value, "warnings": list(_collected)}
+    else:
+        for text in _collected:
+            warn(f"Warning: {text}")
+    _collected.clear()
+    typer.echo(as_json_text(value))
 
 
-def quiet_libraries(no_bars: bool, heavy: bool = True) -> None:
+def _on_warning(message: Warning | str, *_: Any, collect: bool, **__: Any) -> None:
+    if collect:
+        _collected.append(str(message))
+    else:
+        warn(f"Warning: {message}")
+
+
+def quiet_libraries(no_bars: bool, heavy: bool = True, collect: bool = False) -> None:
     """Silence what other libraries say about themselves; warnings of ours become one line each.
 
     Args:
         no_bars: no progress bar at all. Otherwise downloads from the Hub show theirs.
         heavy: the command needs transformers and datasets, which are imported here.
+        collect: keep warnings for `emit` to put into the JSON value.
     """
     import logging
     import warnings
@@ -87,7 +105,8 @@ def quiet_libraries(no_bars: bool, heavy: bool = True) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if no_bars:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    warnings.showwarning = lambda message, *_, **__: warn(f"Warning: {message}")
+    _collected.clear()
+    warnings.showwarning = functools.partial(_on_warning, collect=collect)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not heavy:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +20,19 @@ def info(
     debug: opt.Debug = False,
 ) -> None:
     """What a classifier is: base, classes, prompts, shots, accuracy, sizes, versions. The base is not loaded."""
-    quiet_libraries(True, heavy=False)
+    quiet_libraries(True, heavy=False, collect=as_json)
     from ..artifact import describe
 
     facts = describe(model, revision=revision)
 
     def show() -> None:
         rows = [(key.replace("_", " "), plain(value)) for key, value in facts.items() if value is not None]
-        width = max(len(key) for key, _ in rows)
-        say("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
+        margin = max(len(key) for key, _ in rows) + 2
+        fold = textwrap.TextWrapper(  # a path or digest is never cut
+            shutil.get_terminal_size().columns, subsequent_indent=" " * margin, break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        say("\n".join(fold.fill(f"{key:<{margin}}{value}") for key, value in rows))
 
     emit(as_json, facts, show)
 
@@ -52,7 +58,7 @@ def push(
     Example:  taskres push my-classifier me/pets-taskres
     """
     when_interrupted(lambda: f"{model} is as it was. An upload appears on the Hub whole or not at all: push it again.")
-    quiet_libraries(quiet or as_json, heavy=False)
+    quiet_libraries(quiet or as_json, heavy=False, collect=as_json)
     from ..hub import push_folder
 
     commit = push_folder(

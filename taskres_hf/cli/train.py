@@ -104,7 +104,7 @@ def train(
 
     Example:  taskres train photos/ --shots 16 -o my-classifier
     """
-    quiet_libraries(quiet or as_json)
+    quiet_libraries(quiet or as_json, collect=as_json)
     run = read_run(context, config)
     run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
     _settle(run)

@@ -13,6 +13,7 @@ from ..pictures import IMAGE_EXTENSIONS, ending_status, is_ignored
 from .account import LeftOut
 from .cells import Cells, FileCells
 
+ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _DEEPEST = 200  # folders; far beyond any data set, and within what a path may be long
 
 
@@ -177,9 +178,6 @@ def pictures_left_out(files: Sequence[str]) -> list[LeftOut]:
     rows = []
     for ending, count in counts.most_common():
         extra = '; to read them: pip install "taskres_hf[heif]"' if ending_status(ending) == "needs extra" else ""
-        kind = "archives inside" if ending in _ARCHIVES else "files"
+        kind = "archives inside" if ending in ARCHIVE_ENDINGS else "files"
         rows.append(LeftOut(f"{kind} ending in {ending or 'nothing'}{extra}", count, tuple(examples[ending])))
     return rows
-
-
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")

@@ -113,7 +113,7 @@ def _by_number(labels: set[int], class_names: Any, where: str) -> Naming:
     if outside:
         raise DataError(
             f"Labels {outside[:5]} are outside the {len(names)} classes (0 to {len(names) - 1}). Numbers count from 0; "
-            "where yours do not, give a mapping {{number: name}} (--class-names FILE.json)."
+            "where yours do not, give a mapping {number: name} (--class-names FILE.json)."
         )
     return Naming(names, {label: label for label in labels}, {str(label): names[label] for label in sorted(labels)})
 

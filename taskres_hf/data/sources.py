@@ -30,11 +30,20 @@ from .archives import ArchiveCells, ArchiveListing, is_archive
 from .cells import FileCells
 from .folders import EXPECTED, NoClassFoldersError, read_folders
 from .labelled import STREAMED
-from .listing import FolderListing, Listing, is_picture, pictures_left_out, suffix
+from .listing import ARCHIVE_ENDINGS, FolderListing, Listing, is_picture, pictures_left_out, suffix
 from .naming import is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .shards import is_shard, read_shards
-from .tables import TABLE_ENDINGS, Paths, TableOptions, join_tables, parse_table, read_table, table_from_frame
+from .tables import (
+    TABLE_ENDINGS,
+    MissingPicturesError,
+    Paths,
+    TableOptions,
+    join_tables,
+    parse_table,
+    read_table,
+    table_from_frame,
+)
 
 READABLE = (
     "Readable are folders of pictures, tables (.csv, .tsv, .txt, .json, .jsonl, .parquet), archives (.zip, .tar, "
@@ -84,7 +93,9 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     if isinstance(source, (IterableDataset, IterableDatasetDict)):
         raise DataError(STREAMED)
     if isinstance(source, Dataset):
-        source = DatasetDict({str(source.split or "train"): source})
+        reading = _reading_of({str(source.split or "train"): source}, "dataset")
+        reading.chosen = True
+        return reading
     if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
         return _reading_of(source, "dataset")
     if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
@@ -136,6 +147,10 @@ def _read_file(path: Path, options: SourceOptions) -> Reading:
         return read_table(parse_table(path.name, _content(path)), Paths(beside, ""), options.columns, split)
     if is_archive(path):
         return _read_archive(ArchiveListing(path), options)
+    if ending in (".7z", ".rar"):
+        raise DataError(f"{printable(path)} is an archive of a kind that is not read here: unpack it. {READABLE}")
+    if ending in ARCHIVE_ENDINGS:
+        raise DataError(f"The archive {printable(path)} is damaged or incomplete: it is neither a zip nor a tar.")
     if is_picture(path.name):
         raise DataError(f"{printable(path)} is one picture. {EXPECTED}")
     extra = " Save a spreadsheet as CSV." if ending in (".xlsx", ".xls", ".ods") else ""
@@ -248,7 +263,7 @@ def _tables(listing: Listing, options: SourceOptions) -> tuple[Reading | None, D
     names = [name for name in listing.files if suffix(name) in TABLE_ENDINGS and name.count("/") < 3]
     metadata = [name for name in names if Path(name).stem.lower() == "metadata"]
     found: dict[str, Reading] = {}
-    trouble = None
+    trouble: DataError | None = None
     for name in metadata or [name for name in names if "/" not in name]:
         folder = str(PurePosixPath(name).parent) if "/" in name else ""
         parts = [PurePosixPath(name).stem, *reversed(PurePosixPath(name).parts[:-1])]
@@ -256,6 +271,10 @@ def _tables(listing: Listing, options: SourceOptions) -> tuple[Reading | None, D
         try:
             table = parse_table(name, listing.read(name))
             found[name] = read_table(table, Paths(listing, folder), options.columns, split)
+        except MissingPicturesError as error:
+            if options.class_folder is None:
+                raise
+            trouble = error
         except DataError as error:
             if suffix(name) != ".txt":  # most are read-me files
                 trouble = error

@@ -34,6 +34,10 @@ _WHOLE = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
 _MOST_CONFLICTS = 0.1  # of the pictures: beyond it, pictures are meant to have several labels
 
 
+class MissingPicturesError(DataError):
+    """A table names pictures of which some are there."""
+
+
 @dataclass
 class Table:
     """Columns of equal length, and the line or row number of each row for messages."""
@@ -128,7 +132,7 @@ def _from_lines(name: str, text: str, separator: str | None) -> Table:
         usual = [mark for mark in (",", ";", "\t", "|") if mark in first]
         separator = max(usual, key=first.count) if usual else " " if suffix(name) == ".txt" else ","
     csv.field_size_limit(10_000_000)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows, numbers = [], []
     for row in reader:
         if any(cell.strip() for cell in row):
@@ -269,29 +273,36 @@ class Paths:
             raise DataError(f"{table.name} names addresses ({texts[0]}), not files: download the pictures first.")
         direct = [self._direct(text) if text else None for text in texts]
         if not any(direct):
-            common = None
-            for text in texts:
-                options = self._prefixes(text) if text else {}
-                common = set(options) if common is None else common & set(options)
-                if not common:
-                    break
-            if common and len(common) > 1:
-                raise DataError(
-                    f"The names in column {column!r} of {table.name} fit pictures below more than one folder: "
-                    f"{shorten(sorted(common))}. Write the folder into the table."
-                )
-            if common:
-                (prefix,) = common
-                return [self._prefixes(text)[prefix] for text in texts], prefix
+            looked_up = self._look_up(table, column, texts)
+            if looked_up is not None:
+                return looked_up
         missing = [(text, number) for text, name, number in zip(texts, direct, table.numbers, strict=True) if not name]
         if missing:
             listed = ", ".join(f"{printable(text)!r} (row {number})" for text, number in missing[:10])
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise DataError(
+            kind = MissingPicturesError if any(direct) else DataError
+            raise kind(
                 f"{len(missing)} of {len(texts)} pictures that {table.name} names in column {column!r} are not there: "
                 f"{listed}{more}. Paths are relative to the table's folder ({printable(self.listing.name)})."
             )
         return [str(name) for name in direct], ""
+
+    def _look_up(self, table: Table, column: str, texts: Sequence[str]) -> tuple[list[str], str] | None:
+        """Files below one folder beside the table or, where every name is that of one file only, below several."""
+        options = [self._prefixes(text) if text else {} for text in texts]
+        common = set(options[0]).intersection(*options[1:])
+        if len(common) == 1:
+            (prefix,) = common
+            return [found[prefix] for found in options], prefix
+        if common:
+            raise DataError(
+                f"The names in column {column!r} of {table.name} fit pictures below more than one folder: "
+                f"{shorten(sorted(common))}. Write the folder into the table."
+            )
+        if all(len(set(found.values())) == 1 for found in options):
+            files = [next(iter(found.values())) for found in options]
+            return files, shorten(sorted({prefix for found in options for prefix in found}))
+        return None
 
     def fits(self, value: Any) -> bool:
         """Whether a cell names a picture that is there."""

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
 from ..errors import DataError
 from ..storage import is_path
 from .account import Account, LeftOut, SplitAccount, shorten
-from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column
+from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, rename_classes
 from .naming import Naming, are_codes, is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .sources import SourceOptions, read_source
@@ -167,7 +167,7 @@ def _named(reading: Reading, name: str) -> SplitReading:
 def _choose_training(reading: Reading, name: str | None) -> SplitReading:
     if name is not None:
         return _named(reading, name)
-    split = reading.split("train")
+    split = reading.splits[0] if reading.chosen else reading.split("train")
     if split is None and len(reading.splits) == 1 and split_name(reading.splits[0].name) is None:
         split = reading.splits[0]
     if split is None:
@@ -242,11 +242,25 @@ def _labelled(
             **options,
         )  # fmt: skip
         images.split = split.name
-        return images, Naming(images.class_names, {})
+        return images, _naming_of(split.dataset, images, class_names)
     elsewhere = [label for other in others for label in other.labels]
     names = default_names if class_names is None and are_codes(split.labels, default_names) else class_names
     naming = name_classes(split.labels, elsewhere, names, split.origin or "labels")
     return _from_labels(split, naming, drop_unlabelled), naming
+
+
+def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Naming:
+    """Which columns were used, and what classes of the dataset are called."""
+    feature = dataset.features[images.label_column]
+    pairs = {}
+    if isinstance(feature, ClassLabel) and class_names is not None:
+        names, order = rename_classes(feature.names, class_names, images.label_column)
+        pairs = {old: names[order.get(index, index)] for index, old in enumerate(feature.names)}
+        pairs = {old: name for old, name in pairs.items() if old != name}
+    others = [name for name in dataset.column_names if name not in (images.image_column, images.label_column)]
+    also = f" (not used: {shorten(others)})" if others else ""
+    note = f"Columns: pictures {images.image_column!r}, labels {images.label_column!r}{also}."
+    return Naming(images.class_names, {}, pairs, [note])
 
 
 def _from_labels(split: SplitReading, naming: Naming, drop_unlabelled: bool) -> LabelledImages:

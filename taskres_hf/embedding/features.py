@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..data.labelled import LabelledImages
 from ..errors import ConfigurationError, ImageError
+from ..pictures import Remarks
 from .augmentation import augment, crop_size
 from .cache import EmbeddingCache
 from .embedder import Embedder
@@ -117,6 +118,7 @@ def embed_images(
         embedder.get_ready(len(jobs))  # where another form of the tower turns out to be right, so is another cache
         cache = _cache(cache_dir, embedder, jobs)
         _embed(embedder, jobs, cache, size, progress, accelerator)
+        jobs.remarks.warn()
     done = cache.done.view(-1, len(readable)).all(dim=0)
     for (index, _), good in zip(readable, done.tolist(), strict=True):
         if not good:
@@ -151,6 +153,7 @@ class _Jobs:
 
     def __init__(self, images: LabelledImages, readable: list[tuple[int, str]], views: int, seed: int) -> None:
         self.images, self.readable, self.views, self.seed = images, readable, views, seed
+        self.remarks = Remarks()
         self._problems: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -161,7 +164,7 @@ class _Jobs:
         view, row = divmod(job, len(self.readable))
         index, digest = self.readable[row]
         try:
-            picture = self.images.image(index, None if self.views else embedder.draft)
+            picture = self.images.image(index, None if self.views else embedder.draft, self.remarks)
             if self.views:
                 size = crop_size(embedder.image_processor)
                 return augment(picture, size, random.Random(f"{self.seed} {digest} {view}"))
@@ -237,7 +240,8 @@ def _embed(
         disable=not progress or rank != 0, leave=False,
     ) as bar:  # fmt: skip
         try:
-            with closing(embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))) as stream:
+            stream: Any = embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))
+            with closing(stream):
                 for batch, embeds in stream:
                     if embeds is not None:
                         cache.add(torch.tensor([job for job in batch if job in read]), embeds)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ..artifact import library_versions
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures
@@ -24,7 +23,7 @@ from ..errors import ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import read_json, write_json
+from ..storage import library_versions, read_json, write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
 from .datasets import PaperData, describe_dataset, open_dataset

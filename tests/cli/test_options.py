@@ -71,8 +71,8 @@ def test_one_spelling_of_the_device(capsys: pytest.CaptureFixture[str], command:
     [
         ("--recipe", options.Recipe), ("--engine", options.EngineName), ("--precision", options.PrecisionName),
         ("--on-short", options.ShortClass), ("--on-error", options.BrokenPicture), ("--dtype", options.DtypeName),
-        ("--prompt-average", options.Average), ("--residual-side", options.Side), ("--underscores", options.Underscores),
-        ("--crop", options.CropName),
+        ("--prompt-average", options.Average), ("--residual-side", options.Side), ("--crop", options.CropName),
+        ("--underscores", options.Underscores),
     ],
 )  # fmt: skip
 def test_a_mistyped_choice_is_wrong_usage(

@@ -81,7 +81,8 @@ def test_a_description_may_be_one_sentence(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[0, 9]", "row 9; the split has 9"), ("[-1]", "row -1"), ("[1, 1]", "twice"), ("[]", "no list of rows"),
-        ("[true]", "no list of rows"), ('{"few_shot": {"shots": null}}', "trained on all pictures"), ("[1.0]", "no list"),
+        ("[true]", "no list of rows"), ("[1.0]", "no list of rows"),
+        ('{"few_shot": {"shots": null}}', "trained on all pictures"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_replayed(tmp_path: Path, content: str, message: str) -> None:

@@ -86,7 +86,7 @@ def test_test_before_validation_and_neither_is_trained_on(lay: Lay) -> None:
 
 def test_a_folder_beside_the_splits_is_named(lay: Lay) -> None:
     root = lay(*_under("Train", "Test", "extra"))
-    with pytest.raises(DataError, match="Test, Train would be splits, extra are not.*--train-split"):
+    with pytest.raises(DataError, match=r"Test, Train would be splits, extra are not.*--train-split"):
         load_training_data(root)
     data = load_training_data(root, train_split="Train", eval_split="test")
     assert len(data.train) == 4
@@ -128,7 +128,7 @@ def test_no_split_is_both_trained_on_and_measured_on(lay: Lay) -> None:
 
 
 def test_only_a_test_split(lay: Lay) -> None:
-    with pytest.raises(DataError, match="no training split; there are test.*--train-split"):
+    with pytest.raises(DataError, match=r"no training split; there are test.*--train-split"):
         load_training_data(lay(*_under("test")))
 
 
@@ -140,7 +140,7 @@ def test_splits_inside_class_folders(lay: Lay) -> None:
 
 
 def test_a_test_folder_inside_one_class_only_is_refused(lay: Lay) -> None:
-    with pytest.raises(DataError, match="cat/test.*inside class folders"):
+    with pytest.raises(DataError, match=r"cat/test.*inside class folders"):
         load_training_data(lay("cat/train/1.png", "cat/test/2.png", "dog/3.png"))
 
 
@@ -220,7 +220,7 @@ def test_pictures_without_class_folders(lay: Lay, names: tuple[str, ...]) -> Non
 
 
 def test_one_class_folder(lay: Lay) -> None:
-    with pytest.raises(DataError, match="one class folder only, 'bird'.*Folders inside it: day1, day2"):
+    with pytest.raises(DataError, match=r"one class folder only, 'bird'.*Folders inside it: day1, day2"):
         load_training_data(lay("bird/day1/1.png", "bird/day2/2.png", "bird/3.png"))
 
 
@@ -262,7 +262,8 @@ def test_files_that_are_no_pictures(lay: Lay) -> None:
     data = load_training_data(lay(*PAIR, *hidden, "cat/1.xmp", "cat/2.xmp", "notes.txt", "dog/3.psd", "x.zip"))
     assert len(data.train) == 4
     assert {reason.split(";")[0]: count for reason, count in _left_out(data.account).items()} == {
-        "files ending in .xmp": 2, "files ending in .txt": 1, "files ending in .psd": 1, "archives inside ending in .zip": 1,
+        "files ending in .xmp": 2, "files ending in .txt": 1, "files ending in .psd": 1,
+        "archives inside ending in .zip": 1,
     }  # fmt: skip
 
 
