@@ -146,6 +146,14 @@ def test_an_archive_that_unpacks_to_more_than_it_is(imported: tuple[Model, Path]
         read_checkpoint(bomb)
 
 
+def test_two_parts_of_one_name(imported: tuple[Model, Path], tmp_path: Path) -> None:
+    path = _repacked(imported[1], tmp_path / "twice.tar")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data/0", bytes(4 * 8 * 192))
+    with pytest.raises(ArtifactError, match="two parts of one name"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
