@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import options as opt
-from .screen import emit, percent, quiet_libraries, say, show_table, when_interrupted
+from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def evaluate(
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training.trainer import TaskResTrainer
 
+    say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
         model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
     )

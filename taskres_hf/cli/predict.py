@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DataError
 from . import options as opt
-from .screen import emit, percent, quiet_libraries, say, warn, when_interrupted
+from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
 from .values import check_device, resolve_base
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def predict(
         warn(line)
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
+    say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
         model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
     )

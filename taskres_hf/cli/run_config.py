@@ -26,6 +26,8 @@ RUN_FILE = "run.yaml"
 _NEVER = {"config", "as_json", "quiet", "debug", "dataset_option", "use_cpu", "keep_underscores", "disable_tqdm"}
 _ACTIONS = {"output_dir", "overwrite", "resume", "cache_dir", "hub_model_id", "hub_private_repo", "include_code"}
 _SECRETS = {"hub_token", "push_to_hub"}
+# Of each pair one rules the other out: what is typed also wins over the other one in a file.
+_EITHER_OR = (("shots", "indices"), ("holdout", "indices"), ("holdout", "eval_split"), ("use_cpu", "device"))
 # Options that name a file may hold what is in it.
 _INLINE: dict[str, tuple[type, ...]] = {
     "class_names": (str, list, dict),
@@ -57,11 +59,10 @@ def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
         return values
     hints = typing.get_type_hints(command)
     known = _training_hints() | {name: hints[name] for name in values if name not in _NEVER}
-    for name, value in read_file(config, known).items():
-        source = context.get_parameter_source(name)
-        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
-            values[name] = value
-    return values
+    sources = {name: context.get_parameter_source(name) for name in values}
+    settled = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    settled |= {pair[1 - place] for pair in _EITHER_OR for place in (0, 1) if pair[place] in settled}
+    return values | {name: value for name, value in read_file(config, known).items() if name not in settled}
 
 
 def _training_hints() -> dict[str, Any]:

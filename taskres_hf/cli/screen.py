@@ -35,6 +35,12 @@ def warn(text: str) -> None:
     say(text, err=True)
 
 
+def say_loading(name: object, quiet: bool) -> None:
+    """A sign of life before a model that may be large is read."""
+    if not quiet:
+        warn(f"Loading {name} ...")
+
+
 def plain(value: Any) -> str:
     """A value from a config as one line."""
     if isinstance(value, dict):

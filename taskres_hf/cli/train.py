@@ -11,7 +11,7 @@ import typer
 from ..errors import ArtifactError, BaseModelError, ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
-from .screen import emit, percent, quiet_libraries, say, show_table, warn, when_interrupted
+from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import (
     SHIPPED,
     check_device,
@@ -217,8 +217,7 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
 
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
-        if not (run["quiet"] or run["as_json"]):
-            warn(f"Loading the base model {run['base_model']} ...")
+        say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
         return TaskResCLIPForImageClassification.from_base(
             resolve_base(run["base_model"]), class_names, run["templates"], run["alpha"],
             revision=run["base_revision"], trust_remote_code=run["trust_remote_code"],

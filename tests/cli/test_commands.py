@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from support import run
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.demo import check_task
 from taskres_hf.errors import ConfigurationError
-from taskres_hf.predicting import classify_files
+from taskres_hf.predicting import PredictionWriter, classify_files
 
 DATA = Path(__file__).parents[2] / "taskres_hf" / "demo_data"
 
@@ -122,8 +124,6 @@ def test_spreadsheet_formulas_are_defused(capsys: pytest.CaptureFixture[str], tr
     folder = tmp_path / "f"
     folder.mkdir()
     (folder / "x.png").write_bytes(b"")
-    import os
-
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -132,6 +132,29 @@ def test_spreadsheet_formulas_are_defused(capsys: pytest.CaptureFixture[str], tr
     finally:
         os.chdir(here)
     assert "\n'=1+1.png," in (tmp_path / "r.csv").read_text()
+
+
+def test_an_interrupted_prediction_goes_on(
+    capsys: pytest.CaptureFixture[str], trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "r.csv", PredictionWriter.write
+    command = ["predict", trained, pictures / "deep", "-o", output, "--json", "--batch-size", 1]
+
+    def write_one(self: PredictionWriter, row: dict[str, object]) -> None:
+        write(self, row)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictionWriter, "write", write_one)
+        code, text, error = run(capsys, *command)
+    assert (code, text) == (130, "")
+    assert error.startswith("Interrupted. The rows so far are kept in")
+    assert "--resume" in error
+    assert not output.exists()
+    code, text, _ = run(capsys, *command, "--resume")
+    assert code == 0
+    assert json.loads(text) == {"output": str(output), "classified": 3, "skipped": 0, "resumed": 1}
+    assert run(capsys, "predict", trained, pictures, "--resume")[0] == 2
 
 
 def test_replaying_a_draw(capsys: pytest.CaptureFixture[str], base: str, tmp_path: Path) -> None:

@@ -122,3 +122,10 @@ def test_completion_is_installed_for_taskres(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"HOME": str(tmp_path), "PATH": "/"})
     assert "bash completion installed" in done.stdout
     assert "_TASKRES_COMPLETE" in (tmp_path / ".bash_completions" / "taskres.sh").read_text()
+
+
+def test_the_program_is_called_as_the_user_called_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "taskres_hf", "info", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: python -m taskres_hf info" in done.stdout

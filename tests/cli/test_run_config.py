@@ -54,6 +54,18 @@ def test_what_is_typed_wins_over_the_file(capsys: pytest.CaptureFixture[str], tm
     assert (stored["shots"], stored["seed"], stored["penalty"]) == (1, 1, 1e-3)
 
 
+def test_what_is_typed_wins_over_what_it_rules_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(str(list(range(30))))
+    (tmp_path / "run.yaml").write_text(
+        f"base_model: shipped\ndataset: {DATA / 'faces'}\nshots: 1\ndevice: cuda:99\nnum_train_epochs: 1\n"
+    )
+    command = ["train", "--config", tmp_path / "run.yaml", "--indices", rows, "--cpu", "-o", tmp_path / "out", "--json"]
+    code, _, error = run(capsys, *command, "--on-short", "ignore")
+    assert code == 0, error
+    assert len(yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["indices"]) == 30
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -91,20 +90,14 @@ def test_an_interrupted_training_says_what_is_kept(
         assert not (out / "config.json").exists()
 
 
-def test_download_bars_stay_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr("huggingface_hub.utils.tqdm.HF_HUB_DISABLE_PROGRESS_BARS", None, raising=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        enable_progress_bars()
-        try:
-            if are_progress_bars_disabled():
-                pytest.skip("switched off in the environment")
-            screen.quiet_libraries(False)
-            assert not are_progress_bars_disabled()
-            screen.quiet_libraries(True)
-            assert are_progress_bars_disabled()
-        finally:
-            disable_progress_bars()
+@pytest.mark.parametrize(("quiet", "disabled"), [(False, False), (True, True)])
+def test_download_bars_stay_unless_asked(quiet: bool, disabled: bool) -> None:
+    program = (
+        "from taskres_hf.cli.screen import quiet_libraries\n"
+        f"quiet_libraries({quiet})\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled\n"
+        "print(are_progress_bars_disabled())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(disabled)
