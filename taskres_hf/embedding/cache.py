@@ -8,6 +8,7 @@ time: what cannot be written costs a warning, what cannot be read is computed ag
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 import uuid
@@ -23,6 +24,7 @@ from ..storage import read_tensors, write_tensors
 
 _SECONDS = 2.0  # of work that a part holds at least
 _SHARE = 0.02  # of the time so far that it holds at least, so that the parts of a long run stay few
+_NOT_WRITABLE: set[Path] = set()  # folders that have been warned of
 _STALE_DAYS = 30  # after which parts that nobody went on with are removed
 
 
@@ -57,7 +59,7 @@ class EmbeddingCache:
 
     def _read(self, path: Path) -> bool:
         """Take the rows of a file over."""
-        if not path.exists():
+        if not os.path.exists(path):
             return False
         try:
             tensors, metadata = read_tensors(path)
@@ -69,7 +71,7 @@ class EmbeddingCache:
             if not bool(embeds.isfinite().all()):
                 raise ArtifactError("it holds NaN or infinity")
         except (ArtifactError, KeyError) as error:
-            if path.exists():  # or another process is through and has cleaned up
+            if os.path.exists(path):  # or another process is through and has cleaned up
                 warnings.warn(
                     f"The cached embeddings in {path} cannot be used ({error}) and are computed again.", stacklevel=4
                 )
@@ -126,9 +128,11 @@ class EmbeddingCache:
         try:
             write_tensors(path, {"rows": rows, "image_embeds": embeds}, {"digest": _digest(rows, embeds)})
         except ArtifactError as error:
-            if not self.path.exists():  # or another process is through and has removed the parts' folder
+            if not os.path.exists(self.path):  # or another process is through and has removed the parts' folder
+                if self.path.parent not in _NOT_WRITABLE:
+                    warnings.warn(f"Embeddings are not kept for the next run. {error}", stacklevel=5)
+                _NOT_WRITABLE.add(self.path.parent)
                 self.path = None
-                warnings.warn(f"Embeddings are not kept for the next run. {error}", stacklevel=5)
             return False
         return True
 

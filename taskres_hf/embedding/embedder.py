@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..encoders import image_weights_digest
-from .engines.choose import make_engine, stock_engine
+from .engines.choose import engine_of_watched, make_engine, stock_engine
 from .engines.probe import agrees, is_faster, probe_pictures, remembered_choice
 from .engines.rewriting import watched_module
 from .preprocessing import Preprocessor
@@ -88,6 +88,8 @@ class Embedder:
         Two probe pictures go both ways; where they come out differently the tower runs as it is, with a warning. Where
         the engine was chosen automatically and `pictures` are many, the faster of the two is measured and remembered.
         """
+        if not self.engine.is_stock and engine_of_watched(self.base, self.engine.name) is not None:
+            self._run_stock()  # a hook that came after the engine
         if self._is_ready:
             return
         self._is_ready = True

@@ -240,7 +240,8 @@ def _embed(
         disable=not progress or rank != 0, leave=False,
     ) as bar:  # fmt: skip
         try:
-            with closing(embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))) as stream:
+            stream: Any = embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))
+            with closing(stream):
                 for batch, embeds in stream:
                     if embeds is not None:
                         cache.add(torch.tensor([job for job in batch if job in read]), embeds)

@@ -82,15 +82,9 @@ def make_engine(
             f"engine={engine!r} runs fp32 CLIP-like towers on the CPU; this base is {base.config.model_type!r}, "
             f"{parameter.dtype}, on {parameter.device}. Use engine='torch'."
         )
-    watched = watched_module(base)
+    watched = engine_of_watched(base, f"{engine}-{precision}")
     if watched is not None:
-        if not hasattr(base.get_submodule(watched), "_hf_hook"):  # Accelerate's own, for placing a model
-            warnings.warn(
-                f"A hook or a replaced forward on {watched} takes part in the image tower: it runs as it is, in "
-                f"{parameter.dtype}, without engine={engine!r} and precision={precision!r}.",
-                stacklevel=3,
-            )
-        return stock_engine(base)
+        return watched
     if engine == "torch":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
         normalisation = normalisation if precision != "fp32" and on_cpu and takes_bytes(base) else None
@@ -102,6 +96,20 @@ def make_engine(
             normalisation is not None,
         )
     return openvino_engine(base, precision) if engine == "openvino" else onnxruntime_engine(base, precision)
+
+
+def engine_of_watched(base: PreTrainedModel, instead_of: str) -> ImageEngine | None:
+    """The tower as it is, with a warning, where a hook takes part in it, which another form would not run; or None."""
+    name = watched_module(base)
+    if name is None:
+        return None
+    if not hasattr(base.get_submodule(name), "_hf_hook"):  # Accelerate's own, for placing a model
+        warnings.warn(
+            f"A hook or a replaced forward on {name} takes part in the image tower: the tower runs as it is instead "
+            f"of in {instead_of}.",
+            stacklevel=4,
+        )
+    return stock_engine(base)
 
 
 def stock_engine(base: PreTrainedModel) -> ImageEngine:

@@ -64,13 +64,18 @@ def is_faster(base: PreTrainedModel, engine: ImageEngine, run: Callable[[], Any]
     best = {"engine": float("inf"), "stock": float("inf")}
     for number in range(_ROUNDS + 1):
         for name, work in (("engine", run), ("stock", stock)):
-            start = time.perf_counter()
-            work()
+            seconds = _seconds(work)
             if number:  # the first round warms up
-                best[name] = min(best[name], time.perf_counter() - start)
+                best[name] = min(best[name], seconds)
     with suppress(ArtifactError):  # what cannot be remembered is measured again
         write_json(_file(), {**_remembered(), _key(base, engine): best})
     return best["engine"] <= best["stock"]
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _remembered() -> dict[str, Any]:
