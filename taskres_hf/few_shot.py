@@ -12,6 +12,7 @@ from datasets import (
 )
 
 from .data.labelled import LABEL_NAMES, column_values, find_column
+from .data.naming import is_missing
 from .errors import DataError, FewShotError
 
 
@@ -73,16 +74,17 @@ def sample_few_shot(
 ) -> Dataset:
     """`shots` examples of each class as a `Dataset`; arguments as in `few_shot_indices`.
 
+    Rows without a label (None, -1 or empty text) are never drawn.
+
     To replay a stored draw: `dataset.select(model.config.few_shot["indices"])`.
     """
     column = find_column(dataset, label_column, "label", LABEL_NAMES, ClassLabel)
     feature = dataset.features[column]
     labels = column_values(dataset, column)
-    names = (
-        list(feature.names)
-        if isinstance(feature, ClassLabel)
-        else [str(n) for n in dict.fromkeys(labels) if n is not None]
-    )
-    ids = {name: index for index, name in enumerate(names)}
-    labels = [-1 if n is None else n if isinstance(feature, ClassLabel) else ids[str(n)] for n in labels]
+    if isinstance(feature, ClassLabel):
+        names, ids = list(feature.names), {index: index for index in range(feature.num_classes)}
+    else:
+        known = [label for label in dict.fromkeys(labels) if not is_missing(label)]
+        names, ids = [str(label) for label in known], {label: index for index, label in enumerate(known)}
+    labels = [-1 if is_missing(label) else ids[label] for label in labels]
     return dataset.select(few_shot_indices(labels, shots, seed, on_short=on_short, class_names=names))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..tables import visible
+
 _MOST_CLASSES = 100  # beyond it, an account names the smallest and the largest classes only
 _MOST_NOTES = 50
 _LONGEST = 200
@@ -132,10 +134,7 @@ def _count(number: int, noun: str) -> str:
 
 def printable(text: object) -> str:
     """Text of a file, a table or another person that is safe to show: no control characters, at most 200 long."""
-    cleaned = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    cleaned = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cleaned[: _LONGEST + 1]
-    )
+    cleaned = visible(str(text)[: _LONGEST + 1])
     return cleaned if len(cleaned) <= _LONGEST else f"{cleaned[: _LONGEST - 3]}..."
 
 

@@ -5,15 +5,14 @@ Each kind gives the undecoded cell of one picture, can be restricted to rows, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import PIL.Image
 from datasets import Dataset, Image
 
 from ..errors import DataError, ImageError
-from ..pictures import picture_digest
+from ..pictures import picture_digest, read_image
+from ..tables import visible
 
 
 class Cells(Protocol):
@@ -29,19 +28,19 @@ class Cells(Protocol):
 
 
 class FileCells:
-    """Picture files on this machine."""
+    """Picture files on this machine; `names` are their paths."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, row: int) -> str:
-        return self.paths[row]
+        return self.names[row]
 
     def select(self, rows: Sequence[int]) -> FileCells:
-        return FileCells([self.paths[row] for row in rows])
+        return FileCells([self.names[row] for row in rows])
 
 
 class DatasetCells:
@@ -66,8 +65,12 @@ class DatasetCells:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
-        cell = self.rows[row][self.column]
-        return as_array(cell) if not isinstance(cell, (str, bytes, Mapping, PIL.Image.Image, type(None))) else cell
+        try:
+            return self.rows[row][self.column]
+        except Exception as error:  # a transform is anyone's code, and decodes pictures itself
+            if not self.transformed:
+                raise
+            raise ImageError(f"The dataset's transform fails: {visible(str(error))}") from error
 
     def select(self, rows: Sequence[int]) -> DatasetCells:
         part = object.__new__(DatasetCells)
@@ -85,11 +88,17 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
     for row in sorted({0, len(dataset) // 2, len(dataset) - 1}):
         outcomes = []
         for _ in range(3):
-            values = dataset[row]
+            try:
+                values = dataset[row]
+            except Exception as error:  # a transform is anyone's code
+                raise DataError(
+                    f"The dataset's transform fails at row {row}: {visible(str(error))} {advice}"
+                ) from error
             if column not in values:
                 raise DataError(f"The dataset's transform leaves no column {column!r}, only {sorted(values)}. {advice}")
             try:
-                outcomes.append(picture_digest(_picture_cell(values[column])))
+                read_image(values[column])
+                outcomes.append(picture_digest(values[column]))
             except ImageError as error:
                 raise DataError(f"The dataset's transform gives no picture at row {row}: {error} {advice}") from error
         if len(set(outcomes)) > 1:
@@ -106,30 +115,19 @@ def _check_transform(dataset: Dataset, column: str, label_column: str | None) ->
                 )
 
 
-def _picture_cell(cell: Any) -> Any:
-    return cell if isinstance(cell, (str, bytes, Mapping, PIL.Image.Image)) else as_array(cell)
+class JoinedCells:
+    """Pictures of several sources, one after the other."""
 
+    def __init__(self, parts: Sequence[Cells], rows: Sequence[tuple[int, int]] | None = None) -> None:
+        self.parts = list(parts)
+        self.rows = [(p, r) for p, part in enumerate(parts) for r in range(len(part))] if rows is None else list(rows)
 
-def as_array(cell: Any) -> np.ndarray[Any, Any]:
-    """Pixels [H, W] or [H, W, C] as uint8 from an array, a tensor or nested lists.
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    Raises:
-        ImageError: not whole numbers from 0 to 255, or not the shape of a picture.
-    """
-    try:
-        pixels = np.asarray(cell)
-    except Exception as error:  # ragged lists, tensors that need a gradient
-        raise ImageError(f"A cell of type {type(cell).__name__} is no picture: {error}") from error
-    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
-        pixels = pixels.transpose(1, 2, 0)  # channels first, as torch has them
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim not in (2, 3) or pixels.size == 0 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
-        raise ImageError(f"An array of shape {list(pixels.shape)} is no picture: [H, W] or [H, W, 3] is expected.")
-    if pixels.dtype == np.bool_:
-        return pixels.astype(np.uint8) * 255
-    if pixels.dtype.kind not in "iu":
-        raise ImageError(f"Pixels of type {pixels.dtype} have an unknown range. Convert them to uint8 first.")
-    if pixels.dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 255):
-        raise ImageError(f"Pixels from {pixels.min()} to {pixels.max()} are outside 0 to 255.")
-    return np.ascontiguousarray(pixels.astype(np.uint8))
+    def __getitem__(self, row: int) -> Any:
+        part, inside = self.rows[row]
+        return self.parts[part][inside]
+
+    def select(self, rows: Sequence[int]) -> JoinedCells:
+        return JoinedCells(self.parts, [self.rows[row] for row in rows])

@@ -19,7 +19,7 @@ from datasets import (
 from ..errors import DataError, ImageError
 from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
-from .account import Account
+from .account import Account, shorten
 from .cells import Cells, DatasetCells
 
 _IMAGE_NAMES = (
@@ -54,8 +54,9 @@ class LabelledImages:
         dataset: any dataset with a picture column and a label column. Pictures may be files, bytes, or uint8 arrays
             [H, W], [H, W, 3] or [3, H, W].
         image_column, label_column: their names; found by type, then by usual names, when None.
-        class_names: names in label order; needed when labels are plain numbers, and overriding a `ClassLabel`'s
-            names position by position.
+        class_names: names in label order; needed when labels are plain numbers. A `ClassLabel`'s names are matched
+            by name where they are among them, else replaced position by position; a mapping {old name: name} leaves
+            no doubt.
         default_names: names to use when labels are plain numbers and `class_names` is None.
         drop_unlabelled: leave out rows without a label instead of refusing them.
 
@@ -231,13 +232,8 @@ def _resolve_labels(
 ) -> tuple[list[str], list[int]]:
     """Class names, and labels as ids with -1 for none."""
     if isinstance(feature, ClassLabel):
-        names = check_class_names(feature.names if class_names is None else class_names, minimum=1)
-        if len(names) != len(feature.names):
-            raise DataError(
-                f"class_names has {len(names)} names, the column {column!r} {len(feature.names)} classes: "
-                f"{feature.names[:5]} ..."
-            )
-        ids = [-1 if label is None else int(label) for label in labels]
+        names, order = rename_classes(list(feature.names), class_names, column)
+        ids = [-1 if label is None or label == -1 else order.get(label, label) for label in labels]
     elif all(label is None or isinstance(label, str) for label in labels):
         found = sorted({label for label in labels if label})
         if not found:
@@ -267,6 +263,28 @@ def _resolve_labels(
             f"Labels {outside[:5]} in column {column!r} are outside the {len(names)} classes (0 to {len(names) - 1})."
         )
     return names, ids
+
+
+def rename_classes(old: list[str], class_names: Any, column: str) -> tuple[list[str], dict[int, int]]:
+    """Names of a `ClassLabel`'s classes and, where they are the same names in another order, old id to new id."""
+    if class_names is None:
+        return check_class_names(old, minimum=1), {}
+    if isinstance(class_names, Mapping) and set(old) <= set(class_names):
+        return check_class_names([class_names[name] for name in old], minimum=1), {}
+    names = check_class_names(class_names, minimum=1)
+    if set(old) <= set(names):
+        return names, {index: names.index(name) for index, name in enumerate(old)}
+    if len(names) != len(old):
+        raise DataError(
+            f"class_names has {len(names)} names, the column {column!r} {len(old)} classes: {shorten(old)}."
+        )
+    moved = [name for index, name in enumerate(names) if name in old and old[index] != name]
+    if moved:
+        raise DataError(
+            f"class_names and the classes of column {column!r} share names at other positions ({shorten(moved)}): it "
+            "is not clear which is which. Give a mapping {name in the dataset: name}."
+        )
+    return names, {}
 
 
 def class_counts(labels: Iterable[int], class_names: Sequence[str]) -> dict[str, int]:

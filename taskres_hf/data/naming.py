@@ -42,6 +42,14 @@ def is_missing(label: Any) -> bool:
     return bool(label is None or label == -1 or label != label)
 
 
+def are_codes(labels: Iterable[Any], names: Sequence[str] | None) -> bool:
+    """Whether labels are numbers or codes (`3`, `n01440764`), and none of them is among the names."""
+    known = {label for label in labels if not is_missing(label)}
+    return all(isinstance(label, int) or (_CODE.fullmatch(str(label).strip()) is not None) for label in known) and not (
+        known & set(names or ())
+    )
+
+
 def name_classes(train: Iterable[Any], others: Iterable[Any], class_names: Any, where: str) -> Naming:
     """Names and ids of the classes.
 
@@ -105,7 +113,7 @@ def _by_number(labels: set[int], class_names: Any, where: str) -> Naming:
     if outside:
         raise DataError(
             f"Labels {outside[:5]} are outside the {len(names)} classes (0 to {len(names) - 1}). Numbers count from 0; "
-            "where yours do not, give a mapping {{number: name}} (--class-names FILE.json)."
+            "where yours do not, give a mapping {number: name} (--class-names FILE.json)."
         )
     return Naming(names, {label: label for label in labels}, {str(label): names[label] for label in sorted(labels)})
 

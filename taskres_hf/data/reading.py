@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
-from .account import LeftOut
+from ..errors import DataError
+from .account import LeftOut, shorten
 from .cells import Cells
 
 
@@ -34,6 +34,7 @@ class Reading:
 
     Attributes:
         empty: names of classes without any picture.
+        chosen: whether the caller gave one split only, which then is the one to use whatever it is called.
     """
 
     kind: str
@@ -41,11 +42,22 @@ class Reading:
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    chosen: bool = False
 
     def split(self, name: str) -> SplitReading | None:
-        """The split of that name, exact or under one of its usual names."""
-        by_name = {split.name: split for split in self.splits}
-        return by_name.get(name) or by_name.get(split_name(name) or name)
+        """The split of that name, exact or under another of its usual names.
+
+        Raises:
+            DataError: several splits have such a name.
+        """
+        exact = [split for split in self.splits if split.name == name]
+        wanted = split_name(name)
+        near = exact or [split for split in self.splits if wanted and split_name(split.name) == wanted]
+        if len(near) > 1:
+            raise DataError(
+                f"{shorten([split.name for split in near])} may all be meant by {name!r}: name one of them."
+            )
+        return near[0] if near else None
 
 
 _SPLITS = {
@@ -78,16 +90,3 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-def ending_counts(paths: Iterable[str], reason: str) -> list[LeftOut]:
-    """Files left out, counted by ending."""
-    examples: dict[str, list[str]] = {}
-    counts: Counter[str] = Counter()
-    for path in paths:
-        base = path.rsplit("/", 1)[-1]
-        ending = "." + base.rsplit(".", 1)[1].lower() if "." in base[1:] else "without an ending"
-        counts[ending] += 1
-        if counts[ending] <= 3:
-            examples.setdefault(ending, []).append(path)
-    return [LeftOut(f"{reason} ({ending})", count, tuple(examples[ending])) for ending, count in counts.most_common()]

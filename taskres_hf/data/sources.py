@@ -3,15 +3,333 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 
-from ..errors import DataError
+from ..errors import DataError, TaskResError
 from ..storage import is_path
+from ..tables import visible
+from .account import LeftOut, printable, shorten
+from .archives import ArchiveCells, ArchiveListing, is_archive
+from .cells import FileCells
+from .folders import EXPECTED, NoClassFoldersError, read_folders
 from .labelled import STREAMED
-from .reading import Reading, SplitReading
+from .listing import ARCHIVE_ENDINGS, FolderListing, Listing, is_picture, pictures_left_out, suffix
+from .naming import is_missing, name_classes
+from .reading import Reading, SplitReading, split_name
+from .shards import is_shard, read_shards
+from .tables import (
+    TABLE_ENDINGS,
+    MissingPicturesError,
+    Paths,
+    TableOptions,
+    join_tables,
+    parse_table,
+    read_table,
+    table_from_frame,
+)
+
+READABLE = (
+    "Readable are folders of pictures, tables (.csv, .tsv, .txt, .json, .jsonl, .parquet), archives (.zip, .tar, "
+    ".tar.gz), folders of save_to_disk, and Hub dataset ids."
+)
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_MOST_COPIED = 1 << 30  # bytes of an archive's pictures that `load_splits` holds in memory
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a caller says about a source; see `load_training_data`."""
+
+    config_name: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    class_folder: str | None = None
+    class_names: Any = None
+
+    @property
+    def columns(self) -> TableOptions:
+        return TableOptions(self.image_column, self.label_column)
+
+    def folders(self, listing: Listing) -> Reading:
+        names = getattr(self.class_names, "names", self.class_names) or ()
+        if isinstance(names, Mapping):  # label to name, or name to label
+            names = [str(text) for pair in names.items() for text in pair]
+        return read_folders(
+            listing, train_split=self.train_split, eval_split=self.eval_split, class_folder=self.class_folder,
+            class_names=[name for name in names if isinstance(name, str)],
+        )  # fmt: skip
+
+
+def read_source(source: Any, options: SourceOptions) -> Reading:
+    """What is in a source; see `load_training_data`.
+
+    Raises:
+        DataError: nothing readable, or more than one way to read it.
+    """
+    if options.class_folder not in (None, "first", "last"):
+        raise DataError(f"class_folder must be 'first' or 'last'; got {options.class_folder!r}.")
+    if isinstance(source, (IterableDataset, IterableDatasetDict)):
+        raise DataError(STREAMED)
+    if isinstance(source, Dataset):
+        reading = _reading_of({str(source.split or "train"): source}, "dataset")
+        reading.chosen = True
+        return reading
+    if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
+        return _reading_of(source, "dataset")
+    if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
+        here = FolderListing(Path.cwd(), scan=False)
+        return read_table(table_from_frame(source), Paths(here, ""), options.columns)
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"A source of type {type(source).__name__} cannot be read. {READABLE}")
+    if not is_path(source):
+        return _from_hub(str(source), options)
+    path = Path(os.fspath(source)).expanduser()
+    if path.is_dir():
+        return _read_folder(path, options)
+    if path.is_file():
+        return _read_file(path, options)
+    raise DataError(f"There is no dataset at {printable(path)}: no such file or folder. {READABLE}")
+
+
+def _reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
+    return Reading(kind, [SplitReading(str(name), dataset=part) for name, part in splits.items()])
+
+
+def _from_hub(name: str, options: SourceOptions) -> Reading:
+    try:
+        loaded = load_dataset(
+            name, options.config_name, revision=options.revision, token=options.token, cache_dir=options.cache_dir
+        )
+    except TaskResError:
+        raise
+    except Exception as error:  # the Hub client's own type stays; only what was asked for is added
+        first = f"The dataset {name!r} (source, --dataset) is no path on this machine and cannot be read from the Hub"
+        error.args = (f"{first}: {error}", *error.args[1:])
+        raise
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+    return _reading_of(splits, "dataset of the Hub")
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _read_file(path: Path, options: SourceOptions) -> Reading:
+    ending = suffix(path.name)
+    if ending in (".parquet", ".pq") and _holds_pictures(path):
+        split = split_name(path.stem) or "train"
+        part = load_dataset("parquet", data_files=str(path), split="train", cache_dir=options.cache_dir)
+        return Reading("parquet", [SplitReading(split, path.name, part)])
+    if ending in TABLE_ENDINGS:
+        beside = FolderListing(path.absolute().parent, scan=False)
+        split = split_name(path.stem) or "train"
+        return read_table(parse_table(path.name, _content(path)), Paths(beside, ""), options.columns, split)
+    if is_archive(path):
+        return _read_archive(ArchiveListing(path), options)
+    if ending in (".7z", ".rar"):
+        raise DataError(f"{printable(path)} is an archive of a kind that is not read here: unpack it. {READABLE}")
+    if ending in ARCHIVE_ENDINGS:
+        raise DataError(f"The archive {printable(path)} is damaged or incomplete: it is neither a zip nor a tar.")
+    if is_picture(path.name):
+        raise DataError(f"{printable(path)} is one picture. {EXPECTED}")
+    extra = " Save a spreadsheet as CSV." if ending in (".xlsx", ".xls", ".ods") else ""
+    raise DataError(f"The file {printable(path)} is of no kind that can be read here. {READABLE}{extra}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_archive(listing: ArchiveListing, options: SourceOptions) -> Reading:
+    reading = read_shards([listing], options.label_column) if is_shard(listing) else _read_listing(listing, options)
+    reading.kind = f"{listing.kind} archive of {reading.kind}" if "shards" not in reading.kind else reading.kind
+    return reading
+
+
+def _holds_pictures(path: Path) -> bool:
+    """Whether a parquet file holds pictures themselves, not only their paths."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (OSError, ValueError) as error:  # Arrow's errors are of both kinds
+        raise DataError(f"{printable(path)} is no readable parquet file: {error}") from error
+    if '"Image"' in str((schema.metadata or {}).get(b"huggingface", b"")):
+        return True
+    return any(
+        pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_nested(kind)
+        for kind in schema.types
+    )
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def _read_folder(path: Path, options: SourceOptions) -> Reading:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            stored = load_from_disk(str(path))
+        except Exception as error:  # a damaged copy raises whatever its reader stumbles over
+            raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
+        return _reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
+    listing = FolderListing(path)
+    parquet = [name for name in listing.files if suffix(name) == ".parquet" and name.count("/") < 2]
+    parquet = [name for name in parquet if _holds_pictures(path / name)]
+    if parquet:
+        return _read_parquet_files(path, parquet, options)
+    if not listing.pictures():
+        tars = [name for name in listing.files if suffix(name) == ".tar"]
+        shards = [ArchiveListing(path / name) for name in tars]
+        if shards and all(is_shard(shard) for shard in shards):
+            return read_shards(shards, options.label_column)
+    return _read_listing(listing, options)
+
+
+def _read_parquet_files(path: Path, names: list[str], options: SourceOptions) -> Reading:
+    files: dict[str, list[str]] = {}
+    for name in names:
+        stem = _SHARD.sub("", Path(name).stem)  # train.parquet, or train-00000-of-00002.parquet
+        above = Path(name).parent.name
+        if stem.isdecimal() and split_name(above):  # train/0000.parquet
+            stem = above
+        split = re.sub(r"\W", "_", split_name(stem) or stem)
+        files.setdefault(split, []).append(str(path / name))
+    reading = Reading("parquet files", [])
+    for split, paths in files.items():  # one by one: files of a folder may differ in columns
+        part = load_dataset("parquet", data_files={split: paths}, split=split, cache_dir=options.cache_dir)
+        reading.splits.append(SplitReading(split, shorten([Path(p).name for p in paths], 2), part))
+    return reading
+
+
+def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
+    """A folder or an archive: class folders, tables, or both where they agree."""
+    tables, trouble = _tables(listing, options)
+    folders, problem = None, None
+    try:
+        folders = options.folders(listing)
+    except NoClassFoldersError as error:
+        problem = error
+    except DataError:
+        if tables is None or options.label_column is None:
+            raise
+    if tables is None:
+        if folders is None or (trouble and options.label_column):
+            raise trouble or problem or DataError(EXPECTED)
+        if trouble is not None:
+            folders.notes.append(f"A table is not used: {trouble}")
+        return folders
+    if folders is None:
+        return _with_rest(tables, listing)
+    agree = _same_classes(tables, folders)
+    if not agree and not (options.label_column or options.class_folder):
+        raise DataError(
+            f"{listing.name} can be read in two ways: as {_described(tables)}, or as {_described(folders)}. "
+            "Choose with label_column=... (--label-column) or class_folder='first' (--class-folder), or give the "
+            "table itself as the source."
+        )
+    if (not agree and options.label_column) or (agree and len(tables.splits) > len(folders.splits)):
+        return _with_rest(tables, listing)
+    folders.notes.append(f"{tables.splits[0].origin} {'says the same' if agree else 'is not used'}.")
+    return folders
+
+
+def _tables(listing: Listing, options: SourceOptions) -> tuple[Reading | None, DataError | None]:
+    """What the tables of a folder say, and why one says nothing."""
+    names = [name for name in listing.files if suffix(name) in TABLE_ENDINGS and name.count("/") < 3]
+    metadata = [name for name in names if Path(name).stem.lower() == "metadata"]
+    found: dict[str, Reading] = {}
+    trouble: DataError | None = None
+    for name in metadata or [name for name in names if "/" not in name]:
+        folder = str(PurePosixPath(name).parent) if "/" in name else ""
+        parts = [PurePosixPath(name).stem, *reversed(PurePosixPath(name).parts[:-1])]
+        split = next(filter(None, map(split_name, parts)), "train")
+        try:
+            table = parse_table(name, listing.read(name))
+            found[name] = read_table(table, Paths(listing, folder), options.columns, split)
+        except MissingPicturesError as error:
+            if options.class_folder is None:
+                raise
+            trouble = error
+        except DataError as error:
+            if suffix(name) != ".txt":  # most are read-me files
+                trouble = error
+    if not any(not is_missing(label) for reading in found.values() for part in reading.splits for label in part.labels):
+        return None, trouble
+    splits = [split.name for reading in found.values() for split in reading.splits]
+    if len(set(splits)) < len(splits):
+        raise DataError(
+            f"{listing.name} holds several tables of pictures and labels: {shorten(found)}. Give one of them as the "
+            "source, or name them after their splits (train.csv, test.csv)."
+        )
+    return join_tables(found), trouble
+
+
+def _described(reading: Reading) -> str:
+    labels = sorted({str(label) for split in reading.splits for label in split.labels if not is_missing(label)})
+    origins = shorten([split.origin or split.name for split in reading.splits], 3)
+    count = sum(map(len, reading.splits))
+    return f"{reading.kind} ({origins}: {count} pictures, {len(labels)} classes: {shorten(labels)})"
+
+
+def _labels_by_file(reading: Reading) -> dict[str, Any]:
+    return {
+        os.path.normpath(name): label
+        for split in reading.splits
+        if isinstance(split.cells, (FileCells, ArchiveCells))
+        for name, label in zip(split.cells.names, split.labels, strict=True)
+    }
+
+
+def _same_classes(one: Reading, other: Reading) -> bool:
+    """Whether two readings have the same pictures in the same groups, whatever the groups are called."""
+    first, second = _labels_by_file(one), _labels_by_file(other)
+    if first.keys() != second.keys():
+        return False
+    pairs = {(first[name], second[name]) for name in first}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def _with_rest(reading: Reading, listing: Listing) -> Reading:
+    """A table's reading, with what it does not name counted."""
+    named = _labels_by_file(reading)
+    cells = listing.cells(listing.pictures())
+    assert isinstance(cells, (FileCells, ArchiveCells))
+    rest = [name for name in cells.names if os.path.normpath(name) not in named]
+    reading.left_out += listing.left_out
+    if rest:
+        examples = tuple(os.path.relpath(name, listing.name) for name in rest[:5])
+        reading.left_out.append(LeftOut("pictures that the table does not name", len(rest), examples))
+    others = [name for name in listing.files if not is_picture(name) and suffix(name) not in TABLE_ENDINGS]
+    reading.left_out += pictures_left_out(others)
+    return reading
+
+
+# ---------------------------------------------------------------------- as datasets
 
 
 def load_splits(
@@ -22,7 +340,7 @@ def load_splits(
     token: str | bool | None = None,
     cache_dir: str | None = None,
 ) -> DatasetDict:
-    """Open a source as named splits of the `datasets` library, with columns `image` and `label` for files.
+    """Open a source as named splits of the `datasets` library; files give the columns `image` and `label`.
 
     Args:
         source: as for `load_training_data`.
@@ -30,41 +348,44 @@ def load_splits(
         revision, token, cache_dir: as in `datasets.load_dataset`.
 
     Raises:
-        DataError: as `load_training_data`.
+        DataError: as `load_training_data`; also an archive whose pictures do not fit into 1 GB of memory.
     """
     if isinstance(source, DatasetDict):
         return source
-    reading = read_source(source, name, revision, token, cache_dir)
-    splits: dict[str, Dataset] = {}
+    options = SourceOptions(config_name=name, revision=revision, token=token, cache_dir=cache_dir)
+    reading = read_source(source, options)
+    every = [label for split in reading.splits for label in split.labels]
+    feature: Any = Value("int64")
+    ids: dict[Any, int] = {}
+    if any(isinstance(label, str) for label in every):
+        naming = name_classes(every, [], None, "labels")
+        feature, ids = ClassLabel(names=naming.names), naming.ids
+    splits = {}
     for split in reading.splits:
         if split.dataset is None:
-            raise NotImplementedError
-        splits[split.name] = split.dataset
+            labels = [None if is_missing(label) else ids.get(label, label) for label in split.labels]
+            columns = {"image": _as_values(split.cells), "label": labels}
+            features = Features({"image": Image(), "label": feature})
+            splits[split.name] = Dataset.from_dict(columns, features, split=split.name)
+        else:
+            splits[split.name] = split.dataset
     return DatasetDict(splits)
 
 
-# ---------------------------------------------------------------------- opening
-
-
-def read_source(
-    source: Any, config_name: str | None, revision: str | None, token: str | bool | None, cache_dir: str | None
-) -> Reading:
-    """What is in a source; see `load_training_data`."""
-    if isinstance(source, (IterableDataset, IterableDatasetDict)):
-        raise DataError(STREAMED)
-    if isinstance(source, Dataset):
-        source = DatasetDict({str(source.split or "train"): source})
-    if isinstance(source, DatasetDict):
-        return _reading_of(source, "dataset")
-    text = os.fspath(source)
-    if is_path(source):
-        from ._old import load_splits as old
-
-        return _reading_of(old(source, cache_dir=cache_dir), "folder")
-    loaded = load_dataset(text, config_name, revision=revision, token=token, cache_dir=cache_dir)
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-    return _reading_of(splits, "dataset of the Hub")
-
-
-def _reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
-    return Reading(kind, [SplitReading(str(name), dataset=part) for name, part in splits.items()])
+def _as_values(cells: Any) -> list[Any]:
+    """Cells that a table can hold: paths, or the content of what has no path that is text."""
+    values, size = [], 0
+    for row in range(len(cells)):
+        cell = cells[row]
+        if isinstance(cell, str) and not cell.isascii() and cell != cell.encode("utf-8", "replace").decode("utf-8"):
+            cell = {"bytes": _content(Path(cell)), "path": None}
+        if isinstance(cell, dict):
+            size += len(cell["bytes"])
+            cell = {"bytes": cell["bytes"], "path": cell["path"] and visible(cell["path"])}
+        if size > _MOST_COPIED:
+            raise DataError(
+                "The pictures of this archive do not fit into 1 GB as a dataset in memory. Use load_training_data, "
+                "which reads each when it is needed, or unpack the archive."
+            )
+        values.append(cell)
+    return values

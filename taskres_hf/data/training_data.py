@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
 from ..errors import DataError
 from ..storage import is_path
 from .account import Account, LeftOut, SplitAccount, shorten
-from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column
-from .naming import Naming, is_missing, name_classes
+from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, rename_classes
+from .naming import Naming, are_codes, is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
-from .sources import read_source
+from .sources import SourceOptions, read_source
 
 
 class TrainingData(NamedTuple):
@@ -44,6 +44,7 @@ def load_training_data(
     drop_unlabelled: bool = False,
     holdout: float | None = None,
     seed: int = 1,
+    class_folder: str | None = None,
 ) -> TrainingData:
     """Read labelled pictures from anything that holds them; what was read as what is in the account.
 
@@ -58,6 +59,8 @@ def load_training_data(
         drop_unlabelled: leave out rows without a label instead of refusing them.
         holdout: share of the training pictures, per class, to hold out instead of a split.
         seed: seed of that draw.
+        class_folder: which folder is the class where folders lie in folders: `"first"` (below the split) or `"last"`
+            (that holds the picture). By default it is the first, and two possible readings are refused.
 
     Returns:
         `(train, held_out, account)`; both sets have the same classes in the same order.
@@ -67,7 +70,11 @@ def load_training_data(
     """
     if holdout is not None and eval_split not in (None, "none"):
         raise DataError("Choose one: holdout= takes part of the training split, eval_split= another split.")
-    reading = read_source(source, config_name, revision, token, cache_dir)
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, train_split, eval_split, class_folder,
+        class_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
     trained = _choose_training(reading, train_split)
     options = {"image_column": image_column, "label_column": label_column}
     held = None if holdout is not None else _choose_held_out(reading, trained, eval_split, options)
@@ -104,6 +111,7 @@ def load_evaluation_data(
     class_names: Any = None,
     default_names: Sequence[str] | None = None,
     drop_unlabelled: bool = False,
+    class_folder: str | None = None,
 ) -> LabelledImages:
     """One split to measure on, with `account` set; other arguments as in `load_training_data`.
 
@@ -114,9 +122,15 @@ def load_evaluation_data(
     Raises:
         DataError: as `load_training_data`; never another split than the one asked for.
     """
-    reading = read_source(source, config_name, revision, token, cache_dir)
+    given = SourceOptions(
+        config_name, revision, token, cache_dir, image_column, label_column, None, split, class_folder,
+        class_names if class_names is not None else default_names,
+    )  # fmt: skip
+    reading = read_source(source, given)
     options = {"image_column": image_column, "label_column": label_column}
-    chosen = _named(reading, split) if split is not None else _default_held_out(reading, None, options)
+    chosen = (
+        _measurable(_named(reading, split), options) if split is not None else _default_held_out(reading, None, options)
+    )
     if chosen is None and len(reading.splits) == 1:
         chosen = reading.splits[0]
     if chosen is None:
@@ -153,7 +167,7 @@ def _named(reading: Reading, name: str) -> SplitReading:
 def _choose_training(reading: Reading, name: str | None) -> SplitReading:
     if name is not None:
         return _named(reading, name)
-    split = reading.split("train")
+    split = reading.splits[0] if reading.chosen else reading.split("train")
     if split is None and len(reading.splits) == 1 and split_name(reading.splits[0].name) is None:
         split = reading.splits[0]
     if split is None:
@@ -176,6 +190,14 @@ def _choose_held_out(
         raise DataError(
             f"The split {split.name!r} cannot be trained on and measured on. Choose another eval_split (--eval-split), "
             "or set a part aside with holdout=0.2 (--holdout 0.2)."
+        )
+    return _measurable(split, options)
+
+
+def _measurable(split: SplitReading, options: Mapping[str, Any]) -> SplitReading:
+    if not any(not is_missing(label) for label in _labels(split, options)):
+        raise DataError(
+            f"The split {split.name!r} has no labels, so nothing can be measured on its {len(split)} pictures."
         )
     return split
 
@@ -220,12 +242,25 @@ def _labelled(
             **options,
         )  # fmt: skip
         images.split = split.name
-        return images, Naming(images.class_names, {})
+        return images, _naming_of(split.dataset, images, class_names)
     elsewhere = [label for other in others for label in other.labels]
-    numbers = all(isinstance(label, int) or is_missing(label) for label in split.labels)
-    names = default_names if class_names is None and numbers else class_names
+    names = default_names if class_names is None and are_codes(split.labels, default_names) else class_names
     naming = name_classes(split.labels, elsewhere, names, split.origin or "labels")
     return _from_labels(split, naming, drop_unlabelled), naming
+
+
+def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Naming:
+    """Which columns were used, and what classes of the dataset are called."""
+    feature = dataset.features[images.label_column]
+    pairs = {}
+    if isinstance(feature, ClassLabel) and class_names is not None:
+        names, order = rename_classes(feature.names, class_names, images.label_column)
+        pairs = {old: names[order.get(index, index)] for index, old in enumerate(feature.names)}
+        pairs = {old: name for old, name in pairs.items() if old != name}
+    others = [name for name in dataset.column_names if name not in (images.image_column, images.label_column)]
+    also = f" (not used: {shorten(others)})" if others else ""
+    note = f"Columns: pictures {images.image_column!r}, labels {images.label_column!r}{also}."
+    return Naming(images.class_names, {}, pairs, [note])
 
 
 def _from_labels(split: SplitReading, naming: Naming, drop_unlabelled: bool) -> LabelledImages:
