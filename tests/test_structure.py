@@ -11,11 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation",
-    "families", "encoders", "base_model", "base_classifier", "configuration_taskres", "artifact", "hub",
-    "modeling_taskres", "pictures",
+    "families", "fingerprint", "encoders", "base_formats", "base_model", "base_classifier",
+    "configuration_taskres", "artifact", "hub", "modeling_taskres", "pictures",
     "data.account", "data.cells", "data.labelled", "data.reading", "data.naming", "data._old", "data.sources",
-    "data.training_data", "data",
-    "few_shot",
+    "data.training_data", "data", "few_shot",
     "embedding.augmentation", "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn",
     "embedding.engines.int8", "embedding.engines.rewriting", "embedding.engines.engine",
     "embedding.engines.openvino", "embedding.engines.onnxruntime", "embedding.engines.choose", "embedding.engines",
@@ -37,7 +36,8 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+# The module in remote/ is copied beside artifacts and imports nothing of the package.
+FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "remote"}
 
 
 def _imports(module: str, path: Path) -> set[str]:

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from ..artifact import library_versions
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import read_json, write_bytes, write_json
+from ..storage import library_versions, read_json, write_bytes, write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
 from .datasets import SuiteData, describe_dataset, open_dataset, suite_datasets
