@@ -1,6 +1,7 @@
 """`python -m benchmarks [GROUP ...]`: measure, print a table, and write `benchmarks/results.json`.
 
-All groups take about 25 minutes on two cores; the openvino extra is needed for its rows."""
+All groups take about 25 minutes on two cores. Rows that cannot run on a machine, for want of instructions or of the
+openvino extra, are listed with the reason."""
 
 from __future__ import annotations
 

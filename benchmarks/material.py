@@ -5,6 +5,7 @@ Random weights cost what trained ones cost; accuracy is measured elsewhere, on t
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import PIL.Image
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from taskres_hf.base_model import cpu_has_bf16
 from taskres_hf.demo import demo_dataset, demo_model
+from taskres_hf.embedding.engines.choose import make_engine
+from taskres_hf.errors import ConfigurationError, MissingExtraError
 
 OUT = Path(__file__).parent / "out"
 
@@ -33,6 +37,18 @@ def clip_folder(patch: int = 32) -> str:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_bytes((Path(demo_model()) / name).read_bytes())
     return str(folder)
+
+
+@cache
+def obstacle(engine: str, precision: str) -> str | None:
+    """Why a way to run the tower cannot be measured on this machine, or None."""
+    if precision == "bf16" and not cpu_has_bf16():
+        return "this processor does not multiply bf16"
+    try:
+        make_engine(CLIPModel.from_pretrained(demo_model(), dtype=torch.float32).eval(), engine, precision)
+    except (ConfigurationError, MissingExtraError) as error:
+        return str(error)
+    return None
 
 
 def jpeg_folder(count: int, size: tuple[int, int], classes: int = 100) -> Path:

@@ -9,7 +9,8 @@ thing it was trained on in another style. The test splits are not touched.
 from __future__ import annotations
 
 import argparse
-from statistics import mean
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,71 +18,65 @@ import torch
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.evaluation import accuracy
 from taskres_hf.few_shot import few_shot_indices
-
-SHOTS = (1, 2, 4, 8, 16)
+from taskres_hf.paper.reports import accuracy_table, summarise
+from taskres_hf.paper.runner import Cell, few_shot_runs, grid
 
 
 def candidates() -> dict[str, dict[str, Any]]:
     """Name to settings; `strength` is the penalty times the number of shots."""
-    found: dict[str, dict[str, Any]] = {"paper": {"recipe": "paper"}}
+    settings: dict[str, dict[str, Any]] = {"paper": {"recipe": "paper"}}
     for strength in (0.0, 1.0, 3.0, 10.0):
-        found[f"penalty {strength:g} / shots"] = {"recipe": "auto", "strength": strength}
-    found["paper, enhanced base"] = {"recipe": "paper", "enhanced_base": True}
-    found["penalty 3 / shots, enhanced base"] = {"recipe": "auto", "strength": 3.0, "enhanced_base": True}
-    return found
+        settings[f"penalty {strength:g} / shots"] = {"recipe": "auto", "strength": strength}
+    settings["paper, enhanced base"] = {"recipe": "paper", "enhanced_base": True}
+    settings["penalty 3 / shots, enhanced base"] = {"recipe": "auto", "strength": 3.0, "enhanced_base": True}
+    return settings
 
 
-def run(
-    model: TaskResCLIPForImageClassification,
-    data: dict[str, ImageFeatures],
-    things: list[str] | None,
-    shots: int,
-    seed: int,
-    settings: dict[str, Any],
-) -> tuple[float, float]:
-    """Zero-shot and trained accuracy of one draw on the pictures outside it."""
-    train, settings = data["train"], dict(settings)
-    rows = few_shot_indices(train.labels.tolist(), shots, seed, on_short="ignore")
-    seen = {things[row] for row in rows} if things else set()
-    drawn = set(rows)
-    rest = [row for row in range(len(train)) if row not in drawn and (things is None or things[row] not in seen)]
-    embeds = torch.cat([train.image_embeds[0][rest], data["validation"].image_embeds[0]])
-    labels = torch.cat([train.labels[rest], data["validation"].labels])
-    if "strength" in settings:
-        settings["penalty"] = settings.pop("strength") / shots
-    model.classifier.reset()
-    arguments = TaskResTrainingArguments(seed=seed, on_short="ignore", disable_tqdm=True, **settings)
-    TaskResTrainer(model, arguments, train.select(rows)).train()
-    with torch.no_grad():
-        head = model.classifier
-        return 100 * accuracy(head.zero_shot_logits(embeds), labels), 100 * accuracy(head(embeds), labels)
+def runs(task: str, shots: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every candidate on every draw of a task, measured on the pictures outside the draw."""
+    spec, splits, settings = demo_tasks()[task], demo_dataset(task), candidates()
+    model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+    trainer = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True))
+    train, validation = (trainer.embed(splits[name]) for name in ("train", "validation"))
+    things = None if task == "digits" else list(splits["train"]["hexcode"])
+
+    def draw(cell: Cell) -> list[int]:
+        return few_shot_indices(train.labels.tolist(), cell.shots, cell.seed, on_short="ignore")
+
+    def outside(cell: Cell) -> dict[str, tuple[ImageFeatures, None]]:
+        rows = set(draw(cell))
+        seen = {things[row] for row in rows} if things else set()
+        rest = [row for row in range(len(train)) if row not in rows and (things is None or things[row] not in seen)]
+        embeds = torch.cat([train.image_embeds[:, rest], validation.image_embeds], dim=1)
+        labels = torch.cat([train.labels[rest], validation.labels])
+        return {"": (ImageFeatures(embeds, labels, train.class_names, ""), None)}
+
+    def options(cell: Cell) -> dict[str, Any]:
+        values = dict(settings[cell.recipe])
+        strength = values.pop("strength", None)
+        return values if strength is None else {**values, "penalty": strength / cell.shots}
+
+    cells = grid(task, shots, seeds, list(settings))
+    measured = few_shot_runs(model, cells, lambda cell: train.select(draw(cell)), outside, options)
+    return [
+        {
+            **asdict(cell), "zero_shot_accuracy": scores[""][0], "accuracy": scores[""][1], "targets": {},
+        }
+        for cell, scores in measured
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    seeds = range(1, parser.parse_args().seeds + 1)
-    tasks: dict[str, Any] = {}
-    for task, spec in demo_tasks().items():
-        splits = demo_dataset(task)
-        model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
-        trainer = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True))
-        data = {name: trainer.embed(splits[name]) for name in ("train", "validation")}
-        things = None if task == "digits" else list(splits["train"]["hexcode"])
-        tasks[task] = (model, data, things)
-    print("| recipe | " + " | ".join(f"{shots} shots" for shots in SHOTS) + " |")
-    print("|---|" + "---:|" * len(SHOTS))
-    zero: dict[int, list[float]] = {}
-    for name, settings in candidates().items():
-        cells = []
-        for shots in SHOTS:
-            results = [run(*tasks[task], shots, seed, settings) for task in tasks for seed in seeds]
-            zero[shots] = [before for before, _ in results]
-            cells.append(f"{mean(after for _, after in results):.1f}")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-    print("| zero-shot | " + " | ".join(f"{mean(zero[shots]):.1f}" for shots in SHOTS) + " |")
+    parser.add_argument("--shots", type=int, nargs="+", default=(1, 2, 4, 8, 16))
+    parser.add_argument("--tasks", nargs="+", default=list(demo_tasks()))
+    options = parser.parse_args()
+    seeds = range(1, options.seeds + 1)
+    results = [result for task in options.tasks for result in runs(task, options.shots, seeds)]
+    rows = [row for row in summarise(results) if row["dataset"] == "mean" or len(options.tasks) == 1]
+    print(accuracy_table(rows, options.seeds, on="pictures outside the shots").markdown())
 
 
 if __name__ == "__main__":

@@ -66,9 +66,14 @@ class Report:
         cpu = f"cpu {median(both['cpu']):.3f}"
         self.add(name, both["wall"], goal, higher_is_better=invert, note=f"{cpu}; {note}" if note else cpu)
 
+    def skip(self, name: str, reason: str) -> None:
+        """A row that has no number here, and why."""
+        self.rows[name] = {"not_measured": reason}
+        print(f"{name:58s} not measured: {reason}", flush=True)
+
     def save(self) -> None:
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps({**kept, **self.rows}, indent=1) + "\n")
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**before, **self.rows}, indent=1) + "\n")
 
     @staticmethod
     def stored() -> Report:
@@ -83,6 +88,9 @@ class Report:
         table = ["| way to a classifier | times slower than ours | what it takes, and how that was measured |"]
         table.append("|---|---:|---|")
         for name, row in self.rows.items():
+            if "not_measured" in row:
+                lines.append(f"| {name.removeprefix(PEER)} | | | | | not measured: {row['not_measured']} |")
+                continue
             if name.startswith(PEER):
                 table.append(f"| {name.removeprefix(PEER)} | {row['median']:.3g} | {row['note']} |")
                 continue

@@ -8,13 +8,16 @@
 
 A new folder appears whole or not at all. In an existing one, replacing `model.safetensors` is the commit point: it
 carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
+Everything is written beside the old files first and read back: nothing is saved that does not load.
+
+Describing an artifact imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -22,26 +25,29 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .errors import ArtifactError, BaseModelError
+from .errors import ArtifactError, BaseModelError, ConfigurationError
+from .prompts import class_prompts, prompts_digest
 from .storage import (
     CONFIG,
+    FORMAT_VERSION,
     PROCESSOR,
     RESIDUAL,
     SHIFT,
     WEIGHTS,
+    StoredTensor,
+    is_path,
     read_json,
-    read_tensors,
+    read_stored,
     umask,
     write_bytes,
     write_tensors,
 )
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _REQUIRED = (
     "base_model_name_or_path",
     "base_fingerprint",
@@ -52,35 +58,46 @@ _REQUIRED = (
 )
 
 
-def residual_digest(residual: Tensor) -> str:
-    """Checksum of a residual's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
-    raw = residual.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{residual.dtype} {list(residual.shape)} ".encode() + raw).hexdigest()
+def tensor_digest(tensor: StoredTensor) -> str:
+    """Checksum of a tensor's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
+    return hashlib.sha256(f"{tensor.torch_name} {list(tensor.shape)} ".encode() + tensor.content).hexdigest()
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
     """Checksum of all tensors of an artifact; of the residual alone where there is no shift."""
-    digest = residual_digest(tensors[RESIDUAL])
+    digest = tensor_digest(tensors[RESIDUAL])
     if SHIFT not in tensors:
         return digest
-    return hashlib.sha256((digest + residual_digest(tensors[SHIFT])).encode()).hexdigest()
+    return hashlib.sha256((digest + tensor_digest(tensors[SHIFT])).encode()).hexdigest()
 
 
-def check_residual(residual: Tensor, where: str) -> None:
+def _stored(tensor: Tensor) -> StoredTensor:
+    """A torch tensor as it will lie in the file."""
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    raw = tensor.detach().cpu().contiguous()
+    kind = names.get(raw.dtype, str(raw.dtype).removeprefix("torch."))
+    return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def check_residual(residual: StoredTensor, where: str) -> None:
     """Refuse a residual that is not a finite floating-point matrix.
 
     Raises:
         ArtifactError: says what it is instead.
     """
-    if residual.ndim != 2 or not residual.is_floating_point():
+    values = residual.values()
+    if values is None or len(residual.shape) != 2:
         raise ArtifactError(
-            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.dtype} "
+            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.torch_name} "
             f"{list(residual.shape)}."
         )
-    if not bool(torch.isfinite(residual).all()):
-        bad = int((~torch.isfinite(residual)).any(dim=1).sum())
+    if not all(map(math.isfinite, values)):
+        classes, dim = residual.shape
+        bad = sum(not all(map(math.isfinite, values[row * dim : (row + 1) * dim])) for row in range(classes))
         raise ArtifactError(
-            f"{where}: the residual holds NaN or infinite values in {bad} of {residual.shape[0]} classes. Training "
+            f"{where}: the residual holds NaN or infinite values in {bad} of {classes} classes. Training "
             "diverged or the file is damaged: train again with a lower learning rate, or download the file again."
         )
 
@@ -106,34 +123,36 @@ def write_artifact(
     """
     folder = Path(folder)
     tensors = {RESIDUAL: residual} if shift is None else {RESIDUAL: residual, SHIFT: shift}
-    for tensor in tensors.values():
+    stored = {name: _stored(tensor) for name, tensor in tensors.items()}
+    for tensor in stored.values():
         check_residual(tensor, str(folder))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
-    config = {**config, "residual_sha256": tensors_digest(tensors)}
+    config = {**config, "residual_sha256": tensors_digest(stored)}
+    config = as_json(config)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    encoded = text.encode("utf-8", "backslashreplace")  # a lone surrogate, as of a file name, becomes its JSON escape
     metadata = {
         "contents": "task residual [K, D]",
         "config": json.dumps(config, sort_keys=True, ensure_ascii=False),
     }
-
-    def write_into(target: Path) -> None:
-        for name, content in extra.items():
-            write_bytes(target / name, content)
-        write_tensors(target / WEIGHTS, tensors, metadata)
-        write_bytes(target / CONFIG, text.encode("utf-8"))
-
-    if folder.exists() and any(folder.iterdir()):
-        write_into(folder)
-        return
+    fresh = not folder.exists() or not any(folder.iterdir())
     staging = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-        write_into(staging)
-        os.chmod(staging, 0o777 & ~umask())
-        os.replace(staging, folder)
+        (folder.parent if fresh else folder).mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent if fresh else folder, prefix=".taskres.", suffix=".tmp"))
+        for name, content in extra.items():
+            write_bytes(staging / name, content)
+        write_tensors(staging / WEIGHTS, tensors, metadata)
+        write_bytes(staging / CONFIG, encoded)
+        check_loads(staging)
+        if fresh:
+            os.chmod(staging, 0o777 & ~umask())
+            os.replace(staging, folder)
+            return
+        for name in (*extra, WEIGHTS, CONFIG):  # the weights carry the config: replacing them is the commit point
+            os.replace(staging / name, folder / name)
     except OSError as error:
         raise ArtifactError(
             f"Cannot write {folder}: {error.strerror or error}. Nothing was changed; choose a folder that can be "
@@ -141,8 +160,64 @@ def write_artifact(
         ) from error
     finally:
         if staging is not None:
-            with suppress(OSError):
-                shutil.rmtree(staging)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON will hold them: numbers and arrays of numpy and torch as numbers and lists.
+
+    Raises:
+        ArtifactError: something else has no place in JSON.
+    """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} {value!r:.40}")
+
+    try:
+        ready: dict[str, Any] = json.loads(json.dumps(values, default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The config holds what JSON cannot: {error}. Nothing was changed.") from error
+    return ready
+
+
+def check_loads(folder: str | os.PathLike[str]) -> None:
+    """Read an artifact back: whole, its prompts those that `t` was made from, its processor readable.
+
+    Raises:
+        ArtifactError: it would not load.
+    """
+    config, _ = read_checked(Path(folder, CONFIG), Path(folder, WEIGHTS))
+    digest = config["base_fingerprint"].get("prompts_sha256")
+    if digest is not None and prompts_digest(prompts_of(config), config.get("prompt_average", "raw")) != digest:
+        raise ArtifactError(
+            "The classes, templates or descriptions in the config are not those the base classifier was made from: the "
+            "classifier would not load again. Do not change model.config; make a new model with from_base. Nothing was "
+            "changed."
+        )
+    if Path(folder, PROCESSOR).is_file():
+        read_json(Path(folder, PROCESSOR))
+
+
+def prompts_of(config: Mapping[str, Any]) -> list[list[str]]:
+    """The prompts of each class of a config.json, K lists.
+
+    Raises:
+        ArtifactError: they cannot be made from it.
+    """
+    names = {int(index): name for index, name in config["id2label"].items()}
+    templates = config.get("templates")
+    try:
+        return class_prompts(
+            [names[index] for index in range(len(names))],
+            None if templates == [] else templates,
+            underscores=config.get("underscores", "replace"),
+            descriptions=config.get("class_descriptions"),
+            prompt_names=config.get("prompt_names"),
+        )
+    except ConfigurationError as error:
+        raise ArtifactError(f"The config's prompts cannot be made: {error}") from error
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -170,11 +245,32 @@ def read_artifact(
         None.
 
     Raises:
+        ArtifactError: see `read_checked`.
+    """
+    import torch
+
+    config, tensors = read_checked(config_path, weights_path)
+    read = {
+        name: torch.frombuffer(tensor.values(), dtype=torch.float32).reshape(tensor.shape).clone()
+        for name, tensor in tensors.items()
+    }
+    return config, read[RESIDUAL], read.get(SHIFT)
+
+
+def read_checked(
+    config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Read and verify an artifact's two files, without torch.
+
+    Returns:
+        The config, and the tensors by name.
+
+    Raises:
         ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
-            missing, there is another tensor than the residual, or its shape is not [classes, projection_dim].
+            missing or wrong, there is another tensor than the residual, or its shape is not [classes, projection_dim].
     """
     config = read_json(config_path)
-    tensors, metadata = read_tensors(weights_path)
+    tensors, metadata = read_stored(weights_path)
     if set(tensors) not in ({RESIDUAL}, {RESIDUAL, SHIFT}):
         raise ArtifactError(
             f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base); it "
@@ -182,11 +278,10 @@ def read_artifact(
         )
     for tensor in tensors.values():
         check_residual(tensor, str(weights_path))
-    residual, shift = tensors[RESIDUAL], tensors.get(SHIFT)
     digest = tensors_digest(tensors)
     if config.get("residual_sha256") not in (None, digest):
         # A save was cut between the two files: the weights carry the config they were written with.
-        carried = json.loads(metadata.get("config", "{}"))
+        carried = _carried(metadata)
         if carried.get("residual_sha256") != digest:
             raise ArtifactError(
                 f"The checksum of {weights_path} is not the one in config.json: the file was altered or damaged. "
@@ -196,31 +291,71 @@ def read_artifact(
     check_config(config, str(config_path))
     table = [len(config["id2label"]), config["projection_dim"]]
     expected = [1, table[1]] if config.get("residual_side") == "image" else table
-    if list(residual.shape) != expected or (shift is not None and list(shift.shape) != table):
+    shapes = [list(tensors[name].shape) for name in (RESIDUAL, SHIFT) if name in tensors]
+    if shapes[0] != expected or shapes[1:] not in ([], [table]):
         raise ArtifactError(
-            f"The residual in {weights_path} has shape {list(residual.shape)}; config.json speaks of {table[0]} "
+            f"The residual in {weights_path} has shape {shapes[0]}; config.json speaks of {table[0]} "
             f"classes and projection_dim {table[1]}. The two files do not belong together."
         )
-    return config, residual.float(), None if shift is None else shift.float()
+    return config, tensors
+
+
+def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        carried = json.loads(metadata.get("config", "{}"))
+        if isinstance(carried, dict):
+            return carried
+    return {}
+
+
+_OBJECT, _LIST, _TEXT, _NUMBER = (dict,), (list,), (str,), (int, float)
+# What each key of config.json must be, where it is there and not null.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": _TEXT, "base_model_revision": _TEXT, "base_model_type": _TEXT,
+    "base_fingerprint": _OBJECT, "projection_dim": (int,), "id2label": _OBJECT, "templates": _LIST,
+    "class_descriptions": _OBJECT, "prompt_names": _OBJECT, "underscores": _TEXT, "prompt_average": _TEXT,
+    "alpha": _NUMBER, "residual_side": _TEXT, "enhanced_base": _OBJECT, "logit_scale": _NUMBER, "logit_bias": _NUMBER,
+    "few_shot": _OBJECT, "training": _OBJECT, "metrics": _OBJECT, "data": _OBJECT, "library_versions": _OBJECT,
+    "residual_sha256": _TEXT, "dtype": _TEXT,
+}  # fmt: skip
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config.json of a newer format or without a key that loading needs.
+    """Refuse a config.json of a newer format, without a key that loading needs, or with a value of another type.
 
     Raises:
         ArtifactError: names the version or the keys.
     """
     version = config.get("format_version", 1)
-    if not isinstance(version, int) or version > 1:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{where} has format_version {version!r}; this library reads up to 1. It was made by a newer taskres_hf: "
-            "upgrade with `pip install -U taskres_hf`."
+            f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
+            "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
         )
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise ArtifactError(
             f"{where} lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again."
         )
+    for key, types in _TYPES.items():
+        value = config.get(key)
+        number = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool) or not number):
+            raise ArtifactError(f"{where}: {key} has the wrong type or value ({value!r:.60}). Save the artifact again.")
+    stored = config["base_fingerprint"]
+    image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
+    numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
+    if not all(_numbers(values or []) for values in numbers) or stored.get("image") not in (None, image):
+        raise ArtifactError(f"{where}: base_fingerprint is damaged. Save the artifact again.")
+    names = config["id2label"]
+    if set(names) != {str(index) for index in range(len(names))} or not all(isinstance(n, str) for n in names.values()):
+        raise ArtifactError(f"{where}: id2label must name the classes 0 to K-1. Save the artifact again.")
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
 
 
 def find_artifact(
@@ -229,25 +364,56 @@ def find_artifact(
     """Paths of an artifact's config and weights, downloaded into the Hub's cache where needed.
 
     Raises:
-        ArtifactError: a path to a folder that does not exist. OSError: no such repository or file, from the Hub client.
+        ArtifactError: no such folder, or it holds no artifact. OSError: no such repository or file, or no access; its
+            cause is the Hub client's error.
     """
-    from transformers.utils.hub import cached_file
-
     name = os.fspath(name_or_path)
-    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ArtifactError(f"There is no folder {name}. Check the path, or give a Hub id such as me/pets-taskres.")
-    if subfolder:
-        hub_kwargs["subfolder"] = subfolder
-    if os.path.isdir(name):
+    if is_path(name_or_path):
         folder = Path(name, subfolder)
+        if not folder.is_dir():
+            kind = "is a file" if folder.is_file() else "does not exist"
+            raise ArtifactError(
+                f"The folder {folder} {kind}. Check the path, or give a Hub id such as me/pets-taskres."
+            )
         missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
         if missing:
             raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
         return str(folder / CONFIG), str(folder / WEIGHTS)
-    config, weights = (cached_file(name, file, revision=revision, **hub_kwargs) for file in (CONFIG, WEIGHTS))
-    # Into the cache as well, so that the next load works without a network.
-    cached_file(name, PROCESSOR, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    return str(config), str(weights)
+    config, weights = (_download(name, file, revision, subfolder, hub_kwargs) for file in (CONFIG, WEIGHTS))
+    with suppress(ArtifactError, OSError):  # into the cache as well, so that the next load works without a network
+        _download(name, PROCESSOR, revision, subfolder, hub_kwargs)
+    return config, weights
+
+
+def _download(name: str, file: str, revision: str | None, subfolder: str, hub_kwargs: Mapping[str, Any]) -> str:
+    """Path of one file of a repository, in the Hub's cache."""
+    from huggingface_hub import errors, hf_hub_download
+
+    options = {key: value for key, value in hub_kwargs.items() if key != "proxies"}
+    try:
+        return str(hf_hub_download(name, file, revision=revision, subfolder=subfolder or None, **options))
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"is not in the cache and the Hub cannot be reached, or is not to be: {error}"
+        raise OSError(f"The classifier {name} {reason}") from error
+    except errors.EntryNotFoundError as error:
+        raise ArtifactError(f"The repository {name} holds no TaskRes classifier: it has no {file}.") from error
+    except errors.GatedRepoError as error:
+        raise OSError(
+            f"The classifier {name} is gated: ask for access on its page, log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise OSError(
+            f"There is no repository {name} on the Hub, or it is private: check the name, or pass token= or log in "
+            "with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"The repository {name} has no revision {revision!r}.") from error
+
+
+def commit_of(path: str) -> str | None:
+    """The commit of a file in the Hub's cache; None for one elsewhere."""
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", os.fspath(path))
+    return found.group(1) if found else None
 
 
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
@@ -260,17 +426,17 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
     Raises:
         ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
     """
-    from transformers.utils.hub import extract_commit_hash
-
     name = os.fspath(name_or_path)
-    paths = find_artifact(name, revision, **hub_kwargs)
-    config, residual, shift = read_artifact(*paths)
+    paths = find_artifact(name_or_path, revision, **hub_kwargs)
+    config, tensors = read_checked(*paths)
+    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
+    assert values is not None
     names = {int(index): label for index, label in config["id2label"].items()}
     metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
     files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
     return {
         "artifact": name,
-        "commit": extract_commit_hash(paths[1], None),
+        "commit": commit_of(paths[1]),
         "base_model": config["base_model_name_or_path"],
         "base_model_revision": config.get("base_model_revision"),
         "base_model_type": config.get("base_model_type"),
@@ -280,11 +446,11 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
         "alpha": config["alpha"],
         "residual": {
-            "shape": list(residual.shape),
+            "shape": [rows, dim],
             "side": config.get("residual_side", "text"),
-            "mean_length": float(residual.norm(dim=1).mean()),
+            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
         },
-        "enhanced_base": shift is not None,
+        "enhanced_base": SHIFT in tensors,
         "shots": few_shot.get("shots"),
         "seed": few_shot.get("seed"),
         "train_images": few_shot.get("num_images"),
@@ -314,20 +480,9 @@ def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:
                 f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
             )
         return name
-    if not _HUB_ID.match(name) or ".." in name or os.path.exists(name):
+    if is_path(name):
         raise BaseModelError(
             f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
             "download is not followed. Pass base_model= with the base you trust."
         )
     return name
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the packages that write an artifact, as recorded in it."""
-    versions = {}
-    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -1,27 +1,40 @@
-"""From prompts to the base classifier `t` [K, D], and the fingerprint that tells whether it is still the same."""
+"""From prompts to the base classifier `t` [K, D]: made in fp32, cached, and checked against what a residual expects."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .encoders import encode_texts
-from .errors import ArtifactError, BaseMismatchError, ConfigurationError
+from .base_formats import BaseSource
+from .base_model import (
+    check_same_base,
+    check_tokens,
+    check_weights,
+    has_text_tower,
+    load_base_fp32,
+    load_image_tower,
+    load_tokenizer,
+    torch_dtype,
+    unrounded_text_side,
+)
+from .encoders import encode_texts, score_parameters, text_length
+from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
+from .families import family_of
+from .fingerprint import check_fingerprint, fingerprint, image_sketch
+from .fingerprint import same_base as same_base
+from .prompts import prompts_digest, warn_of_equals
 from .storage import cache_root, read_tensors, write_tensors
-
-_SKETCHES = 8
-_TOLERANCE = 2e-3  # relative to the norm of t: above rounding of fp16 weights, far below another checkpoint
 
 
 def base_embeddings(
@@ -40,6 +53,7 @@ def base_embeddings(
 
     Raises:
         ConfigurationError: unknown `average`.
+        BaseModelError: the text tower gives NaN, or the same embedding for all classes.
     """
     if average not in ("raw", "normalized"):
         raise ConfigurationError(f"`prompt_average` must be 'raw' or 'normalized'; got {average!r}.")
@@ -52,43 +66,186 @@ def base_embeddings(
         else:
             direction = F.normalize(F.normalize(group, dim=-1).mean(dim=0), dim=-1)
             rows.append(direction * group.norm(dim=-1).mean())
-    return torch.stack(rows)
+    table = torch.stack(rows)
+    if not bool(torch.isfinite(table).all()):
+        raise BaseModelError("The base's text tower gives NaN or infinite values: its weights are damaged.")
+    if len(set(flat)) > 1 and bool((embeddings - embeddings[0]).abs().max() <= 1e-6 * embeddings.abs().max()):
+        raise BaseModelError(
+            "The base's text tower gives the same embedding for every prompt: the tokenizer does not fit it (its "
+            "special tokens are others), or the tower was never trained. Check the tokenizer's files of the base model."
+        )
+    return table
 
 
-def fingerprint(base: Tensor, prompts: Sequence[Sequence[str]], average: str) -> dict[str, Any]:
-    """What `t` was made from, small enough for a config.
+class PreparedBase(NamedTuple):
+    """A base ready to classify: the model in the dtype it runs in, `t` [K, D], its fingerprint, where it came from."""
 
-    Holds a digest of the prompts in class order and a few random projections of `t`. A digest of `t` itself would
-    change with the batch size and the number of threads; the projections are compared with a tolerance.
+    base: PreTrainedModel
+    table: Tensor
+    fingerprint: dict[str, Any]
+    source: BaseSource
+
+
+def base_for_classes(
+    base_model: PreTrainedModel | None,
+    source: BaseSource,
+    dtype: Any,
+    options: Mapping[str, Any],
+    prompts: Sequence[Sequence[str]],
+    average: str,
+    tokenizer: Any = None,
+) -> PreparedBase:
+    """The base of a new classifier.
+
+    Args:
+        base_model: already loaded, or None. source: where it comes from.
+        dtype: what a base loaded here will run in. options: `device_map` and so on.
+        prompts, average, tokenizer: see `make_base_classifier`.
+
+    Raises:
+        BaseModelError: no base that can be used.
     """
-    return {
-        "prompts_sha256": prompts_digest(prompts, average),
-        "shape": list(base.shape),
-        "norm": round(float(base.norm()), 4),
-        "sketch": [round(value, 5) for value in _sketch(base)],
-    }
+    if base_model is not None:
+        family_of(base_model)
+        check_weights(base_model, source.name)
+        base, target = base_model.eval().requires_grad_(False), base_model.dtype
+        source = replace(source, revision=getattr(base_model.config, "_commit_hash", None) or source.commit())
+    else:
+        base, commit, target = load_base_fp32(source, dtype, options)
+        source = replace(source, revision=commit)
+    table, now = make_base_classifier(base, source, prompts, average, tokenizer)
+    if base_model is None:
+        write_table(cached_table_path(source, prompts, average), table)
+        if base.dtype != target:
+            base.to(target)
+    return PreparedBase(base, table, now, source)
 
 
-def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
-    """Digest of the prompts in class order and of how they are averaged."""
-    text = json.dumps([average, [list(group) for group in prompts]], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def make_base_classifier(
+    base: PreTrainedModel,
+    source: BaseSource | None,
+    prompts: Sequence[Sequence[str]],
+    average: str = "raw",
+    tokenizer: Any = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """`t` [K, D] of a base in whatever dtype, made in fp32, and its fingerprint.
+
+    Args:
+        base: loaded. source: where it came from; its tokenizer and, for a rounded base, its weights are read there.
+        tokenizer: read from `source` when None.
+
+    Raises:
+        ConfigurationError: no tokenizer and no source. BaseModelError: tokenizer or text tower give nothing useful.
+    """
+    if tokenizer is None:
+        if source is None or not source.name:
+            raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
+        tokenizer = load_tokenizer(source)
+    tokens = _checked_tokens(base, tokenizer, prompts)
+    exact, dtype = unrounded_text_side(base, source)
+    table = base_embeddings(exact, tokenizer, prompts, average)
+    image = image_sketch(exact.state_dict(), dtype)
+    return table, fingerprint(table, prompts, average, image, score_parameters(exact), dtype, tokens)
 
 
-def cached_table_path(
-    name_or_path: str, commit: str | None, prompts: Sequence[Sequence[str]], average: str
-) -> Path | None:
+def _checked_tokens(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> str:
+    """A digest of the prompts' tokens, after checking that they tell classes apart."""
+    flat = [prompt for group in prompts for prompt in group]
+    ids = tokenizer(flat, truncation=True, max_length=text_length(base, tokenizer))["input_ids"]
+    check_tokens(base, flat, ids)
+    rows, start = [], 0
+    for group in prompts:
+        rows.append(tuple(tuple(row) for row in ids[start : start + len(group)]))
+        start += len(group)
+    warn_of_equals([group[0] for group in prompts], rows, "classes' prompts")
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def base_for_artifact(
+    config: Any,
+    source: BaseSource,
+    shared: PreTrainedModel | None,
+    dtype: Any,
+    options: Mapping[str, Any],
+    *,
+    text_tower: bool = False,
+    accept_mismatch: bool = False,
+) -> PreparedBase:
+    """The base of an artifact and its base classifier, the very ones that the residual was trained on.
+
+    Args:
+        config: a `TaskResConfig`. source: where to load the base from.
+        shared: a base already loaded, or None.
+        dtype: what a base loaded here will run in. options: `device_map` and so on.
+        text_tower: load it too; otherwise it is left out where `t` is known on this machine.
+        accept_mismatch: no check, except that the sizes fit.
+
+    Raises:
+        BaseMismatchError: another base. BaseModelError: it cannot be loaded.
+    """
+    prompts, average, stored = config.class_prompts(), config.prompt_average, config.base_fingerprint or {}
+    kept = cached_table_path(source, prompts, average)
+    table = read_table(kept)
+    if table is not None and not _fits(fingerprint(table, prompts, average), stored):
+        table = None
+    base, target = shared, None
+    if shared is None:
+        light = None
+        if table is not None and not text_tower and not set(options) - {"attn_implementation"}:
+            light = load_image_tower(source, torch_dtype(dtype), options.get("attn_implementation"))
+        if light is not None and table is not None:
+            now = fingerprint(table, prompts, average, light.sketch, light.score)
+            if not accept_mismatch:
+                check_fingerprint(now, stored, source.name)
+            return PreparedBase(light.base, table, now, source)
+        base, commit, target = load_base_fp32(source, dtype, options)
+        source = replace(source, revision=commit)
+    assert base is not None
+    if has_text_tower(base) or table is None:
+        if not has_text_tower(base):
+            check_same_base(base, config)
+        table, now = make_base_classifier(base.eval().requires_grad_(False), source, prompts, average)
+    else:
+        check_same_base(base, config)
+        now = fingerprint(table, prompts, average, score=score_parameters(base))
+    if shared is not None:  # its image tower is the one that classifies
+        check_weights(shared, source.name)
+        now["image"] = image_sketch(shared.state_dict(), str(shared.dtype).removeprefix("torch."))
+    if not accept_mismatch:
+        check_fingerprint(now, stored, source.name)
+    elif table.shape[1] != config.projection_dim:
+        raise ArtifactError(
+            f"The residual is for embeddings of length {config.projection_dim}, the base {source.name!r} gives "
+            f"{table.shape[1]}: they can never fit. Choose a base with the same embedding size."
+        )
+    if shared is None:
+        write_table(kept, table)
+        if target is not None and base.dtype != target:
+            base.to(target)  # type: ignore[arg-type]
+    return PreparedBase(base, table, now, source)
+
+
+def _fits(now: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    try:
+        check_fingerprint(now, stored, "")
+    except BaseMismatchError:
+        return False
+    return True
+
+
+def cached_table_path(source: BaseSource, prompts: Sequence[Sequence[str]], average: str) -> Path | None:
     """Where `t` for these prompts and this base is kept; None when the base's version cannot be told without loading.
 
     A Hub base is told by its commit, a folder by the sizes and times of its files. What is read from there is still
     held against the artifact's fingerprint.
     """
-    if commit is not None:
-        version: list[Any] = [name_or_path, commit]
-    elif os.path.isdir(name_or_path):
-        files = sorted(Path(name_or_path).glob("*.json")) + sorted(Path(name_or_path).glob("*.safetensors"))
-        version = [os.path.realpath(name_or_path)]
+    if os.path.isdir(source.name):
+        folder = Path(source.name)
+        files = [file for pattern in ("*.json", "*.txt", "*.safetensors") for file in sorted(folder.glob(pattern))]
+        version: list[Any] = [os.path.realpath(source.name)]
         version += [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    elif source.revision is not None:
+        version = [source.name, source.revision]
     else:
         return None
     digest = hashlib.sha256(json.dumps([version, prompts_digest(prompts, average)]).encode()).hexdigest()
@@ -109,46 +266,3 @@ def write_table(path: Path | None, table: Tensor) -> None:
     if path is not None:
         with suppress(ArtifactError):
             write_tensors(path, {"base": table})
-
-
-def check_fingerprint(
-    base: Tensor, prompts: Sequence[Sequence[str]], average: str, stored: Mapping[str, Any], name: str
-) -> None:
-    """Compare a freshly made `t` with the one the residual was trained on.
-
-    Raises:
-        BaseMismatchError: says whether the shape, the prompts (class order, names, templates) or the base's weights
-            or tokenizer differ.
-    """
-    accept = "Pass accept_base_mismatch=True to from_pretrained if you want the residual on this base all the same."
-    if list(base.shape) != list(stored.get("shape", [])):
-        raise BaseMismatchError(
-            f"The base {name!r} gives a base classifier of shape {list(base.shape)}; the residual was trained on "
-            f"{stored.get('shape')}. Load it on the base model it was made for (base_model=, base_revision=)."
-        )
-    if prompts_digest(prompts, average) != stored.get("prompts_sha256"):
-        raise BaseMismatchError(
-            "The class names, their order or the templates in config.json are not those the residual was trained "
-            f"with, so its rows would meet other classes. Restore config.json. {accept}"
-        )
-    gap = max(
-        (abs(now - then) for now, then in zip(_sketch(base), stored.get("sketch", []), strict=False)),
-        default=math.inf,
-    )
-    gap = max(gap, abs(float(base.norm()) / max(float(stored.get("norm", 0.0)), 1e-12) - 1.0))
-    if gap > _TOLERANCE:
-        raise BaseMismatchError(
-            f"The base {name!r} no longer gives the text embeddings the residual was trained on (relative "
-            f"difference {gap:.2g}, allowed {_TOLERANCE:g}): it is another revision, or its weights or tokenizer "
-            f"changed. Pin the right one with base_revision= or base_model=. {accept}"
-        )
-
-
-def _sketch(base: Tensor) -> list[float]:
-    """`u_i . t . v_i / |t|` for fixed random unit-variance u and v: moves when any row moves or rows swap."""
-    generator = torch.Generator().manual_seed(20221121)
-    rows, dim = base.shape
-    left = torch.randn(_SKETCHES, rows, generator=generator, dtype=torch.float64)
-    right = torch.randn(_SKETCHES, dim, generator=generator, dtype=torch.float64)
-    table = base.double() / base.double().norm().clamp_min(1e-12)
-    return [float(value) for value in torch.einsum("sk,kd,sd->s", left, table, right)]

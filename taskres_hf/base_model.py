@@ -1,76 +1,96 @@
-"""Loading a base: fp32 first, its commit pinned, its towers apart."""
+"""Loading a base: what it is, fp32 first, its commit pinned, its towers apart."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
-from .errors import BaseModelError, ConfigurationError
-from .families import SPLIT_TOWERS, family_of
+from .base_formats import BaseSource, check_model_type, config_file, why_not
+from .encoders import score_parameters
+from .errors import BaseModelError, ConfigurationError, TextTowerNotLoadedError
+from .families import FAMILIES, family_of
+from .fingerprint import image_sketch
 
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-
-
-BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_base(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-    device_map: Any = None,
-    hub_kwargs: Mapping[str, Any] | None = None,
-    **model_kwargs: Any,
+    source: BaseSource, dtype: torch.dtype | str = torch.float32, **model_kwargs: Any
 ) -> tuple[PreTrainedModel, str | None]:
     """Load a dual encoder, frozen and in eval mode.
 
     Args:
-        name_or_path: Hub id or folder.
-        revision: branch, tag or commit; the commit it resolves to is returned.
+        source: where from; a branch or tag is resolved to a commit, which is returned.
         dtype: dtype of the weights, or `"auto"` for the checkpoint's own.
-        hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `subfolder`.
+        **model_kwargs: `device_map`, `attn_implementation`, `quantization_config` and so on.
 
     Returns:
         The model, and the commit it came from (None for a folder).
 
     Raises:
-        BaseModelError: not a dual encoder in `FAMILIES`, found before any weight is read.
+        BaseModelError: no dual encoder in `FAMILIES` (found before any weight is read), no safetensors weights, weights
+            missing, damaged or not finite.
         OSError: not found or not reachable, as raised by the Hub client.
     """
-    hub = dict(hub_kwargs or {})
-    path = cached_file(name_or_path, "config.json", revision=revision, **hub)
-    commit = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
-    hub["revision"] = commit or revision  # every further file comes from the same commit
-    family_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub))
-    for key, value in (("attn_implementation", attn_implementation), ("device_map", device_map)):
-        if value is not None:
-            model_kwargs[key] = value
-    model = AutoModel.from_pretrained(
-        name_or_path,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        **hub,
-        **model_kwargs,
-    )
+    path = config_file(source)
+    commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
+    check_model_type(source.name, path)
+    options = {**source.hub, "revision": commit or source.revision}  # every further file comes from the same commit
+    options["trust_remote_code"] = source.trust_remote_code
+    try:
+        family_of(AutoConfig.from_pretrained(source.name, **options))
+        model, notes = AutoModel.from_pretrained(
+            source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **model_kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = why_not(source, error)
+        if reason is None:
+            raise
+        raise BaseModelError(reason) from error
+    missing = sorted(notes["missing_keys"])
+    if missing:
+        raise BaseModelError(
+            f"The base model {source.name!r} lacks {len(missing)} weights, such as {missing[0]}: transformers would "
+            "fill them with random numbers. Is only one tower saved there? Give a checkpoint with both."
+        )
     for method in ("get_text_features", "get_image_features"):
         if not callable(getattr(model, method, None)):
-            raise BaseModelError(f"The base model {name_or_path!r} ({type(model).__name__}) has no `{method}`.")
+            raise BaseModelError(f"The base model {source.name!r} ({type(model).__name__}) has no `{method}`.")
+    check_weights(model, source.name)
     return model.eval().requires_grad_(False), commit
+
+
+def check_weights(base: PreTrainedModel, name: str) -> None:
+    """Refuse a base that holds a NaN, or a dtype that nothing here is made for.
+
+    Raises:
+        BaseModelError: names the weight.
+    """
+    for key, weight in base.named_parameters():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        if weight.dtype == torch.float64:
+            raise BaseModelError(f"The base model {name!r} is in float64: load it with dtype=torch.float32.")
+        # The sum is several times faster; only where it is not finite is each element looked at.
+        if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
+            raise BaseModelError(
+                f"The base model {name!r} holds NaN or infinite values in {key}: the checkpoint is damaged, or its "
+                "dtype too narrow. Download it again, or load it with dtype=torch.float32."
+            )
 
 
 class TextTowerNotLoaded(nn.Module):
@@ -80,15 +100,17 @@ class TextTowerNotLoaded(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):
-                raise
-            raise BaseModelError(
-                "The text tower was not loaded: classifying needs the image tower alone. Load the model with "
-                "from_pretrained(..., text_tower=True) to use it."
-            ) from None
+            raise _text_tower_not_loaded() from None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.missing
+        raise _text_tower_not_loaded()
+
+
+def _text_tower_not_loaded() -> TextTowerNotLoadedError:
+    return TextTowerNotLoadedError(
+        "The text tower was not loaded: classifying needs the image tower alone. Load the model with "
+        "from_pretrained(..., text_tower=True) to use it."
+    )
 
 
 def has_text_tower(base: PreTrainedModel) -> bool:
@@ -111,29 +133,63 @@ def check_same_base(base: PreTrainedModel, config: Any) -> None:
         )
 
 
+class ImageSide(NamedTuple):
+    """A base without its text tower; `sketch` and `score` (logit scale and bias) are those of its file, unrounded."""
+
+    base: PreTrainedModel
+    sketch: dict[str, Any] | None
+    score: tuple[float, float]
+
+
 def load_image_tower(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    hub_kwargs: Mapping[str, Any] | None = None,
-) -> PreTrainedModel | None:
+    source: BaseSource, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> ImageSide | None:
     """The base without its text tower, its weights mapped from the file instead of read.
 
     Returns:
-        The base, frozen and in eval mode; None where the checkpoint is not one safetensors file with exactly the
-        weights the image side needs, and `load_base` must be used.
+        The base, frozen and in eval mode, with its sketch and score as stored; None where the checkpoint is not
+        one safetensors file with exactly the weights the image side needs, and `load_base` must be used.
     """
-    hub = dict(hub_kwargs or {})
-    try:
-        config_path = cached_file(name_or_path, "config.json", revision=revision, **hub)
-        path = cached_file(name_or_path, "model.safetensors", revision=revision, **hub)
-    except OSError:
-        return None
-    kept = _config_of_split_towers(Path(str(config_path)).read_text(encoding="utf-8"))
+    config_path, path = source.file("config.json"), source.file("model.safetensors")
+    kept = (
+        None if config_path is None or path is None else _config_of_split_towers(Path(config_path).read_text("utf-8"))
+    )
     if kept is None:
         return None
+    base = _empty_base(kept, dtype, attn_implementation)
+    stored = {}
+    with safe_open(str(path), framework="pt") as stream:
+        names = set(stream.keys())
+        for prefix, module in base.named_modules():  # several times faster than load_state_dict(assign=True)
+            vars(module)["training"] = False
+            for leaf, parameter in module._parameters.items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if parameter is not None and name not in names:
+                    return None
+                if parameter is not None:
+                    stored[name] = stream.get_tensor(name)
+                    if stored[name].shape != parameter.shape or not stored[name].is_floating_point():
+                        return None
+                    exact = torch.float32 if module is base else dtype  # the logit's scale and bias, rounded below
+                    module._parameters[leaf] = nn.Parameter(stored[name].to(exact), requires_grad=False)
+    for name, buffer in list(base.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "position_ids":
+                return None
+            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
+    base.config._name_or_path = source.name
+    base.config._commit_hash = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
+    score = score_parameters(base)
+    for leaf, parameter in base._parameters.items():
+        if parameter is not None:
+            base._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+    return ImageSide(base, image_sketch(stored), score)
+
+
+def _empty_base(kept: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    """A base of a config whose image side has shapes and no weights, and whose text side is not there."""
     config = copy.deepcopy(kept)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     text_layers, layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
@@ -145,36 +201,17 @@ def load_image_tower(
     base.config.vision_config.num_hidden_layers = layers
     stack = base.vision_model.encoder.layers
     stack.extend(_copied(stack[0]) for _ in range(layers - 1))
-    for attribute in SPLIT_TOWERS[config.model_type]:
+    for attribute in family_of(config).text_modules:
         setattr(base, attribute, TextTowerNotLoaded())
-    with safe_open(str(path), framework="pt") as stream:
-        stored = set(stream.keys())
-        for prefix, module in base.named_modules():  # several times faster than load_state_dict(assign=True)
-            vars(module)["training"] = False
-            for leaf, parameter in module._parameters.items():
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if parameter is not None and name not in stored:
-                    return None
-                if parameter is not None:
-                    module._parameters[leaf] = nn.Parameter(stream.get_tensor(name).to(dtype), requires_grad=False)
-    for name, buffer in list(base.named_buffers()):
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            if leaf != "position_ids":
-                return None
-            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-            base.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
-    base.config._name_or_path = name_or_path
-    base.config._commit_hash = None if Path(name_or_path).is_dir() else extract_commit_hash(path, None)
-    whole: PreTrainedModel = base
-    return whole
+    return base
 
 
 @lru_cache(maxsize=16)
 def _config_of_split_towers(text: str) -> PreTrainedConfig | None:
     """The config in a file's text, or None if its towers cannot be loaded separately; making one takes milliseconds."""
     values = json.loads(text)
-    if values.get("model_type") not in SPLIT_TOWERS or "auto_map" in values:
+    family = FAMILIES.get(values.get("model_type"))
+    if family is None or not family.text_modules or "auto_map" in values:
         return None
     return AutoConfig.for_model(**values)
 
@@ -187,51 +224,163 @@ def _copied(module: nn.Module) -> nn.Module:
     return clone
 
 
-def load_tokenizer(name_or_path: str, *, revision: str | None = None, **hub_kwargs: Any) -> Any:
-    """The base's tokenizer; keyword arguments as in `AutoTokenizer.from_pretrained`."""
-    return AutoTokenizer.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
+def load_tokenizer(source: BaseSource) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        BaseModelError: its files are not there; transformers would make an empty one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, **source.hub
+        )
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(source.name):
+            raise
+        raise BaseModelError(
+            f"The tokenizer of the base model {source.name!r} cannot be loaded ({' '.join(str(error).split())[:200]}). "
+            "Its files belong beside the model: save it there with tokenizer.save_pretrained(FOLDER)."
+        ) from error
+    whole = "tokenizer.json"
+    files = getattr(tokenizer, "vocab_files_names", None) or {}
+    parts = [file for key, file in files.items() if key != "tokenizer_file" and file != whole]
+    missing = [file for file in parts if source.file(file) is None]
+    if files and source.file(whole) is None and (missing or not parts):
+        raise BaseModelError(
+            f"The base model {source.name!r} has no tokenizer: {whole}{' is' if not parts else ', or'} "
+            f"{' and '.join(missing)}{',' if parts else ''} missing. Copy the tokenizer's files of the original model "
+            "there: tokenizer.save_pretrained(FOLDER)."
+        )
+    return tokenizer
 
 
 def load_base_fp32(
-    name: str,
-    revision: str | None,
-    dtype: Any,
-    trust_remote_code: bool,
-    hub: dict[str, Any],
-    kwargs: dict[str, Any],
+    source: BaseSource, dtype: Any, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, str | None, torch.dtype]:
-    """The base in fp32, so that `t` does not depend on the dtype it will run in, and that dtype."""
+    """The base in fp32, so that `t` does not depend on the dtype it will run in; its commit; and that dtype.
+
+    With a `device_map` or quantization the base comes in the dtype it will run in: see `unrounded_text_side`.
+    """
     dtype = dtype if dtype == "auto" else torch_dtype(dtype)
-    placed = "device_map" in kwargs or "quantization_config" in kwargs
+    placed = "device_map" in options or "quantization_config" in options
     first = dtype if dtype == "auto" or placed else torch.float32
-    base, commit = load_base(
-        name, revision=revision, dtype=first, trust_remote_code=trust_remote_code, hub_kwargs=hub, **kwargs
-    )
+    base, commit = load_base(source, first, **options)
     target = base.dtype if dtype == "auto" or placed else dtype
     if not placed:
         base.float()
     return base, commit, target
 
 
+def unrounded_text_side(base: PreTrainedModel, source: BaseSource | None) -> tuple[Any, str]:
+    """A model in fp32 whose text side is that of `base`, and the dtype its weights were rounded to.
+
+    A base in bf16, fp16 or int8 gives other text embeddings than the same checkpoint in fp32. So they are made with
+    the checkpoint itself, read once more in fp32, if it holds the weights of `base`; else (the base was changed in
+    memory, or its files are gone) with an fp32 copy of its text side.
+
+    Raises:
+        BaseModelError: the base has no text tower, and its files are not there.
+    """
+    weights = [weight for name, weight in base.named_parameters() if not name.startswith(("logit_", "temperature"))]
+    exact = all(weight.dtype == torch.float32 and not weight.is_meta for weight in weights)
+    if has_text_tower(base) and exact:
+        return base, "float32"
+    if source is not None and source.name:
+        try:
+            whole, _ = load_base(source)
+        except (OSError, BaseModelError):
+            if not has_text_tower(base):
+                raise
+        else:
+            if _rounded_equal(base, whole):
+                return whole, "float32"
+            del whole
+    if not has_text_tower(base):
+        raise _text_tower_not_loaded()
+    clone = copy.copy(base)
+    clone._modules = {
+        name: _in_fp32(child) if name.startswith("text_") and child is not None else child
+        for name, child in base._modules.items()
+    }
+    return clone, str(base.dtype).removeprefix("torch.")
+
+
+def _in_fp32(module: nn.Module) -> nn.Module:
+    from accelerate.hooks import remove_hook_from_module
+
+    clone: nn.Module = remove_hook_from_module(copy.deepcopy(module), recurse=True)
+    return clone.float()
+
+
+def _rounded_equal(base: PreTrainedModel, whole: PreTrainedModel) -> bool:
+    """Whether the weights of `base` are those of `whole`, rounded; quantized and offloaded ones are not compared."""
+    exact = dict(whole.named_parameters())
+    for name, weight in base.named_parameters():
+        if weight.is_meta or weight.dtype not in _DTYPES:
+            continue
+        if name not in exact or exact[name].shape != weight.shape:
+            return False
+        if not torch.equal(exact[name].to(weight.dtype), weight.cpu()):
+            return False
+    return True
+
+
+def check_tokens(base: PreTrainedModel, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+    """Whether a tokenizer fits a base: it tells texts apart, and knows no token that the base does not.
+
+    Raises:
+        BaseModelError: most different texts become the same tokens, or an id is beyond the base's vocabulary.
+    """
+    different, told_apart = len(set(texts)), len({tuple(row) for row in ids})
+    words, tokens = {word for text in texts for word in text.split()}, {token for row in ids for token in row}
+    few = len(tokens) <= len(words) / 2 and (told_apart < different or len(tokens) <= 3)  # start, end, unknown
+    if different > 1 and (told_apart <= different / 2 or few):
+        raise BaseModelError(
+            f"The tokenizer makes the same tokens of different words ({len(tokens)} tokens of {len(words)} words), "
+            f"as in {texts[0]!r}: its vocabulary is missing or is another language's. Check the tokenizer's files "
+            "of the base model, or pass tokenizer=."
+        )
+    text_config = getattr(base.config, "text_config", base.config)
+    known = getattr(text_config, "vocab_size", None)
+    largest = max((max(row, default=0) for row in ids), default=0)
+    if known is not None and largest >= known:
+        raise BaseModelError(
+            f"The tokenizer gives the token {largest}, the base's vocabulary has {known}: it belongs to another model. "
+            "Copy the tokenizer's files of this base, or pass tokenizer=."
+        )
+
+
 def torch_dtype(dtype: Any) -> torch.dtype:
-    """A torch dtype or its name, as a torch dtype."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigurationError(f"`dtype` must be a torch dtype or 'auto'; got {dtype!r}.")
-    return dtype
+    """A torch dtype that a base can run in, or its name, as a torch dtype."""
+    known = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if known not in _DTYPES:
+        raise ConfigurationError(
+            f"`dtype` must be torch.float32, torch.bfloat16, torch.float16 or 'auto'; got {dtype!r}."
+        )
+    return known  # type: ignore[no-any-return]
 
 
-def split_kwargs(kwargs: dict[str, Any], separate_hub_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes to the Hub client, and the rest."""
-    hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
-    rest = {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
-    if not separate_hub_only:
-        unknown = [key for key in rest if key not in (*BASE_KWARGS, "low_cpu_mem_usage", "subfolder")]
-        if unknown:
-            raise TypeError(f"from_base() got unexpected arguments: {unknown}.")
-        rest = {key: value for key, value in rest.items() if value is not None and key != "low_cpu_mem_usage"}
-    return hub, rest
+    hub = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
+    return hub, {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
+
+
+def advise_on_dtype(base: PreTrainedModel) -> None:
+    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
+    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
+    if native is not None and base.device.type == "cpu" and not native():
+        warnings.warn(
+            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
+            "which is several times slower than fp32. Pass dtype=torch.float32.",
+            stacklevel=3,
+        )
+
+
+def _cpu_has_fp16() -> bool:
+    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
+    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
+    return probe is not None and bool(probe())
 
 
 def cpu_has_bf16() -> bool:

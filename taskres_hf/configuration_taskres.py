@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
-from .prompts import DEFAULT_TEMPLATE, class_prompts
+from .prompts import DEFAULT_TEMPLATE, class_prompts, sentences_by_class
+from .residual import checked_alpha
+from .storage import FORMAT_VERSION, library_versions
 
-FORMAT_VERSION = 1
+# How a residual came to be. Each has one writer: the trainer, or an import.
+RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base")
+
+BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
+# Truthy, these too mean nothing to a single small safetensors file; anything else must be None or False.
+_IGNORED_KWARGS = {
+    "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
+    "weights_only", "code_revision", "trust_remote_code", "offload_state_dict",
+}  # fmt: skip
+_SETTABLE = ("alpha", "return_dict")  # values of the config that `from_pretrained` takes
+# What makes the classifier, which a config given beside the artifact must agree on.
+_FIXED = (
+    "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
+    "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
+)  # fmt: skip
+
+
+def _recorded(key: str) -> Any:
+    """A property over one entry of `facts`; None where there is none."""
+
+    def read(config: TaskResConfig) -> Any:
+        return config.facts.get(key)
+
+    def write(config: TaskResConfig, value: Any) -> None:
+        if value is None:
+            config.facts.pop(key, None)
+        else:
+            config.facts[key] = value
+
+    return property(read, write)
 
 
 class TaskResConfig(PreTrainedConfig):
@@ -24,7 +55,7 @@ class TaskResConfig(PreTrainedConfig):
         base_model_type: `model_type` of the base, such as `"clip"`.
         projection_dim: D, the length of an embedding.
         templates: prompt templates, each with one `{}`; empty when descriptions alone make the prompts.
-        class_descriptions: sentences per class used as prompts (CuPL), or None.
+        class_descriptions: sentences per class used as prompts (CuPL), or None; a string is one sentence.
         prompt_names: what stands in a prompt instead of a class name, or None.
         underscores: `"replace"` or `"keep"`, see `prompts.class_prompts`.
         prompt_average: `"raw"` (published) or `"normalized"`, see `base_classifier.base_embeddings`.
@@ -33,7 +64,11 @@ class TaskResConfig(PreTrainedConfig):
         enhanced_base: how the base's shift was made (TaskRes*), or None for the regular base.
         logit_scale: factor on the cosine, exponentiated; logit_bias: constant on every logit.
         base_fingerprint: what the base classifier was made from, checked on loading.
-        few_shot, training, metrics, data: how the residual came to be; shown by `taskres info` and the card.
+        few_shot: the draw: `shots`, `seed`, `num_images`, `indices`.
+        training: the run: recipe, its numbers, `seed`, `engine`.
+        metrics: the last measurement: what `evaluate` returns, with `split` and `data_digest`.
+        data: where the pictures came from: `id`, `name`, `train_digest`, `train_images`, `train_pictures`, `account`.
+            These four and `enhanced_base` are shown by `taskres info` and the card; `classifier.reset()` empties them.
         library_versions: versions of the packages that wrote the artifact.
         residual_sha256: checksum of the residual's bytes (integrity, not authenticity).
         format_version: version of the artifact's layout.
@@ -51,7 +86,7 @@ class TaskResConfig(PreTrainedConfig):
         base_model_type: str | None = None,
         projection_dim: int | None = None,
         templates: list[str] | None = None,
-        class_descriptions: dict[str, list[str]] | None = None,
+        class_descriptions: Mapping[str, Sequence[str] | str] | None = None,
         prompt_names: dict[str, str] | None = None,
         underscores: str = "replace",
         prompt_average: str = "raw",
@@ -70,31 +105,63 @@ class TaskResConfig(PreTrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ConfigurationError(f"`alpha` must be a finite number; got {alpha!r}.")
+        recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base), strict=True))
+        # Shared with the head of a model (`TaskResClassifier.facts`): one home for each fact.
+        self.facts: dict[str, Any] = {"alpha": checked_alpha(alpha)}
+        self.facts.update({key: value for key, value in recorded.items() if value is not None})
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_type = base_model_type
         self.projection_dim = projection_dim
         self.templates = [DEFAULT_TEMPLATE] if templates is None else list(templates)
-        self.class_descriptions = class_descriptions
+        self.class_descriptions = sentences_by_class(class_descriptions)
         self.prompt_names = prompt_names
         self.underscores = underscores
         self.prompt_average = prompt_average
-        self.alpha = float(alpha)
         self.residual_side = residual_side
-        self.enhanced_base = enhanced_base
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.base_fingerprint = base_fingerprint
-        self.few_shot = few_shot
-        self.training = training
-        self.metrics = metrics
-        self.data = data
         self.library_versions = library_versions
         self.residual_sha256 = residual_sha256
         self.format_version = format_version
         super().__init__(**kwargs)
+
+    @property
+    def alpha(self) -> float:
+        """Scale of the residual."""
+        return float(self.facts["alpha"])
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.facts["alpha"] = checked_alpha(value)
+
+    few_shot = _recorded("few_shot")
+    training = _recorded("training")
+    metrics = _recorded("metrics")
+    data = _recorded("data")
+    enhanced_base = _recorded("enhanced_base")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that goes into config.json."""
+        values: dict[str, Any] = super().to_dict()
+        facts = values.pop("facts", {})
+        return {**values, "alpha": facts.get("alpha", self.alpha), **{key: facts.get(key) for key in RECORDED}}
+
+    def to_save(self, base_name: str | None, enhanced: bool, auto_map: dict[str, str] | None) -> dict[str, Any]:
+        """The content of an artifact's config.json, without the checksum.
+
+        Args:
+            base_name: what to call the base. enhanced: whether a shift is saved beside the residual.
+            auto_map: the classes for `trust_remote_code`, where their module is saved too.
+        """
+        self.library_versions, self.format_version = library_versions(), FORMAT_VERSION
+        values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
+        values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}
+        values["dtype"] = str(self.dtype or "float32").removeprefix("torch.")
+        dropped = {"auto_map"} if enhanced else {"auto_map", "enhanced_base"}
+        values = {key: value for key, value in values.items() if key not in dropped}
+        return values if auto_map is None else {**values, "auto_map": auto_map}
 
     @property
     def class_names(self) -> list[str]:
@@ -111,3 +178,52 @@ class TaskResConfig(PreTrainedConfig):
             descriptions=self.class_descriptions,
             prompt_names=self.prompt_names,
         )
+
+
+def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | None, options: dict[str, Any]) -> None:
+    """Take over the values that may be given to `from_pretrained`, out of `options` and a config given beside.
+
+    Raises:
+        ConfigurationError: the config given is not the artifact's.
+    """
+    if config is not None:
+        # AutoModel puts whatever argument a config has into the config, so it is checked here.
+        different = [key for key in _FIXED if _comparable(config, key) != _comparable(loaded, key)]
+        if different:
+            raise ConfigurationError(
+                f"The config given differs from the artifact's in {', '.join(different)}. Classes, prompts and base "
+                f"belong to the residual and cannot be changed on loading; {' and '.join(_SETTABLE)} can. For other "
+                "classes, make a new model with from_base."
+            )
+        for key in _SETTABLE:
+            setattr(loaded, key, getattr(config, key))
+    for key in _SETTABLE:
+        if options.get(key) is not None:
+            setattr(loaded, key, options[key])
+        options.pop(key, None)
+
+
+def base_options(options: Mapping[str, Any], method: str, positional: Sequence[Any] = ()) -> dict[str, Any]:
+    """What goes to the base, out of the arguments of `from_base` or `from_pretrained`.
+
+    Raises:
+        TypeError: an argument that does not apply here, with a value that asks for something.
+    """
+    taken = (*BASE_KWARGS, *_IGNORED_KWARGS)
+    wrong = {key: value for key, value in options.items() if value is not None and value is not False}
+    shown = [f"{key}={value!r:.40}" for key, value in wrong.items() if key not in taken]
+    if shown or positional:
+        own = set(wrong) & {*_FIXED, *RECORDED, "label2id", "num_labels"}
+        why = " Classes, prompts and base belong to the residual: make a new model with from_base." if own else ""
+        more = f" Of the config, only {' and '.join(_SETTABLE)} can be given." if method == "from_pretrained" else ""
+        raise TypeError(
+            f"{method}() got unexpected arguments: {', '.join([*map(repr, positional), *shown])}.{why}{more}"
+        )
+    return {key: options[key] for key in BASE_KWARGS if options.get(key) not in (None, False)}
+
+
+def _comparable(config: PreTrainedConfig, key: str) -> Any:
+    value = getattr(config, key, None)
+    if key == "id2label" and isinstance(value, Mapping):  # ids are text in JSON, and where scripts pass them so
+        return {str(index): name for index, name in value.items()}
+    return value

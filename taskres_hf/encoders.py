@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .families import family_of
+from .families import POSITIONS_AFTER_PADDING, family_of
 
 
 def text_length(base: Any, tokenizer: Any) -> int:
@@ -20,8 +20,8 @@ def text_length(base: Any, tokenizer: Any) -> int:
     text_config = getattr(config, "text_config", config)
     limits = [family_of(config).text_length, getattr(text_config, "max_position_embeddings", None)]
     limits.append(tokenizer.model_max_length)
-    if text_config.model_type in ("xlm-roberta", "altclip_text_model"):
-        limits[1] -= text_config.pad_token_id + 1  # RoBERTa counts positions from after the padding index
+    if text_config.model_type in POSITIONS_AFTER_PADDING:
+        limits[1] -= text_config.pad_token_id + 1
     return min(limit for limit in limits if limit)
 
 

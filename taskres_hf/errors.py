@@ -7,7 +7,8 @@
     │   ├── FewShotError                   a class has fewer images than the shots asked for
     │   └── ImageError                     a picture cannot be read
     ├── BaseModelError (ValueError)        the base model is not one this library can wrap
-    │   └── BaseMismatchError              the base no longer gives the base classifier the residual was trained on
+    │   ├── BaseMismatchError              the base is no longer the one the residual was trained on
+    │   └── TextTowerNotLoadedError        the text tower was not loaded (an AttributeError too)
     ├── ArtifactError (ValueError)         a saved folder is incomplete, damaged or from a newer version
     └── MissingExtraError (ImportError)    an optional package is not installed
 
@@ -47,7 +48,11 @@ class BaseModelError(TaskResError, ValueError):
 
 
 class BaseMismatchError(BaseModelError):
-    """The base no longer gives the base classifier the residual was trained on."""
+    """The base is no longer the one the residual was trained on."""
+
+
+class TextTowerNotLoadedError(BaseModelError, AttributeError):
+    """The text tower was not loaded: classifying does without it."""
 
 
 class ArtifactError(TaskResError, ValueError):

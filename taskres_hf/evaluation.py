@@ -1,8 +1,8 @@
-"""From logits and labels to metrics: pure functions, computed by scikit-learn."""
+"""From logits and labels to metrics: pure functions, computed by scikit-learn and SciPy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, class_names: Sequence[st
         `accuracy`, `macro_f1` (over classes that occur), `loss` (mean cross-entropy, nats), `num_images`.
 
     Raises:
-        DataError: no rows, different lengths or a label outside the classes.
+        DataError: no rows, different lengths, a label outside the classes, or logits that are not finite.
     """
     if len(labels) == 0 or len(labels) != len(logits):
         raise DataError(f"Metrics need as many labels as logits, at least one; got {len(labels)} and {len(logits)}.")
@@ -36,6 +36,8 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, class_names: Sequence[st
         raise DataError(
             f"Labels must be from 0 to {logits.shape[1] - 1}; got {int(labels.min())} to {int(labels.max())}."
         )
+    if not bool(torch.isfinite(logits).all()):
+        raise DataError("Metrics need finite logits; some are NaN or infinite. Check the residual and the pictures.")
     from sklearn.metrics import f1_score, recall_score
 
     truth, predicted = labels.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
@@ -54,3 +56,45 @@ def metrics_from_logits(logits: Tensor, labels: Tensor, class_names: Sequence[st
             for label, recall in zip(present, recalls, strict=True)
         }
     return result
+
+
+def compare_with_zero_shot(
+    logits: Tensor, zero_shot_logits: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """`metrics_from_logits` with zero-shot beside trained.
+
+    Args:
+        logits, zero_shot_logits: [N, K]. labels: [N] class ids. class_names: K names.
+
+    Returns:
+        The metrics, and `zero_shot_accuracy` (also in each row of `per_class`) and `accuracy_interval`: the 95 %
+        interval of the accuracy that N pictures allow (Wilson).
+    """
+    from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+    metrics = metrics_from_logits(logits, labels, class_names)
+    before = metrics_from_logits(zero_shot_logits, labels, class_names)
+    interval = binomtest(round(metrics["accuracy"] * len(labels)), len(labels)).proportion_ci(method="wilson")
+    for name, row in metrics["per_class"].items():
+        row["zero_shot_accuracy"] = before["per_class"][name]["accuracy"]
+    metrics["zero_shot_accuracy"] = before["accuracy"]
+    metrics["accuracy_interval"] = [float(interval.low), float(interval.high)]
+    return metrics
+
+
+def loss_to_zero_shot(metrics: Mapping[str, Any]) -> str | None:
+    """A sentence that names the classes that lost, where training made the classifier worse than zero-shot."""
+    if metrics["accuracy"] >= metrics["zero_shot_accuracy"]:
+        return None
+    rows = sorted(metrics["per_class"].items(), key=lambda item: item[1]["accuracy"] - item[1]["zero_shot_accuracy"])
+    lost = [
+        f"{name} ({100 * row['accuracy']:.1f} % against {100 * row['zero_shot_accuracy']:.1f} %)"
+        for name, row in rows
+        if row["accuracy"] < row["zero_shot_accuracy"]
+    ]
+    more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+    return (
+        f"The trained classifier is below zero-shot: {100 * metrics['accuracy']:.1f} % against "
+        f"{100 * metrics['zero_shot_accuracy']:.1f} % of {metrics['num_images']} pictures. Classes that lost: "
+        f"{', '.join(lost[:10])}{more}. Try more pictures or other prompts, or serve zero-shot."
+    )

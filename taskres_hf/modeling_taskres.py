@@ -4,42 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import find_artifact, library_versions, read_artifact, trusted_base_name, write_artifact
-from .base_classifier import base_embeddings, cached_table_path, check_fingerprint, fingerprint, read_table, write_table
+from .artifact import as_json, find_artifact, read_artifact, trusted_base_name, write_artifact
+from .base_classifier import base_for_artifact, base_for_classes
+from .base_formats import BaseSource
 from .base_model import (
-    BASE_KWARGS,
-    check_same_base,
-    has_text_tower,
-    load_base_fp32,
-    load_image_tower,
+    advise_on_dtype,
     load_tokenizer,
-    split_kwargs,
-    torch_dtype,
+    split_hub_kwargs,
 )
-from .configuration_taskres import TaskResConfig
+from .configuration_taskres import TaskResConfig, apply_config, base_options
 from .encoders import image_features, pooled, score_parameters
-from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
+from .errors import BaseModelError, ConfigurationError
+from .hub import AUTO_MAP, card_for, public_base_name, side_files, upload
 from .prompts import check_class_names, class_prompts, resolve_templates
-from .residual import TaskResClassifier
+from .residual import TaskResClassifier, cross_entropy
 from .storage import RESIDUAL
 
-# What the Auto classes and pipeline pass along and a single small safetensors file has no use for.
-_IGNORED_KWARGS = {
-    "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
-    "weights_only", "variant", "code_revision", "trust_remote_code", "offload_state_dict",
-}  # fmt: skip
+_NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+_IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
 class TaskResCLIPForImageClassification(PreTrainedModel):
@@ -65,10 +57,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
     _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
 
     def __init__(
-        self,
-        config: TaskResConfig,
-        base: PreTrainedModel | None = None,
-        base_classifier: Tensor | None = None,
+        self, config: TaskResConfig, base: PreTrainedModel | None = None, base_classifier: Tensor | None = None
     ) -> None:
         super().__init__(config)
         if base is None or base_classifier is None:
@@ -77,11 +66,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 "class_names=[...]) for a new one or .from_pretrained(folder_or_repo) for a saved one."
             )
         self.clip = base
-        scale, bias = score_parameters(base)
+        scale, bias = config.logit_scale, config.logit_bias
+        if scale is None:
+            scale, bias = score_parameters(base)
         self.classifier = TaskResClassifier(base_classifier, config.alpha, scale, bias, config.residual_side)
+        self.classifier.facts = config.facts  # one home: the head's reset and the config's readers see the same
         self._image_processor: Any = None
         self._tokenizer: Any = None
-        self._base_source: tuple[str, dict[str, Any]] | None = None
+        self._base_source: BaseSource | None = None
         self._processor_source: tuple[str, dict[str, Any]] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
         self.clip.requires_grad_(False)
@@ -100,7 +92,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         templates: str | Sequence[str] | None = None,
         alpha: float = 0.5,
         *,
-        class_descriptions: Mapping[str, Sequence[str]] | None = None,
+        class_descriptions: Mapping[str, Sequence[str] | str] | None = None,
         prompt_names: Mapping[str, str] | None = None,
         underscores: str = "replace",
         prompt_average: str = "raw",
@@ -116,12 +108,12 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
         Args:
             base_model: Hub id or folder of a dual encoder, or one already loaded (then give `tokenizer` too unless
-                it can be found by the model's name).
+                it can be found by the model's name). In whatever dtype it runs, `t` is made in fp32.
             class_names: K names in label order, or a `datasets.ClassLabel`.
             templates: one template with `{}`, several (an ensemble), or a name such as `"imagenet"`; default
                 `"a photo of a {}."`.
             alpha: scale of the residual (paper: 0.5).
-            class_descriptions: sentences per class as prompts (CuPL).
+            class_descriptions: sentences per class as prompts (CuPL); a string is one sentence.
             prompt_names: what stands in a prompt instead of a class name, such as {"n02123045": "tabby cat"}.
             underscores: `"replace"` or `"keep"` (as the published code does).
             prompt_average: `"raw"` (published) or `"normalized"`.
@@ -134,7 +126,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
         Raises:
             ClassNamesError, ConfigurationError: before anything is loaded.
-            BaseModelError: the base is not a supported dual encoder.
+            BaseModelError: the base is not a supported dual encoder, or its weights or tokenizer are not whole.
         """
         names = check_class_names(class_names)
         if templates is not None or class_descriptions is None:
@@ -142,40 +134,31 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         prompts = class_prompts(
             names, templates, underscores=underscores, descriptions=class_descriptions, prompt_names=prompt_names
         )
-        hub, base_kwargs = split_kwargs(kwargs)
-        commit = None
-        if isinstance(base_model, PreTrainedModel):
-            base, name = base_model.eval().requires_grad_(False), base_model.config._name_or_path
-            target = base.dtype
-        else:
-            name = os.fspath(base_model)
-            base, commit, target = load_base_fp32(name, revision, dtype, trust_remote_code, hub, base_kwargs)
-        if tokenizer is None:
-            if not name:
-                raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
-            tokenizer = load_tokenizer(name, revision=commit or revision, **hub)
-        table = base_embeddings(base, tokenizer, prompts, prompt_average)
-        if not isinstance(base_model, PreTrainedModel):
-            write_table(cached_table_path(name, commit, prompts, prompt_average), table)
-        base.to(target) if base.dtype != target else None
-        scale, bias = score_parameters(base)
+        hub, options = split_hub_kwargs(kwargs)
+        options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
+        if kwargs.get("subfolder"):
+            hub["subfolder"] = kwargs["subfolder"]
+        loaded = base_model if isinstance(base_model, PreTrainedModel) else None
+        name = str(loaded.config._name_or_path) if loaded is not None else os.fspath(base_model)  # type: ignore[arg-type]
+        source = BaseSource(name, revision, hub, trust_remote_code)
+        base, table, facts, source = base_for_classes(
+            loaded, source, dtype, options, prompts, prompt_average, tokenizer
+        )
         config = TaskResConfig(
-            base_model_name_or_path=str(Path(name).resolve()) if Path(name).is_dir() else name,
-            base_model_revision=commit,
+            base_model_name_or_path=str(Path(name).resolve()) if os.path.isdir(name) else name,
+            base_model_revision=None if os.path.isdir(name) else source.revision,
             base_model_type=base.config.model_type,
             projection_dim=table.shape[1],
             templates=list(templates or []),
-            class_descriptions={key: list(value) for key, value in class_descriptions.items()}
-            if class_descriptions
-            else None,
+            class_descriptions=class_descriptions,
             prompt_names=dict(prompt_names) if prompt_names else None,
             underscores=underscores,
             prompt_average=prompt_average,
             alpha=alpha,
             residual_side=residual_side,
-            logit_scale=scale,
-            logit_bias=bias,
-            base_fingerprint=fingerprint(table, prompts, prompt_average),
+            logit_scale=facts["score"][0],
+            logit_bias=facts["score"][1],
+            base_fingerprint=facts,
             id2label=dict(enumerate(names)),
             label2id={label: index for index, label in enumerate(names)},
             dtype=str(base.dtype).removeprefix("torch."),
@@ -183,7 +166,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         model = cls(config, base, table)
         model._image_processor, model._tokenizer = image_processor, tokenizer
         if name:
-            model._base_source = model._processor_source = (name, {**hub, "revision": commit or revision})
+            model._base_source = source
+            model._processor_source = (name, {**hub, "revision": source.revision})
+        advise_on_dtype(base)
         return _place_head(model)
 
     @classmethod
@@ -216,100 +201,55 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             text_tower: load the text tower too. Classifying does not need it: once the base classifier is known on
                 this machine, only the image tower is mapped into memory.
             **kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies` (both repositories);
-                `device_map`, `attn_implementation`, `quantization_config` (the base); or a config value such as
-                `alpha`.
+                `device_map`, `attn_implementation`, `quantization_config` (the base); `alpha` or `return_dict` instead
+                of the stored value. Other arguments of transformers' `from_pretrained` may be None or False.
 
         Returns:
             The model in eval mode; with `output_loading_info`, also a dict of (empty) missing and unexpected keys.
 
         Raises:
             ArtifactError: the artifact is incomplete or damaged.
-            BaseMismatchError: the base no longer matches.
+            BaseMismatchError: the base no longer matches, in its text side or its image tower.
+            ConfigurationError: `config` is another classifier's.
+            TypeError: an argument that does not apply.
             OSError: a repository or file is not found, as raised by the Hub client.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        if "torch_dtype" in kwargs:
-            dtype = kwargs.pop("torch_dtype") if dtype is None else dtype
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        hub, options = split_hub_kwargs(kwargs)
+        values, residual, shift = read_artifact(
+            *find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
+        )
+        loaded = TaskResConfig.from_dict(values)
+        apply_config(loaded, config, options)
+        options = base_options(options, "from_pretrained", model_args)
+        absorbed = getattr(config, "_attn_implementation_internal", None)  # AutoModel puts it into the config
+        if absorbed is not None:
+            options.setdefault("attn_implementation", absorbed)
+
         local = os.path.isdir(name)
-        hub, kwargs = split_kwargs(kwargs, separate_hub_only=True)
-        values, residual, shift = read_artifact(*find_artifact(name, revision, subfolder, **hub))
-        loaded: TaskResConfig = (config if config is not None else cls.config_class).from_dict(values)  # type: ignore[assignment]
-        if config is not None:
-            loaded._name_or_path = config._name_or_path
-            loaded.alpha = getattr(config, "alpha", loaded.alpha)
-            if kwargs.get("attn_implementation") is None:
-                # AutoModel absorbs attn_implementation into the config.
-                kwargs["attn_implementation"] = getattr(config, "_attn_implementation_internal", None)
-        base_kwargs = {key: kwargs.pop(key) for key in BASE_KWARGS if kwargs.get(key) is not None}
-        for key in list(kwargs):
-            if key in _IGNORED_KWARGS or key in BASE_KWARGS:
-                kwargs.pop(key)
-            elif hasattr(loaded, key):
-                setattr(loaded, key, kwargs.pop(key))
-        if kwargs or model_args:
-            raise TypeError(f"from_pretrained() got unexpected arguments: {[*model_args, *kwargs]}.")
+        pinned = base_revision or (None if isinstance(base_model, str | os.PathLike) else loaded.base_model_revision)
+        source = BaseSource(trusted_base_name(loaded, base_model, local), pinned, hub, base_trust_remote_code)
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
-
-        prompts = loaded.class_prompts()
         shared = base_model if isinstance(base_model, PreTrainedModel) else None
-        text_source = None  # a loaded model to make the base classifier with
-        if shared is not None and has_text_tower(shared):
-            text_source = shared
-        elif shared is not None:
-            check_same_base(shared, loaded)
-            base_model = None
-        base_name = trusted_base_name(loaded, base_model, local)
-        pinned = base_revision or (loaded.base_model_revision if base_model is None else None)
-        base = table = kept = None
-        if text_source is None:
-            kept = cached_table_path(base_name, pinned, prompts, loaded.prompt_average)
-            table = None if text_tower or set(base_kwargs) - {"attn_implementation"} else read_table(kept)
-        if table is not None and _matches(table, prompts, loaded):
-            base = shared or load_image_tower(
-                base_name, revision=pinned, dtype=torch_dtype(dtype), hub_kwargs=hub,
-                attn_implementation=base_kwargs.get("attn_implementation"),
-            )  # fmt: skip
-        if base is None or table is None:
-            if text_source is not None:
-                base, commit, target = text_source.train(False).requires_grad_(False), None, text_source.dtype
-            else:
-                base, commit, target = load_base_fp32(
-                    base_name, pinned, dtype, base_trust_remote_code, hub, base_kwargs
-                )
-            tokenizer = load_tokenizer(base_name, revision=commit, **hub)
-            table = base_embeddings(base, tokenizer, prompts, loaded.prompt_average)
-            if not accept_base_mismatch:
-                check_fingerprint(table, prompts, loaded.prompt_average, loaded.base_fingerprint or {}, base_name)
-            elif table.shape[1] != residual.shape[1]:
-                raise ArtifactError(
-                    f"The residual is {list(residual.shape)}, the base {base_name!r} gives {list(table.shape)}: they "
-                    "can never fit. Choose a base with the same embedding size."
-                )
-            write_table(kept, table)
-            base.to(target) if base.dtype != target else None  # type: ignore[arg-type]
-            base = shared or base
+        base, table, facts, source = base_for_artifact(
+            loaded, source, shared, dtype, options, text_tower=text_tower, accept_mismatch=accept_base_mismatch
+        )
+        loaded.logit_scale, loaded.logit_bias = facts["score"]
         loaded.dtype = base.dtype
         loaded.architectures = [cls.__name__]
+        loaded._name_or_path = name
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(residual)
         model.classifier.shift = shift
-        model._processor_source = (
-            name,
-            {**hub, "revision": revision, **({"subfolder": subfolder} if subfolder else {})},
-        )
-        model._base_source = (base_name, {**hub, "revision": pinned})
-        model.config._name_or_path = name
+        where = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
+        model._processor_source = (name, {**hub, **where})
+        model._base_source = source
+        advise_on_dtype(base)
         _place_head(model).train(False)
-        if output_loading_info:
-            return model, {
-                "missing_keys": set(),
-                "unexpected_keys": set(),
-                "mismatched_keys": set(),
-                "error_msgs": [],
-            }
-        return model
+        return (model, {key: set() for key in _NOTES}) if output_loading_info else model
 
     # ------------------------------------------------------------------ classifying
 
@@ -328,7 +268,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         Args:
             pixel_values: [N, 3, H, W] from the image processor.
             image_embeds: [N, D] instead, from `get_image_features`, normalised or not.
-            labels: [N] class ids; adds the mean cross-entropy as `loss`.
+            labels: [N] class ids, or [N, K] probabilities (mixup, label smoothing): floats from 0 to 1, each row with
+                the sum 1. Adds the mean cross-entropy as `loss`.
             **kwargs: what else the base's image tower takes (`pixel_attention_mask`, `spatial_shapes`,
                 `interpolate_pos_encoding`); `num_items_in_batch` from `transformers.Trainer` scales the loss.
 
@@ -336,20 +277,21 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             `ImageClassifierOutput` with `logits` [N, K] fp32; a tuple if `return_dict` is False.
 
         Raises:
-            ConfigurationError: both or neither of pixel values and embeddings, a wrong embedding size, or a label
-                outside the classes.
+            ConfigurationError: both or neither of pixel values and embeddings, a wrong embedding size, a label
+                outside the classes, rows that are no probabilities, or an answer that is not finite.
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ConfigurationError("Pass either pixel_values or image_embeds; got both or neither.")
         features = None
         if image_embeds is None:
-            wanted = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
-            options: dict[str, Any] = {key: kwargs[key] for key in wanted[2:] if kwargs.get(key)}
+            options: dict[str, Any] = {}
+            if kwargs.get("interpolate_pos_encoding"):
+                options["interpolate_pos_encoding"] = True
             if output_attentions:
                 options["output_attentions"] = True
             if output_hidden_states:
                 options["output_hidden_states"] = True
-            inputs = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in wanted[:2]}}
+            inputs = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in _IMAGE_INPUTS}}
             with torch.no_grad():
                 features = image_features(self.clip, inputs, **options)
             image_embeds = pooled(features)
@@ -361,7 +303,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         logits = self.classifier(image_embeds)
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         output = ImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -372,24 +314,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             return_dict = getattr(self.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
 
-    def _loss(self, logits: Tensor, labels: Tensor, num_items: Any) -> Tensor:
-        labels = labels.to(logits.device)
-        if labels.device.type == "cpu" and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= logits.shape[-1]:
-                raise ConfigurationError(
-                    f"Labels must be class ids from 0 to {logits.shape[-1] - 1}; got {low if low < 0 else high}. "
-                    "Check that the dataset has the model's classes in the model's order."
-                )
-        if num_items is None:
-            return F.cross_entropy(logits, labels)
-        total: Tensor = F.cross_entropy(logits, labels, reduction="sum") / num_items
-        return total
-
-    def zero_shot_logits(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
+    def zero_shot_logits(
+        self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Logits [N, K] of the base classifier alone; arguments as in `forward`."""
+        if (pixel_values is None) == (image_embeds is None):
+            raise ConfigurationError("Pass either pixel_values or image_embeds; got both or neither.")
         if image_embeds is None:
-            image_embeds = self.get_image_features(pixel_values=pixel_values)
+            image_embeds = self.get_image_features(pixel_values, **kwargs)
         return self.classifier.zero_shot_logits(image_embeds)
 
     def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
@@ -409,8 +341,10 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
-        """Image embeddings [N, D] of the frozen base, projected and not normalised."""
-        return pooled(image_features(self.clip, {"pixel_values": pixel_values, **kwargs}))
+        """Image embeddings [N, D] of the frozen base, projected and not normalised; arguments as in `forward`."""
+        inputs = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in _IMAGE_INPUTS}}
+        options = {"interpolate_pos_encoding": True} if kwargs.get("interpolate_pos_encoding") else {}
+        return pooled(image_features(self.clip, inputs, **options))
 
     def init_weights(self) -> None:
         """Nothing to do: the residual starts at zero and the base comes with its weights, which must not be touched."""
@@ -437,8 +371,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if self._tokenizer is None:
             if self._base_source is None:
                 raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
-            name, options = self._base_source
-            self._tokenizer = load_tokenizer(name, **options)
+            self._tokenizer = load_tokenizer(self._base_source)
         return self._tokenizer
 
     @property
@@ -452,7 +385,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             name, options = self._processor_source
             # Without torchvision the default would only warn before it takes the PIL one.
             backend = {} if is_torchvision_available() else {"backend": "pil"}
-            self._image_processor = AutoImageProcessor.from_pretrained(name, **backend, **options)
+            options = {**options, **backend, "trust_remote_code": False}
+            self._image_processor = AutoImageProcessor.from_pretrained(name, **options)
         return self._image_processor
 
     @image_processor.setter
@@ -480,39 +414,45 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             state_dict: takes the residual from here, as `transformers.Trainer` does.
             push_to_hub: upload afterwards, to `repo_id=` or the folder's name; see `push_to_hub`.
             residual_dtype: `torch.float16` halves the file.
-            include_code: add the modules that `trust_remote_code=True` needs where the library is not installed.
+            include_code: add the module that `trust_remote_code=True` needs where the library is not installed.
             **kwargs: passed to `push_to_hub`; sizes of shards and the like are accepted and ignored.
 
         Raises:
-            ArtifactError: the residual is not finite or the folder cannot be written; the old artifact stays.
+            ArtifactError: the residual is not finite, the folder cannot be written, or what was written would not
+                load again; the old artifact stays.
         """
         if residual_dtype not in (torch.float32, torch.float16):
             raise ConfigurationError(f"`residual_dtype` must be torch.float32 or torch.float16; got {residual_dtype}.")
         if is_main_process:
-            state = state_dict or {}
-            residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, self.classifier.residual))
-            extra = {name: content for name, content in self._side_files(include_code).items() if content is not None}
-            values = self._config_values(with_code=any(name.endswith(".py") for name in extra))
-            card = _card(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(save_directory) / "README.md")
-            if card is not None:
-                extra["README.md"] = card
-            shift = self.classifier.shift
-            shift = None if shift is None else shift.to(residual_dtype)
-            write_artifact(save_directory, values, residual.detach().to(residual_dtype), extra, shift)
+            base_name = self.config.base_model_name_or_path
+            self._write(save_directory, base_name, state_dict, residual_dtype, include_code, kwargs)
         if push_to_hub:
-            kept = (
-                "token",
-                "private",
-                "revision",
-                "create_pr",
-                "commit_message",
-                "commit_description",
-                "tags",
-            )
-            repo_id = kwargs.get("repo_id") or Path(save_directory).name
+            passed = ("token", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
             self.push_to_hub(
-                repo_id, **{key: kwargs[key] for key in kept if key in kwargs}, residual_dtype=residual_dtype
+                kwargs.get("repo_id") or Path(save_directory).name,
+                residual_dtype=residual_dtype,
+                include_code=include_code,
+                **{key: kwargs[key] for key in passed if key in kwargs},
             )
+
+    def _write(
+        self, folder: Any, base_name: str | None, state: Any, dtype: torch.dtype, include_code: bool, kwargs: Any
+    ) -> None:
+        """Write the artifact, naming the base `base_name`."""
+        state = state or {}
+        residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, self.classifier.residual))
+        include_code = include_code or getattr(self, "_auto_class", None) is not None
+        self.config.architectures, self.config.dtype = [type(self).__name__], self.clip.dtype
+        enhanced = self.classifier.shift is not None
+        values = as_json(self.config.to_save(base_name, enhanced, AUTO_MAP if include_code else None))
+        has_processor = self._image_processor is not None or self._processor_source is not None
+        extra = side_files(self.image_processor if has_processor else None, include_code)
+        card = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")
+        if card is not None:
+            extra["README.md"] = card
+        shift = self.classifier.shift
+        shift = None if shift is None else shift.to(dtype)
+        write_artifact(folder, values, residual.detach().to(dtype), extra, shift)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -537,84 +477,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         Returns:
             `huggingface_hub.CommitInfo`.
         """
-        try:
-            from .hub import upload
-        except ImportError as error:
-            raise ConfigurationError("Uploading needs the library itself: pip install taskres_hf.") from error
-        original = self.config.base_model_name_or_path
-        if original is not None and os.path.isdir(original):
-            warnings.warn(
-                f"The base model is a folder of this machine, which the Hub cannot name: {Path(original).name!r} is "
-                "recorded, and loading will need base_model=. Load the base from the Hub to avoid this.",
-                stacklevel=2,
-            )
-            self.config.base_model_name_or_path = Path(original).name
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                self.save_pretrained(
-                    folder,
-                    residual_dtype=residual_dtype,
-                    include_code=include_code,
-                    repo_id=repo_id,
-                    tags=tags,
-                )
-                return upload(
-                    folder,
-                    repo_id,
-                    token=token,
-                    private=private,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=commit_message,
-                    commit_description=commit_description,
-                )
-        finally:
-            self.config.base_model_name_or_path = original
-
-    def _config_values(self, with_code: bool) -> dict[str, Any]:
-        self.config.alpha = self.classifier.alpha
-        self.config.library_versions = library_versions()
-        self.config.architectures = [type(self).__name__]
-        self.config.dtype = self.clip.dtype
-        values: dict[str, Any] = self.config.to_diff_dict()
-        values["id2label"] = {str(key): value for key, value in (self.config.id2label or {}).items()}
-        values["dtype"] = str(self.clip.dtype).removeprefix("torch.")
-        values.pop("auto_map", None)
-        if with_code:
-            values["auto_map"] = {
-                "AutoConfig": "configuration_taskres.TaskResConfig",
-                "AutoModelForImageClassification": f"modeling_taskres.{type(self).__name__}",
-            }
-        return values
-
-    def _side_files(self, include_code: bool) -> dict[str, bytes | None]:
-        """The image processor's config, and the modules for `trust_remote_code` on request."""
-        files: dict[str, bytes | None] = {}
-        if self._image_processor is not None or self._processor_source is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                self.image_processor.save_pretrained(folder)
-                files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        if include_code or getattr(self, "_auto_class", None) is not None:
-            here = Path(__file__).parent
-            for name in REMOTE_CODE_FILES:
-                files[name] = (here / name).read_bytes()
-        return files
-
-
-# Everything this file imports, for trust_remote_code without the library: transformers, torch and safetensors only.
-REMOTE_CODE_FILES = (
-    "errors.py",
-    "storage.py",
-    "prompts.py",
-    "residual.py",
-    "configuration_taskres.py",
-    "families.py",
-    "encoders.py",
-    "base_model.py",
-    "base_classifier.py",
-    "artifact.py",
-    "modeling_taskres.py",
-)
+        name = self.config.base_model_name_or_path
+        public = name if name is None else public_base_name(name)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(folder, public, None, residual_dtype, include_code, {"repo_id": repo_id, "tags": tags})
+            return upload(
+                folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
+                commit_message=commit_message, commit_description=commit_description,
+            )  # fmt: skip
 
 
 def _rename_residual(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -623,27 +493,7 @@ def _rename_residual(module: Any, state_dict: dict[str, Any], prefix: str, *args
         state_dict[f"{prefix}classifier.{RESIDUAL}"] = state_dict.pop(f"{prefix}{RESIDUAL}")
 
 
-def _matches(table: Tensor, prompts: Sequence[Sequence[str]], config: TaskResConfig) -> bool:
-    """Whether a kept base classifier is the one the residual was trained on; if not, it is made anew."""
-    try:
-        check_fingerprint(table, prompts, config.prompt_average, config.base_fingerprint or {}, "")
-    except BaseMismatchError:
-        return False
-    return True
-
-
 def _place_head(model: TaskResCLIPForImageClassification) -> TaskResCLIPForImageClassification:
-    device = model.clip.device
-    if device.type != "meta":
-        model.classifier.to(device)
+    if model.clip.device.type != "meta":
+        model.classifier.to(model.clip.device)
     return model
-
-
-def _card(values: dict[str, Any], repo_id: str | None, tags: list[str] | None, existing: Path) -> bytes | None:
-    try:
-        from .hub import keep_written_card, model_card
-    except ImportError:  # running as remote code: the card stays as downloaded
-        return None
-    if existing.is_file() and keep_written_card(existing.read_text(encoding="utf-8", errors="replace")):
-        return None
-    return model_card(values, repo_id, tags).encode("utf-8")

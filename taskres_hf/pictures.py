@@ -264,7 +264,7 @@ def _stream(source: Any, name: str, stack: ExitStack) -> IO[bytes] | None:
             raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file.")
         return stack.enter_context(open(path, "rb"))
     except FileNotFoundError:
-        raise ImageError(f"There is no file {name}.") from None
+        raise ImageError(f"{name} cannot be read: there is no file of that name.") from None
     except OSError as error:
         raise ImageError(f"{name} cannot be opened: {error.strerror}.") from error
 

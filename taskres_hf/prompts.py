@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -105,6 +106,7 @@ def check_class_names(class_names: Any, minimum: int = 2) -> list[str]:
                 "Rename one, for example 'crane (bird)' and 'crane (machine)'."
             )
         first[name] = position
+    warn_of_equals(cleaned, [_bare(name) for name in cleaned], "class names")
     meaningless = [name for name in cleaned if _MEANINGLESS.match(name)]
     if meaningless:
         warnings.warn(
@@ -120,7 +122,7 @@ def class_prompts(
     templates: str | Sequence[str] | None = None,
     *,
     underscores: str = "replace",
-    descriptions: Mapping[str, Sequence[str]] | None = None,
+    descriptions: Mapping[str, Sequence[str] | str] | None = None,
     prompt_names: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
     """The prompts of each class.
@@ -130,7 +132,8 @@ def class_prompts(
         templates: see `resolve_templates`. With `descriptions`, None means the descriptions alone.
         underscores: `"replace"` writes `tabby_cat` as `tabby cat`; `"keep"` leaves it, as the published TaskRes code
             does (its class names reach the tokenizer verbatim).
-        descriptions: sentences per class name, as in CuPL's JSON files; used as whole prompts.
+        descriptions: sentences per class name, as in CuPL's JSON files; used as whole prompts. A string is one
+            sentence.
         prompt_names: what stands in a prompt instead of a class name, for names that say little or must differ where
             their prompts do not (ImageNet has two classes called `missile`).
 
@@ -146,18 +149,15 @@ def class_prompts(
     resolved = resolve_templates(templates) if templates is not None or descriptions is None else []
     prompts = []
     missing = []
-    unknown = sorted(set(prompt_names or {}) - set(class_names))
-    if unknown:
-        raise ConfigurationError(f"`prompt_names` speaks of classes that do not exist: {unknown[:5]}.")
+    descriptions = sentences_by_class(descriptions)
+    _check_prompt_names(prompt_names, class_names)
     for name in class_names:
         words = (prompt_names or {}).get(name, name)
         words = words.replace("_", " ") if underscores == "replace" else words
         sentences = [template.replace("{}", words) for template in resolved]
         if descriptions is not None:
             described = descriptions.get(name, descriptions.get(words))
-            if isinstance(described, str):
-                described = [described]
-            if not described or not all(isinstance(text, str) and text.strip() for text in described):
+            if not described or not all(text.strip() for text in described):
                 missing.append(name)
                 continue
             sentences += list(described)
@@ -168,6 +168,65 @@ def class_prompts(
             f"{' ...' if len(missing) > 5 else ''} ({len(missing)} of {len(class_names)})."
         )
     return prompts
+
+
+def sentences_by_class(descriptions: Mapping[str, Sequence[str] | str] | None) -> dict[str, list[str]] | None:
+    """Descriptions with a list of sentences per class; a string is one sentence.
+
+    Raises:
+        ConfigurationError: not a mapping from names to sentences.
+    """
+    if descriptions is None:
+        return None
+    if not isinstance(descriptions, Mapping):
+        raise ConfigurationError(
+            f"`descriptions` must be a mapping from class names to sentences; got a {type(descriptions).__name__}."
+        )
+    ready = {}
+    for name, sentences in descriptions.items():
+        several = [sentences] if isinstance(sentences, str) else sentences
+        if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
+            raise ConfigurationError(f"The description of {name!r} must be a list of sentences; got {sentences!r:.80}.")
+        ready[str(name)] = list(several)
+    return ready
+
+
+def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
+    """Digest of the prompts in class order and of how they are averaged."""
+    text = json.dumps([average, [list(group) for group in prompts]], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def warn_of_equals(names: Sequence[str], keys: Sequence[Any], what: str) -> None:
+    """Warn of names that the base cannot tell apart, naming up to five pairs."""
+    first: dict[Any, str] = {}
+    pairs = [(first[key], name) for name, key in zip(names, keys, strict=True) if first.setdefault(key, name) != name]
+    if pairs:
+        shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:5])
+        warnings.warn(
+            f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of {what} are the same to a text encoder, or nearly: "
+            f"{shown}{' ...' if len(pairs) > 5 else ''}. Zero-shot cannot tell them apart: are they one class? "
+            "If not, give prompt_names= or class_descriptions= that differ.",
+            stacklevel=4,
+        )
+
+
+def _bare(name: str) -> str:
+    """A name without what a text encoder hardly sees: case, underscores, spaces, look-alike characters."""
+    return " ".join(unicodedata.normalize("NFKC", name).replace("_", " ").split()).casefold()
+
+
+def _check_prompt_names(prompt_names: Mapping[str, str] | None, class_names: Sequence[str]) -> None:
+    if prompt_names is None:
+        return
+    if not isinstance(prompt_names, Mapping):
+        raise ConfigurationError(f"`prompt_names` must be a mapping; got a {type(prompt_names).__name__}.")
+    unknown = sorted(str(name) for name in set(prompt_names) - set(class_names))
+    if unknown:
+        raise ConfigurationError(f"`prompt_names` speaks of classes that do not exist: {unknown[:5]}.")
+    bad = [name for name, words in prompt_names.items() if not isinstance(words, str) or not words.strip()]
+    if bad:
+        raise ConfigurationError(f"`prompt_names` must give words for {bad[0]!r}; got {prompt_names[bad[0]]!r}.")
 
 
 def _names_from_mapping(mapping: Mapping[Any, Any]) -> list[Any]:

@@ -1,21 +1,29 @@
-"""Files that are either whole or absent: atomic writes, safetensors with the user's permissions, the cache folder."""
+"""Files that are either whole or absent: atomic writes, safetensors with the user's permissions, the cache folder.
+
+Imports no torch: what an artifact is can be told without it.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
+import struct
 import tempfile
+from array import array
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, deserialize
 
 from .errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
 
 # The files of an artifact, and the tensors in its weights.
 CONFIG = "config.json"
@@ -23,7 +31,7 @@ WEIGHTS = "model.safetensors"
 PROCESSOR = "preprocessor_config.json"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
-
+FORMAT_VERSION = 2  # of an artifact; 2 adds the image side to `base_fingerprint`
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 
@@ -84,6 +92,8 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors as safetensors in one step; see `write_bytes`."""
+    from safetensors.torch import save
+
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(ready, metadata={"format": "pt", **(metadata or {})}))
 
@@ -94,12 +104,62 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     Raises:
         ArtifactError: the file is missing, truncated or not safetensors.
     """
+    from safetensors import safe_open
+
     try:
         with safe_open(str(path), framework="pt") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}, dict(stream.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
     except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or is not a safetensors file ({error}). Save or download it again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a safetensors file: dtype such as `"F32"`, shape, bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes
+
+    @property
+    def torch_name(self) -> str:
+        """Its dtype as torch writes it."""
+        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+        return f"torch.{names.get(self.dtype, self.dtype.lower())}"
+
+    def values(self) -> array[float] | None:
+        """Its values in fp32, row after row; None where it does not hold real numbers. Needs no numpy."""
+        if self.dtype == "F32":
+            return array("f", self.content)
+        if self.dtype == "BF16":
+            return array("f", array("I", [bits << 16 for bits in memoryview(self.content).cast("H")]).tobytes())
+        if self.dtype in ("F16", "F64"):
+            kind, size = ("e", 2) if self.dtype == "F16" else ("d", 8)
+            return array("f", struct.unpack(f"<{len(self.content) // size}{kind}", self.content))
+        return None
+
+
+def read_stored(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, without torch.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        content = Path(path).read_bytes()
+        tensors = {
+            name: StoredTensor(str(entry["dtype"]), tuple(entry["shape"]), bytes(entry["data"]))
+            for name, entry in deserialize(content)  # type: ignore[no-untyped-call]
+        }
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, dict(header.get("__metadata__") or {})
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} is damaged or is not a safetensors file ({error}). Save or download it again."
         ) from error
@@ -115,7 +175,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON ({error}). Save or download it again.") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} must hold a JSON object; it holds a {type(value).__name__}.")
@@ -126,3 +186,14 @@ def umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the packages that write an artifact, as recorded in it."""
+    versions = {}
+    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

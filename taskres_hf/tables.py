@@ -13,7 +13,7 @@ from typing import Any
 _NUMBER = re.compile(r"^[+-]?\d[\d,]*(\.\d+)?( ?%| ?± ?\d+(\.\d+)?)?$")
 _MARKDOWN = re.compile(r"([\\`*\[\]<|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[A-Za-z]):(?=//)|(?<=www)\.)")
 _GAP = 2  # between two columns
-_COMFORTABLE, _NARROWEST = 20, 8  # characters a text is folded to: before numbers are, and at most
+_NARROWEST = 8  # a text folded to fewer characters cannot be read
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -131,7 +131,7 @@ class _Terminal:
             yield Text(visible(table.caption), style="italic")
 
     def _widths(self, available: int) -> list[int]:
-        """Width of each column, numbers whole and texts folded where they must be; empty if that cannot be."""
+        """Width of each column, folded between words where possible; empty if even within words they do not fit."""
         from rich.cells import cell_len
 
         cells = [[name, *column] for name, column in zip(self.columns, zip(*self.rows, strict=True), strict=False)]
@@ -142,14 +142,15 @@ class _Terminal:
         room = available - _GAP * (len(cells) - 1)
         if sum(whole) <= room:
             return whole
-        for numbers, shortest in ((whole, _COMFORTABLE), (words, _NARROWEST)):
+        texts = [index for index, numeric in enumerate(self.numeric) if not numeric]
+        for numbers, shortest in ((whole, words), (words, words), (words, [_NARROWEST] * len(words))):
             widths = [number if numeric else w for number, w, numeric in zip(numbers, whole, self.numeric, strict=True)]
-            texts = [index for index, numeric in enumerate(self.numeric) if not numeric]
             while sum(widths) > room:
-                widest = max(texts, key=lambda index: widths[index], default=None)
-                if widest is None or widths[widest] <= shortest:
+                loose = [index for index in texts if widths[index] > shortest[index]]
+                if not loose:
                     break
-                widths[widest] -= 1
+                # What a row is about is folded last.
+                widths[max(loose, key=lambda index: (index != texts[0], widths[index]))] -= 1
             if sum(widths) <= room:
                 return widths
         return []

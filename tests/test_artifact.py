@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from support import random_residual
 
 from taskres_hf import TaskResCLIPForImageClassification, artifact
 from taskres_hf.artifact import describe, read_artifact, write_artifact
-from taskres_hf.errors import ArtifactError
+from taskres_hf.errors import ArtifactError, TaskResError
 
 Model = TaskResCLIPForImageClassification
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -82,14 +84,14 @@ def test_another_models_config_is_never_replaced(tmp_path: Path) -> None:
 def test_a_crash_between_the_files_is_healed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old, new = torch.zeros(2, 3), torch.ones(2, 3)
     write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.5}, old, {})
-    real = artifact.write_bytes
+    real = os.replace
 
-    def stop_at_config(path: Path, content: bytes) -> None:
-        if Path(path).name == "config.json":
+    def stop_at_config(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "config.json":
             raise KeyboardInterrupt
-        real(path, content)
+        real(source, target)
 
-    monkeypatch.setattr(artifact, "write_bytes", stop_at_config)
+    monkeypatch.setattr(artifact.os, "replace", stop_at_config)
     with pytest.raises(KeyboardInterrupt):
         write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.9}, new, {})
     config, residual, _ = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
@@ -218,7 +220,7 @@ def test_missing_config_keys(trained: Path, tmp_path: Path, key: str) -> None:
 def test_newer_format_and_broken_json(trained: Path, tmp_path: Path) -> None:
     folder = _copy(trained, tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "format_version": 2}))
+    (folder / "config.json").write_text(json.dumps({**config, "format_version": 3}))
     with pytest.raises(ArtifactError, match="upgrade"):
         _load(folder)
     (folder / "config.json").write_text("{")
@@ -246,6 +248,68 @@ def test_describe(trained: Path) -> None:
     assert "torch" in facts["library_versions"]
     with pytest.raises(ArtifactError, match="no-such"):
         describe(trained.parent / "no-such")
+
+
+def test_describing_needs_no_torch(trained: Path) -> None:
+    code = """
+import sys, json
+from taskres_hf.artifact import describe
+from taskres_hf.errors import ArtifactError, TaskResError
+facts = describe(sys.argv[1])
+try:
+    describe(sys.argv[2])
+except ArtifactError as error:
+    facts = [facts, str(error)]
+heavy = {"torch", "transformers", "datasets", "tokenizers", "sklearn", "pandas"}
+print(json.dumps([facts, sorted(heavy & set(sys.modules))]))
+"""
+    flipped = _copy(trained, trained.parent / "flipped")
+    content = bytearray((trained / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (flipped / "model.safetensors").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(trained), str(flipped)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (facts, error), loaded = json.loads(done.stdout)
+    assert loaded == []
+    assert "checksum" in error
+    assert facts == json.loads(json.dumps(describe(trained)))
+    residual = Model.from_pretrained(trained).classifier.residual.detach()
+    assert facts["residual"]["mean_length"] == pytest.approx(float(residual.norm(dim=1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id2label", {"1": "a", "2": "b"}), ("id2label", []), ("alpha", "0.5"), ("alpha", True), ("alpha", None),
+        ("projection_dim", 192.0), ("templates", "a {}."), ("templates", [3]), ("class_descriptions", {"mammal": 3}),
+        ("base_fingerprint", {"sketch": ["x"]}), ("base_fingerprint", {"image": 3}), ("logit_scale", [1]),
+        ("data", []), ("few_shot", "x"), ("metrics", 3), ("format_version", "2"), ("base_model_name_or_path", 3),
+    ],
+)  # fmt: skip
+def test_a_config_with_a_wrong_value(trained: Path, tmp_path: Path, key: str, value: object) -> None:
+    folder = _copy(trained, tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(TaskResError):
+        _load(folder)
+
+
+def test_golden_artifact_of_the_second_format(base: str, model: Model) -> None:
+    """An enhanced base, fp16, and the sketch of the image tower."""
+    loaded = Model.from_pretrained(Path(__file__).parent / "golden" / "v2", base_model=base)
+    assert loaded.config.format_version == 2
+    assert loaded.class_names == model.class_names
+    assert loaded.config.base_fingerprint["image"]["weights"] == 104
+    assert float(loaded.classifier.weight().detach().norm()) == pytest.approx(35.0396, abs=1e-3)
+
+
+def test_an_old_artifact_is_saved_anew_in_the_newest_format(base: str, tmp_path: Path) -> None:
+    loaded = Model.from_pretrained(Path(__file__).parent / "golden" / "v1", base_model=base)
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
+    assert torch.equal(Model.from_pretrained(tmp_path, base_model=base).classifier.residual, loaded.classifier.residual)
 
 
 def test_golden_artifact_of_the_first_format(model: Model) -> None:

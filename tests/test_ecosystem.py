@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,11 +17,10 @@ import torch
 from datasets import DatasetDict
 from safetensors import safe_open
 from support import random_residual
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoModelForImageClassification, CLIPModel, Trainer, TrainingArguments
 
 import taskres_hf
 from taskres_hf import TaskResCLIPForImageClassification
-from taskres_hf.modeling_taskres import REMOTE_CODE_FILES
 
 Model = TaskResCLIPForImageClassification
 ROOT = Path(__file__).parents[1]
@@ -151,29 +151,8 @@ def test_two_processes_reach_the_same(tmp_path: Path, mode: str) -> None:
 # ---------------------------------------------------------------------- without the library
 
 
-def test_the_model_itself_names_every_module_of_the_remote_code() -> None:
-    """Older transformers copy from a folder only what the model's file imports, not what that imports in turn."""
-    import ast
-
-    tree = ast.parse((ROOT / "taskres_hf" / "modeling_taskres.py").read_text())
-    named = {f"{node.module}.py" for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1}
-    assert set(REMOTE_CODE_FILES) - {"modeling_taskres.py"} <= named
-
-
-@pytest.mark.parametrize("place", ["folder", "hub"])
-def test_remote_code_works_without_the_library(
-    hub: Any, base: str, spec: dict[str, Any], pixel_values: torch.Tensor, tmp_path: Path, place: str
-) -> None:
-    hub.add_folder("tester/tiny-clip", base)
-    model = random_residual(Model.from_base("tester/tiny-clip", spec["classes"], spec["template"]))
-    name = "tester/with-code"
-    if place == "hub":
-        model.push_to_hub(name, include_code=True)
-    else:
-        name = str(tmp_path / "with-code")
-        model.save_pretrained(name, include_code=True)
-    torch.save(pixel_values, tmp_path / "pixels.pt")
-    code = """
+# Nothing of the library can be imported, as on a machine without it.
+_WITHOUT_THE_LIBRARY = """
 import sys, builtins
 real = builtins.__import__
 def guarded(name, *rest, **more):
@@ -182,17 +161,112 @@ def guarded(name, *rest, **more):
     return real(name, *rest, **more)
 builtins.__import__ = guarded
 import torch
+torch.set_num_threads(1)  # as here: sums are in the same order
 from transformers import AutoModelForImageClassification, pipeline
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "transformers_modules" in type(model).__module__
-logits = model(pixel_values=torch.load(sys.argv[2], weights_only=True)).logits
-torch.save(logits.detach(), sys.argv[3])
-model.save_pretrained(sys.argv[3] + ".again")
-assert len(pipeline("image-classification", model=sys.argv[1], trust_remote_code=True).model.config.id2label) == 8
 """
-    _python(code, name, tmp_path / "pixels.pt", tmp_path / "logits.pt", cwd=tmp_path)
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert torch.equal(logits, model(pixel_values=pixel_values).logits)
+_SERVE = (
+    _WITHOUT_THE_LIBRARY
+    + """
+for line in sys.argv[2:]:
+    name, pixels, answers = line.split("|")
+    model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+    assert "transformers_modules" in type(model).__module__
+    inputs = torch.load(pixels, weights_only=True)
+    torch.save(model(**inputs).logits.detach(), answers)
+    if sys.argv[1] == "pipeline":
+        classes = pipeline("image-classification", model=name, trust_remote_code=True).model.config.id2label
+        assert len(classes) == model.table.shape[0]
+"""
+)
+
+
+def _tiny_siglip(base: str, folder: Path) -> str:
+    """A SigLIP of random weights with a real tokenizer: its text is padded to a fixed length."""
+    from support import tiny_config
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    config = tiny_config("siglip")
+    config.text_config.vocab_size = 8192
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    processor.size = processor.crop_size = {"height": 32, "width": 32}
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_remote_code_gives_the_same_logits_without_the_library(
+    hub: Any, base: str, spec: dict[str, Any], pixel_values: torch.Tensor, tmp_path: Path
+) -> None:
+    hub.add_folder("tester/tiny-clip", base)
+    names, several = spec["classes"], ["a photo of a {}.", "art of the {}."]
+    described = {name: [f"A {name}, seen from near.", "It is there."] for name in names}
+    online = random_residual(Model.from_base("tester/tiny-clip", names, spec["template"]))
+    online.push_to_hub("tester/with-code", include_code=True)
+    models = {
+        "text": random_residual(Model.from_base(base, names, several, prompt_average="normalized")),
+        "image": random_residual(Model.from_base(base, names, several, residual_side="image", alpha=0.25)),
+        "described": random_residual(Model.from_base(base, names, class_descriptions=described)),
+        "enhanced": random_residual(Model.from_base(base, names)),
+        "bf16": random_residual(Model.from_base(base, names, dtype="bfloat16")),
+        "siglip": random_residual(Model.from_base(_tiny_siglip(base, tmp_path / "tiny-siglip"), names)),
+    }
+    models["enhanced"].classifier.shift = torch.randn_like(models["enhanced"].classifier.base)
+    expected, lines = {}, []
+    for name, model in {**models, "tester/with-code": online}.items():
+        place = name if model is online else str(tmp_path / name)
+        if model is not online:
+            model.save_pretrained(place, include_code=True)
+            assert {file.name for file in Path(place).glob("*.py")} == {"modeling_taskres.py"}
+        size = model.clip.config.vision_config.image_size
+        pixels = torch.nn.functional.interpolate(pixel_values, size=(size, size))
+        expected[name] = model(pixel_values=pixels).logits
+        stem = tmp_path / name.replace("/", "-")
+        torch.save({"pixel_values": pixels}, f"{stem}.pixels")
+        lines.append(f"{place}|{stem}.pixels|{stem}.logits")
+    _python(_SERVE, "pipeline", *lines, cwd=tmp_path)
+    for name, logits in expected.items():
+        found = torch.load(f"{tmp_path / name.replace('/', '-')}.logits", weights_only=True)
+        assert torch.equal(found, logits), name
+
+
+def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str, Any], tmp_path: Path) -> None:
+    random_residual(Model.from_base(base, spec["classes"])).save_pretrained(tmp_path / "a", include_code=True)
+    changed = CLIPModel.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        changed.vision_model.encoder.layers[2].mlp.fc1.weight.mul_(1.3)
+    changed.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((Path(base) / name).read_bytes())
+    for name in ("flipped", "renamed"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    content = bytearray((tmp_path / "flipped" / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "flipped" / "model.safetensors").write_bytes(content)
+    config = json.loads((tmp_path / "renamed" / "config.json").read_text())
+    config["id2label"]["0"] = "wolf"
+    (tmp_path / "renamed" / "config.json").write_text(json.dumps(config))
+    code = (
+        _WITHOUT_THE_LIBRARY
+        + """
+for name, options, words in (
+    ("flipped", {}, "checksum"), ("renamed", {}, "classes or templates"), ("a", {"base_model": "other"}, "image tower"),
+):
+    try:
+        AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True, **options)
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(name)
+model = AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True)
+try:
+    model.save_pretrained("again")
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert "pip install taskres_hf" in _python(code, cwd=tmp_path)
 
 
 # ---------------------------------------------------------------------- the package
@@ -208,8 +282,8 @@ def test_built_package_holds_what_it_needs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (
-        "py.typed", "card_template.md", "suite_data/templates.json", "demo_data/tiny-clip/model.safetensors",
-        "demo_data/LICENSES.md", "demo_data/food/train.parquet",
+        "py.typed", "card_template.md", "templates.json", "demo_data/tiny-clip/model.safetensors",
+        "demo_data/LICENSES.md", "demo_data/food/train.parquet", "remote/modeling_taskres.py",
     ):  # fmt: skip
         assert f"taskres_hf/{wanted}" in names
     assert wheel.stat().st_size < 26_000_000

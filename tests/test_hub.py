@@ -15,8 +15,8 @@ from support import random_residual
 from transformers import AutoModelForImageClassification, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.errors import BaseModelError
-from taskres_hf.hub import model_card
+from taskres_hf.errors import ArtifactError, BaseModelError
+from taskres_hf.hub import MARKER, is_hub_id, model_card, push_folder
 
 Model = TaskResCLIPForImageClassification
 
@@ -116,6 +116,93 @@ def test_a_card_written_on_the_hub_is_kept(online: Model, hub: HubServer) -> Non
     hub.repos["models/tester/animals"].commit({"README.md": b"Our own words."}, "main", "edit")
     online.push_to_hub("tester/animals")
     assert hub.files("tester/animals")["README.md"] == b"Our own words."
+
+
+def test_the_card_of_the_branch_that_is_pushed_to_decides(online: Model, hub: HubServer) -> None:
+    online.push_to_hub("tester/animals")
+    online.push_to_hub("tester/animals", revision="tidy")
+    hub.repos["models/tester/animals"].commit({"README.md": b"Words on the branch."}, "tidy", "edit")
+    hub.repos["models/tester/animals"].commit({"README.md": b"Words on main."}, "main", "edit")
+    online.push_to_hub("tester/animals", revision="tidy")
+    assert hub.files("tester/animals", "tidy")["README.md"] == b"Words on the branch."
+    online.push_to_hub("tester/animals", revision="fresh")
+    assert hub.files("tester/animals", "fresh")["README.md"] == b"Words on main."
+    hub.repos["models/tester/animals"].commit({"README.md": MARKER.encode()}, "tidy", "edit")
+    online.push_to_hub("tester/animals", revision="tidy")
+    assert b"# 8-class image classifier" in hub.files("tester/animals", "tidy")["README.md"]
+
+
+def test_saving_with_push_uploads_the_code_too(online: Model, hub: HubServer, tmp_path: Path) -> None:
+    online.save_pretrained(tmp_path / "a", push_to_hub=True, repo_id="tester/animals", include_code=True)
+    assert "modeling_taskres.py" in hub.files("tester/animals")
+    assert "auto_map" in json.loads(hub.files("tester/animals")["config.json"])
+
+
+# ---------------------------------------------------------------------- a folder, as it is
+
+
+def test_a_folder_is_uploaded_as_it_is(
+    online: Model, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    online.save_pretrained(folder, residual_dtype=torch.float16)
+    (folder / "README.md").write_text("My own words.")
+    for name in ("run.yaml", ".hidden", "notes.txt", "embeddings.safetensors", "x.tmp"):
+        (folder / name).write_text("x")
+    for name in ("checkpoint-3", ".taskres.x.tmp"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_text("x")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    monkeypatch.setattr(Model, "from_pretrained", lambda *args, **options: pytest.fail("the base was loaded"))
+    commit = push_folder(folder, "tester/folder", commit_message="As it is", private=True)
+    assert commit.oid in hub.repos["models/tester/folder"].commits
+    assert hub.repos["models/tester/folder"].private
+    files = hub.files("tester/folder")
+    assert set(files) == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    assert all(files[name] == before[name] for name in files)
+    assert push_folder(folder, "tester/folder", create_pr=True).pr_url
+
+
+def test_a_folder_with_a_local_base_names_its_last_part(
+    model: Model, hub: HubServer, base: str, tmp_path: Path
+) -> None:
+    random_residual(model).save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.warns(UserWarning, match="base_model="):
+        push_folder(tmp_path, "tester/local-folder", include_code=True)
+    files = hub.files("tester/local-folder")
+    assert not [name for name, content in files.items() if str(Path(base).parent).encode() in content]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert "modeling_taskres.py" in files
+    assert json.loads(files["config.json"])["base_model_name_or_path"] == "tiny-clip"
+    loaded = Model.from_pretrained("tester/local-folder", base_model=base)
+    assert torch.equal(loaded.classifier.residual, model.classifier.residual)
+    with pytest.warns(UserWarning, match="base_model="):
+        push_folder(tmp_path, "tester/local-folder", revision="plain")
+    assert (
+        Model.from_pretrained("tester/local-folder", revision="plain", base_model=base).class_names == model.class_names
+    )
+
+
+def test_a_folder_that_is_no_artifact_is_not_uploaded(online: Model, hub: HubServer, tmp_path: Path) -> None:
+    online.save_pretrained(tmp_path / "a")
+    content = bytearray((tmp_path / "a" / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "a" / "model.safetensors").write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "a", tmp_path / "empty", tmp_path / "gone"):
+        with pytest.raises(ArtifactError):
+            push_folder(folder, "tester/broken")
+    assert "models/tester/broken" not in hub.repos
+
+
+def test_ids_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in ("me/pets", "gpt2"):
+        assert is_hub_id(name)
+    for name in ("here", "./pets", "a/b/c", "..", "", "~/pets", "/pets", None, "a b", "me/pets.git", "C:\\pets"):
+        assert not is_hub_id(name), name
 
 
 def test_trainer_pushes(online: Model, hub: HubServer, splits: Any) -> None:

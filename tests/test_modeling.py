@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_residual
+from support import random_residual, tiny_config, tiny_images
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,8 +19,14 @@ from transformers import (
     pipeline,
 )
 
-from taskres_hf import TaskResCLIPForImageClassification, TaskResConfig, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.errors import BaseMismatchError, BaseModelError, ClassNamesError, ConfigurationError
+from taskres_hf import (
+    TaskResCLIPForImageClassification,
+    TaskResConfig,
+    TaskResTrainer,
+    TaskResTrainingArguments,
+    base_model,
+)
+from taskres_hf.errors import ArtifactError, BaseMismatchError, BaseModelError, ClassNamesError, ConfigurationError
 
 Model = TaskResCLIPForImageClassification
 
@@ -287,3 +293,211 @@ def test_classifiers_are_swapped_on_a_live_model(model: Model, base: str, pixel_
     other.config.base_model_name_or_path = "another/base"
     with pytest.raises(ConfigurationError, match="different bases"):
         Model.from_base(base, ["a", "b"]).use_classifier(other)
+
+
+# ---------------------------------------------------------------------- arguments of from_pretrained
+
+
+@pytest.fixture
+def saved(model: Model, tmp_path: Path) -> Path:
+    random_residual(model).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("loader", [Model, AutoModelForImageClassification])
+def test_arguments_that_ask_for_nothing_are_taken(saved: Path, loader: Any) -> None:
+    names = [
+        "ignore_mismatched_sizes", "key_mapping", "tp_plan", "tp_size", "device_mesh", "from_tf", "from_flax",
+        "state_dict", "variant", "mirror", "use_kernels", "max_memory", "weights_only", "output_attentions",
+    ]  # fmt: skip
+    no_value = ["gguf_file", "quantization_config", "device_map", "token", "cache_dir", "revision", "dtype"]
+    assert loader.from_pretrained(saved, **dict.fromkeys(names, False)).classifier.residual.any()
+    assert loader.from_pretrained(saved, **dict.fromkeys([*names, *no_value])).classifier.residual.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ignore_mismatched_sizes": True}, {"key_mapping": {"a": "b"}}, {"tp_plan": "auto"}, {"variant": "fp16"}],
+)
+def test_arguments_that_do_not_apply_are_named(saved: Path, options: dict[str, Any]) -> None:
+    for loader in (Model, AutoModelForImageClassification):
+        with pytest.raises(TypeError, match=f"unexpected arguments: {next(iter(options))}="):
+            loader.from_pretrained(saved, **options)
+    with pytest.raises(TypeError, match="unexpected arguments: 3"):
+        Model.from_pretrained(saved, 3)
+
+
+def test_the_official_script_loads_an_artifact(saved: Path, model: Model) -> None:
+    """As transformers' run_image_classification.py does, with a dataset of the same classes."""
+    labels = model.class_names
+    options: dict[str, Any] = {"cache_dir": None, "revision": "main", "token": None, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(
+        saved, num_labels=len(labels), label2id={label: str(i) for i, label in enumerate(labels)},
+        id2label={str(i): label for i, label in enumerate(labels)}, finetuning_task="image-classification", **options,
+    )  # fmt: skip
+    loaded = AutoModelForImageClassification.from_pretrained(
+        saved, from_tf=False, config=config, ignore_mismatched_sizes=False, **options
+    )
+    assert loaded.class_names == labels
+    config.id2label = dict(enumerate(reversed(labels)))
+    with pytest.raises(ConfigurationError, match="differs from the artifact's in id2label"):
+        AutoModelForImageClassification.from_pretrained(saved, config=config)
+
+
+def test_only_some_values_of_the_config_can_be_given(saved: Path) -> None:
+    for loader in (Model, AutoModelForImageClassification):
+        loaded = loader.from_pretrained(saved, alpha=0.25, return_dict=False)
+        assert loaded.classifier.alpha == loaded.config.alpha == 0.25
+        assert not loaded.config.return_dict
+        with pytest.raises(ConfigurationError, match="`alpha`"):
+            loader.from_pretrained(saved, alpha="much")
+    for name, value in (
+        ("logit_scale", 3.0), ("id2label", {0: "x", 1: "y"}), ("num_labels", 7), ("templates", ["a {}."]),
+        ("projection_dim", 5), ("residual_side", "image"), ("base_fingerprint", {}),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{name}=.*from_base"):
+            Model.from_pretrained(saved, **{name: value})
+        with pytest.raises(
+            ConfigurationError, match="differs from the artifact's"
+        ):  # the Auto class put it in a config
+            AutoModelForImageClassification.from_pretrained(saved, **{name: value})
+
+
+# ---------------------------------------------------------------------- one home for each fact
+
+
+def test_head_and_config_say_the_same(model: Model, tmp_path: Path) -> None:
+    random_residual(model)
+    model.classifier.shift = torch.ones_like(model.classifier.base)
+    model.config.enhanced_base, model.config.metrics = {"epochs": 50}, {"accuracy": 1.0}
+    model.classifier.alpha = 0.75
+    assert model.config.alpha == 0.75
+    model.config.alpha = 1.25
+    assert model.classifier.alpha == 1.25
+    model.save_pretrained(tmp_path / "enhanced")
+    loaded = Model.from_pretrained(tmp_path / "enhanced")
+    assert loaded.config.enhanced_base == {"epochs": 50}
+    loaded.classifier.reset()
+    assert loaded.config.enhanced_base is loaded.config.metrics is None
+    loaded.save_pretrained(tmp_path / "reset")
+    config = json.loads((tmp_path / "reset" / "config.json").read_text())
+    assert not config.get("enhanced_base")
+    assert not config.get("metrics")
+    assert config["alpha"] == 1.25
+    assert "facts" not in config
+
+
+def test_a_shift_taken_away_is_not_told_of(model: Model, tmp_path: Path) -> None:
+    model.config.enhanced_base = {"epochs": 50}
+    model.save_pretrained(tmp_path)  # without a shift
+    assert not json.loads((tmp_path / "config.json").read_text()).get("enhanced_base")
+
+
+# ---------------------------------------------------------------------- nothing is saved that does not load
+
+
+def test_one_string_a_class_is_one_sentence(base: str, pixel_values: torch.Tensor, tmp_path: Path) -> None:
+    sentences = {"cat": "A cat that purrs.", "dog": "A dog that barks."}
+    model = random_residual(Model.from_base(base, list(sentences), class_descriptions=sentences))
+    assert model.class_prompts() == [[sentence] for sentence in sentences.values()]
+    model.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id2label": {0: "a", 1: "b"}},
+        {"templates": ["a sketch of a {}."]},
+        {"templates": ["no place for the name"]},
+        {"prompt_names": {"mammal": "beast"}},
+        {"prompt_average": "normalized"},
+        {"projection_dim": 7},
+        {"base_fingerprint": None},
+        {"base_model_name_or_path": None},
+        {"metrics": {"confusion": object()}},
+    ],
+)
+def test_what_would_not_load_is_not_saved(model: Model, saved: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    for folder in (saved, tmp_path / "new"):
+        with pytest.raises(ArtifactError):
+            model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"saved"}  # no half of it, nothing left over
+
+
+def test_saving_does_not_load_the_base_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for loading in ("load_base", "load_image_tower"):
+        monkeypatch.setattr(base_model, loading, lambda *args, **options: pytest.fail("loaded"))
+    model.save_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_and_torch_are_saved(model: Model, tmp_path: Path) -> None:
+    import numpy as np
+
+    model.config.metrics = {"accuracy": np.float32(0.5), "confusion": np.arange(2), "loss": torch.tensor(0.25)}
+    model.save_pretrained(tmp_path)
+    metrics = json.loads((tmp_path / "config.json").read_text())["metrics"]
+    assert metrics == {"accuracy": 0.5, "confusion": [0, 1], "loss": 0.25}
+
+
+# ---------------------------------------------------------------------- other families, other labels
+
+
+def test_zero_shot_logits_take_what_forward_takes(base: str) -> None:
+    from transformers import AutoModel
+
+    config = tiny_config("siglip2")
+    config.text_config.vocab_size = 8192
+    torch.manual_seed(0)
+    siglip2 = AutoModel.from_config(config)
+    other = Model.from_base(siglip2, ["cat", "dog"], tokenizer=AutoTokenizer.from_pretrained(base))
+    inputs = tiny_images("siglip2")
+    assert torch.equal(other.zero_shot_logits(**inputs), other(**inputs).logits)
+    embeds = other.get_image_features(**inputs)
+    assert torch.equal(other.zero_shot_logits(image_embeds=embeds), other(**inputs).logits)
+    with pytest.raises(ConfigurationError, match="either pixel_values or image_embeds"):
+        other.zero_shot_logits()
+
+
+def test_probabilities_as_labels(model: Model) -> None:
+    embeds = torch.randn(8, 192)
+    ids = torch.arange(8)
+    soft = torch.nn.functional.one_hot(ids, 8).float()
+    hard = model(image_embeds=embeds, labels=ids).loss
+    torch.testing.assert_close(model(image_embeds=embeds, labels=soft).loss, hard)
+    with pytest.raises(ConfigurationError, match="multi-label"):
+        model(image_embeds=embeds, labels=soft + soft.flip(0))
+
+
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_pictures_that_are_not_numbers_get_no_answer(model: Model, pixel_values: torch.Tensor, pixel: float) -> None:
+    spoilt = pixel_values.clone()
+    spoilt[3] = pixel
+    with pytest.raises(ConfigurationError, match="1 of 8 pictures"):
+        model(pixel_values=spoilt)
+
+
+def test_prompts_cut_to_the_same_tokens_are_named(base: str) -> None:
+    long = "long " * 40
+    with pytest.warns(UserWarning, match=r"1 pair of classes' prompts.*cat.*dog"):
+        Model.from_base(base, [f"{long}cat", f"{long}dog", "bird"])
+
+
+def test_a_classifier_remembers_the_commit_of_a_base_already_loaded(hub: Any, base: str, tmp_path: Path) -> None:
+    commit = hub.add_folder("tester/tiny-clip", base)
+    clip = CLIPModel.from_pretrained("tester/tiny-clip", dtype=torch.float32)
+    other = random_residual(Model.from_base(clip, ["cat", "dog"]))
+    assert other.config.base_model_revision == commit
+    other.save_pretrained(tmp_path / "a")
+    words = json.loads((Path(base) / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
+    hub.repos["models/tester/tiny-clip"].commit({"tokenizer.json": json.dumps(words).encode()}, "main", "swap")
+    loaded = Model.from_pretrained(tmp_path / "a", base_model=clip)  # the tokenizer of the pinned commit, not of main
+    assert torch.equal(loaded.classifier.weight(), other.classifier.weight())
+    assert loaded.tokenizer("cat")["input_ids"] == other.tokenizer("cat")["input_ids"]

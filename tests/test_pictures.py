@@ -207,9 +207,10 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, message in {
         "folder.jpg": "is a folder", "pipe.jpg": "is a pipe or a device", "loop.jpg": "cannot be opened",
-        "broken.jpg": "There is no file", "missing.jpg": "There is no file", "empty.jpg": "is empty: 0 bytes",
+        "broken.jpg": "cannot be read: there is no", "missing.jpg": "cannot be read: there is no",
+        "empty.jpg": "is empty: 0 bytes",
     }.items():  # fmt: skip
-        with pytest.raises(ImageError, match=rf"{name}' {message}|{message} '.*{name}'"):
+        with pytest.raises(ImageError, match=rf"{name}' {message}"):
             read_image(tmp_path / name)
     for name in ("folder.jpg", "pipe.jpg", "missing.jpg"):
         with pytest.raises(ImageError):
@@ -319,7 +320,7 @@ def test_addresses_are_read(server: str, tmp_path: Path, photo: PIL.Image.Image)
         ("http://user:secret@127.0.0.1:1/p.png", r"'http://127.0.0.1:1/p.png' cannot be downloaded"),
         ("s3://bucket/p.png", r"kind s3://, which is not read. Download"),
         ("gs://bucket/p.png?sig=secret", "kind gs://"),
-        ("file:///nowhere/p.png", "There is no file"),
+        ("file:///nowhere/p.png", "there is no file"),
         ("data:image/png;base64,%%%", "is empty"),
         ("data:text/plain,hello", "not a picture"),
     ],

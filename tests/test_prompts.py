@@ -74,3 +74,25 @@ def test_bad_class_names(names: object, message: str) -> None:
 def test_meaningless_names_are_pointed_out() -> None:
     with pytest.warns(UserWarning, match="say nothing"):
         check_class_names(["n02123045", "17"])
+
+
+def test_a_string_of_description_is_one_sentence() -> None:
+    assert class_prompts(["cat", "dog"], descriptions={"cat": "It purrs.", "dog": ["It barks."]}) == [
+        ["It purrs."], ["It barks."],
+    ]  # fmt: skip
+    for bad in ({"cat": 3}, {"cat": [3]}, {"cat": None}, ["It purrs."]):
+        with pytest.raises(ConfigurationError, match=r"sentences"):
+            class_prompts(["cat"], descriptions=bad)
+    for bad_names in ({"cat": 3}, {"cat": " "}, ["cat"]):
+        with pytest.raises(ConfigurationError, match="prompt_names"):
+            class_prompts(["cat"], "a {}.", prompt_names=bad_names)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("red fish", "red_fish"), ("Cat", "cat"), ("a  b", "a b"), ("fish", "\ufb01sh"), ("A_B", "a b")]
+)
+def test_names_that_hardly_differ_are_named(one: str, other: str) -> None:
+    with pytest.warns(UserWarning, match="1 pair of class names") as caught:
+        assert len(check_class_names([one, "dog", other])) == 3
+    assert repr(one) in str(caught[0].message)
+    assert repr(other) in str(caught[0].message)

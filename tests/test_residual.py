@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from taskres_hf import TaskResClassifier
 from taskres_hf.errors import ConfigurationError
+from taskres_hf.residual import cross_entropy
 
 
 def _head(**options: object) -> TaskResClassifier:
@@ -72,3 +75,73 @@ def test_reset_goes_back_to_zero_shot() -> None:
 def test_bad_input(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         TaskResClassifier(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [1e30, -1e5, 1e-30, float("nan"), float("inf"), True, "0.5"])
+def test_an_alpha_that_cannot_work(alpha: float) -> None:
+    with pytest.raises(ConfigurationError, match="`alpha` must be"):
+        TaskResClassifier(torch.eye(3), alpha)
+    head = TaskResClassifier(torch.eye(3))
+    with pytest.raises(ConfigurationError, match="`alpha` must be"):
+        head.alpha = alpha
+    assert head.alpha == 0.5
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(math.exp(80), 0.0), (0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, 1e9)])
+def test_a_logit_scale_that_cannot_work(scale: float, bias: float) -> None:
+    with pytest.raises(ConfigurationError, match="logit_scale"):
+        TaskResClassifier(torch.eye(3), 0.5, scale, bias)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_answer_is_never_nan(bad: float) -> None:
+    head = TaskResClassifier(torch.eye(3))
+    embeds = torch.ones(4, 3)
+    embeds[2, 1] = bad
+    for call in (head, head.zero_shot_logits):
+        with pytest.raises(ConfigurationError, match="of 1 of 4 pictures are NaN"):
+            call(embeds)
+    with torch.no_grad():
+        head.residual[0, 0] = bad
+    with pytest.raises(ConfigurationError, match="of 4 of 4 pictures"):
+        head(torch.ones(4, 3))
+
+
+def test_reset_forgets_how_the_residual_came_to_be() -> None:
+    head = TaskResClassifier(torch.eye(3), 0.25)
+    head.facts["training"] = {"recipe": "auto"}
+    head.shift = torch.ones(3, 3)
+    assert torch.equal(head.frozen_weight(), torch.eye(3) + 1)
+    head.reset()
+    assert head.facts == {"alpha": 0.25}
+    assert torch.equal(head.weight(), torch.eye(3))
+
+
+def test_soft_labels_are_probabilities() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    hard = torch.tensor([0, 2, 1, 1])
+    soft = F.one_hot(hard, 3).double()
+    assert cross_entropy(logits, hard.int()) == cross_entropy(logits, hard) == cross_entropy(logits, soft)
+    mixed = 0.7 * soft + 0.1
+    expected = -(mixed * logits.log_softmax(dim=1)).sum(dim=1)
+    torch.testing.assert_close(cross_entropy(logits, mixed), expected.mean().float())
+    torch.testing.assert_close(cross_entropy(logits, mixed, num_items=8), (expected.sum() / 8).float())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.ones(4, 3), "sum 1"),  # several classes a picture
+        (torch.tensor([[2.0, -1.0, 0.0]] * 4), "sum 1"),
+        (torch.full((4, 3), float("nan")), "sum 1"),
+        (torch.tensor([0.0, 1.0, 2.0, 1.0]), r"probabilities \(floats\) of shape \[4, 3\]"),
+        (torch.eye(4)[:, :3].long(), "4 class ids"),
+        (torch.tensor([0, 1, 2]), "4 class ids"),
+        (torch.tensor([[0], [1], [2], [0]]), "4 class ids"),
+        (torch.tensor([True, False, True, True]), "4 class ids"),
+        (torch.tensor([0, 1, 2, 3]), "from 0 to 2; got 3"),
+    ],
+)
+def test_labels_that_are_none(labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        cross_entropy(torch.zeros(4, 3), labels)

@@ -11,20 +11,23 @@ PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation",
-    "families", "encoders", "base_model", "base_classifier", "configuration_taskres", "artifact", "hub",
-    "modeling_taskres", "pictures",
+    "families", "fingerprint", "encoders", "base_formats", "base_model", "base_classifier",
+    "configuration_taskres", "artifact", "hub", "modeling_taskres", "pictures",
     "data.account", "data.cells", "data.listing", "data.archives", "data.labelled", "data.reading", "data.naming",
     "data.folders", "data.tables", "data.shards", "data.sources", "data.training_data", "data", "few_shot",
     "embedding.augmentation", "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn",
     "embedding.engines.int8", "embedding.engines.rewriting", "embedding.engines.engine",
+    "embedding.engines.probe",
     "embedding.engines.openvino", "embedding.engines.onnxruntime", "embedding.engines.choose", "embedding.engines",
-    "embedding.embedder", "embedding.features", "embedding",
+    "embedding.embedder", "embedding.cache", "embedding.features", "embedding",
     "training.arguments", "training.recipes", "training.gradient", "training.enhanced_base", "training.checkpoints",
-    "training.trainer", "training",
+    "training.known_pictures", "training.measuring", "training.cross_validation", "training.callbacks",
+    "training.embeddings", "training.shots", "training.steps", "training.run", "training.trainer", "training",
     "predicting", "demo",
-    "paper.datasets", "paper.runner", "paper.checkpoints", "paper",
+    "paper.datasets", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
-    "cli.options", "cli.train", "cli.evaluate", "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.evaluate", "cli.predict",
+    "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500
@@ -35,7 +38,8 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+# The module in remote/ is copied beside artifacts and imports nothing of the package.
+FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "remote"}
 
 
 def _imports(module: str, path: Path) -> set[str]:

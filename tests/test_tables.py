@@ -11,7 +11,7 @@ from rich.console import Console
 from taskres_hf.tables import Table, markdown_text, spreadsheet_text, visible
 
 HOSTILE = [
-    "\x1b]0;owned\x07cat", "\x1b[2Jdog", "a\r\nb", "\u202egnp.exe", "\x9b31m", "caf\udce9", "[link](http://x.y)",
+    "\x1b]0;owned\x07cat", "\x1b[2Jdog", "a\r\nb", "\u202egnp.exe", "\x9b31m", "n\udcefve", "[link](http://x.y)",
     "<img src=x>", "a|b", "`code`", "**b**", "_i_", "&lt;", "[red]rich[/red]", "\u2028next", "http://x.y", "www.x.y",
 ]  # fmt: skip
 
@@ -73,6 +73,13 @@ def test_eighty_columns_cut_nothing() -> None:
     shown = _print(table, 40)
     assert shown.count("zero-shot: 27.2") == 1
     assert shown.count("28.6 ± 0.5") == 5
+
+
+def test_what_a_row_is_about_is_folded_last() -> None:
+    rows = [["a-name-to-copy-from-here", 1281167, "no commercial use"]]
+    shown = _print(Table(["name", "train", "licence"], rows), 44)
+    assert "a-name-to-copy-from-here" in shown
+    assert "commercia\n" in shown.replace(" ", "")
 
 
 def test_csv_holds_full_numbers_and_runs_no_formula() -> None:

@@ -1,4 +1,3 @@
 """The command line, `taskres`: one file a command, each thin over the library."""
 
-from .app import app as app
 from .app import main as main

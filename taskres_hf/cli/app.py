@@ -1,37 +1,35 @@
 """`taskres`: parse, call the library, print. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 an error (the message says what to do), 2 wrong usage, 3 done but pictures were skipped.
+Exit codes: 0 done, 1 an error (the message says what to do), 2 wrong usage, 3 done but pictures were skipped,
+130 interrupted with Ctrl-C, 143 ended by SIGTERM.
 Tables and progress are for people; with `--json` the standard output holds one JSON value and nothing else.
 """
 
 from __future__ import annotations
 
-import json
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from .demo import demo
-from .evaluate import evaluate
-from .paper import benchmark, import_checkpoint
-from .predict import predict
-from .share import info, push
-from .train import train
+from .screen import Interruption, emit, program, warn
 
-app = typer.Typer(
-    name="taskres",
-    help="Few-shot image classifiers as kilobyte residuals over frozen CLIP-like models.\n\n"
-    "Start with [bold]taskres demo[/bold], then [bold]taskres train[/bold] on your own pictures.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
+# Name: module, function, heading.
+_COMMANDS = {
+    "train": ("train", "train", _USE),
+    "evaluate": ("evaluate", "evaluate", _USE),
+    "predict": ("predict", "predict", _USE),
+    "demo": ("demo", "demo", _USE),
+    "info": ("share", "info", _SHARE),
+    "push": ("share", "push", _SHARE),
+    "benchmark": ("paper", "benchmark", _PAPER),
+    "import": ("paper", "import_checkpoint", _PAPER),
+}
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
@@ -42,25 +40,42 @@ def _root(
         raise typer.Exit
 
 
-_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
-app.command(rich_help_panel=_USE)(train)
-app.command(rich_help_panel=_USE)(evaluate)
-app.command(rich_help_panel=_USE)(predict)
-app.command(rich_help_panel=_USE)(demo)
-app.command(rich_help_panel=_SHARE)(info)
-app.command(rich_help_panel=_SHARE)(push)
-app.command(rich_help_panel=_PAPER)(benchmark)
-app.command("import", rich_help_panel=_PAPER)(import_checkpoint)
+def make_app(only: str | None = None) -> typer.Typer:
+    """The command line.
+
+    Args:
+        only: the one command to make, which is faster than all of them; any other name makes all.
+    """
+    app = typer.Typer(
+        name="taskres",
+        help="Few-shot image classifiers as kilobyte residuals over frozen CLIP-like models.\n\n"
+        "Start with [bold]taskres demo[/bold], then [bold]taskres train[/bold] on your own pictures.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name in [only] if only in _COMMANDS else _COMMANDS:
+        module, function, panel = _COMMANDS[str(name)]
+        command = getattr(importlib.import_module(f".{module}", __package__), function)
+        app.command(name, rich_help_panel=panel)(command)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors end in one readable message and exit code 1."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with Interruption() as interruption:
+        _run(arguments)
+    interruption.finish()
+
+
+def _run(arguments: list[str]) -> None:
     try:
-        app(arguments)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        sys.exit(130)
+        app = make_app(next((argument for argument in arguments if not argument.startswith("-")), None))
+        completion = any(argument.endswith("-completion") for argument in arguments)  # the shell knows us by one name
+        app(arguments, prog_name="taskres" if completion else program())
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
@@ -70,6 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in arguments or not isinstance(error, (TaskResError, OSError)):
             raise
         if "--json" in arguments:
-            typer.echo(json.dumps({"error": str(error), "type": type(error).__name__}))
-        typer.echo(f"Error: {error}", err=True)
+            emit(True, {"error": str(error), "type": type(error).__name__}, lambda: None)
+        warn(f"Error: {error}")
         sys.exit(1)

@@ -11,11 +11,13 @@ from .options import (
     Debug,
     Json,
     Quiet,
+    Recipe,
     console,
     emit,
     quiet_libraries,
     read_numbers,
 )
+from .screen import say, when_interrupted
 
 
 def demo(
@@ -23,7 +25,7 @@ def demo(
     all_tasks: Annotated[bool, typer.Option("--all", help="Every task, as one table.")] = False,
     shots: Annotated[str, typer.Option(help="Comma list of shot counts.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "1,2,3",
-    recipe: Annotated[str, typer.Option(help="'auto' or 'paper'.")] = "auto",
+    recipe: Annotated[Recipe, typer.Option(help="One setting for every task, or as published.")] = Recipe.AUTO,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the classifier is saved.")] = Path(
         "taskres-demo"
     ),
@@ -33,22 +35,88 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train on the pictures shipped with the library: no network, under a minute on two CPU cores."""
+    when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json)
-    from .. import demo as shipped
+    from tqdm.auto import tqdm
+
+    from ..demo import check_task, demo_model, demo_tasks
+    from ..paper.reports import accuracy_table, summarise
+    from ..paper.runner import run_benchmark
 
     counts, draws = read_numbers(shots, "--shots"), read_numbers(seeds, "--seeds")
-    tasks = list(shipped.demo_tasks()) if all_tasks else [shipped.check_task(task)]
-    table = shipped.accuracy_table(tasks, counts, draws, recipe=recipe, progress=not (quiet or as_json))
-    result: dict[str, Any] = {"recipe": recipe, "shots": counts, "seeds": draws, "tasks": table}
+    tasks = list(demo_tasks()) if all_tasks else [check_task(task)]
+    total = len(tasks) * len(counts) * len(draws)
+    with tqdm(total=total, desc="Training", unit="run", disable=quiet or as_json) as bar:
+        runs = run_benchmark(
+            demo_model(), tasks, shots=counts, seeds=draws, recipes=[recipe.value], targets=[],
+            on_cell=lambda *_: bar.update(),
+        )  # fmt: skip
+    table = accuracy_table(summarise(runs), len(draws), first="task")
+    result: dict[str, Any] = {"recipe": recipe.value, "shots": counts, "seeds": draws, "tasks": _by_task(runs)}
     if not all_tasks:
-        result |= shipped.train_and_classify(task, output_dir, shots=max(counts), seed=draws[0], recipe=recipe)
+        result |= _train_and_classify(task, output_dir, shots=max(counts), seed=draws[0], recipe=recipe)
 
     def show() -> None:
         if markdown:
-            typer.echo(shipped.as_markdown(table, counts, len(draws)))
+            typer.echo(table.markdown())
         else:
-            console().print(shipped.as_rich_table(table, counts, len(draws)))
+            console().print(table.rich())
         if not all_tasks:
-            typer.echo(shipped.as_story(result))
+            say(_story(result))
 
     emit(as_json, result, show)
+
+
+def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Task to `{"zero_shot": accuracy, "trained": {shots: [accuracy per seed]}}`, from 0 to 1."""
+    tasks: dict[str, Any] = {}
+    for run in runs:
+        task = tasks.setdefault(run["dataset"], {"zero_shot": run["zero_shot_accuracy"], "trained": {}})
+        task["trained"].setdefault(run["shots"], []).append(run["accuracy"])
+    return tasks
+
+
+def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """Train one classifier as a user would, save it, and classify test pictures through `pipeline`.
+
+    Returns:
+        `output_dir`, its `bytes`, and `pictures`: what each is, and what the pipeline says.
+    """
+    from transformers import pipeline
+
+    from ..demo import demo_dataset, demo_model, demo_tasks
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..training.arguments import TaskResTrainingArguments
+    from ..training.trainer import TaskResTrainer
+
+    splits, spec = demo_dataset(task), demo_tasks()[task]
+    model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+    arguments = TaskResTrainingArguments(
+        output_dir=str(output_dir), recipe=recipe.value, shots=shots, seed=seed, on_short="ignore", disable_tqdm=True,
+        dataset_name=f"{task} (shipped)",
+    )  # fmt: skip
+    trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(output_dir)
+    classify = pipeline("image-classification", model=str(output_dir))
+    test = splits["test"]
+    names = test.features["label"].names
+    pictures = []
+    for row in test.select([round(position * (len(test) - 1) / 5) for position in range(6)]):
+        best = classify(row["image"].convert("RGB"), top_k=1)[0]
+        answer = {"prediction": best["label"], "score": best["score"]}
+        pictures.append({"picture": row["emoji_name"] or row["style"], "label": names[row["label"]], **answer})
+    size = sum(file.stat().st_size for file in Path(output_dir).iterdir() if file.is_file())
+    return {"output_dir": str(output_dir), "bytes": size, "pictures": pictures}
+
+
+def _story(result: dict[str, Any]) -> str:
+    """What `_train_and_classify` did, in a few lines."""
+    lines = [f"\nSaved the classifier in {result['output_dir']} ({result['bytes'] / 1000:.0f} kB)."]
+    lines.append(f'pipeline("image-classification", model="{result["output_dir"]}") says:')
+    for row in result["pictures"]:
+        verdict = "right" if row["prediction"] == row["label"] else f"it is a {row['label']}"
+        lines.append(f"  {row['picture']}: {row['prediction']} ({100 * row['score']:.0f} %), {verdict}")
+    lines.append(f"Look at it: taskres info {result['output_dir']}")
+    return "\n".join(lines)

@@ -2,96 +2,98 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import (
-    DATA,
-    MODEL,
-    Artifact,
-    BaseModel,
-    BatchSize,
-    CacheDir,
-    DatasetConfig,
-    DatasetOption,
-    DatasetRevision,
-    Debug,
-    DropUnlabelled,
-    Dtype,
-    Engine,
-    ImageColumn,
-    Json,
-    LabelColumn,
-    LabelMap,
-    OnError,
-    Precision,
-    Quiet,
-    console,
-    emit,
-    open_splits,
-    pick_split,
-    quiet_libraries,
-    read_json_option,
-)
+from . import options as opt
+from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
+
+if TYPE_CHECKING:
+    from ..training.arguments import TaskResTrainingArguments
 
 
 def evaluate(
-    model: Artifact,
-    dataset: DatasetOption,
-    split: Annotated[str, typer.Option(help="Split to measure on.", rich_help_panel=DATA)] = "test",
-    revision: Annotated[str | None, typer.Option(help="Revision of the classifier.", rich_help_panel=MODEL)] = None,
-    base_model: BaseModel = None,
-    dataset_config: DatasetConfig = None,
-    dataset_revision: DatasetRevision = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    label_map: LabelMap = None,
-    drop_unlabelled: DropUnlabelled = False,
-    on_error: OnError = "raise",
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
-    cache_dir: CacheDir = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.", rich_help_panel=MODEL)] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    context: typer.Context,
+    model: opt.Artifact,
+    dataset: opt.DatasetArgument = None,
+    split: opt.Split = None,
+    device: opt.Device = None,
+    dataset_option: opt.DatasetOption = None,
+    include_train_pictures: opt.IncludeTrainPictures = False,
+    label_map: opt.LabelMap = None,
+    drop_unlabelled: opt.DropUnlabelled = False,
+    on_error: opt.OnError = opt.BrokenPicture.RAISE,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    config_name: opt.ConfigName = None,
+    dataset_revision: opt.DatasetRevision = None,
+    revision: opt.Revision = None,
+    base_model: opt.BaseModel = None,
+    dtype: opt.Dtype = None,
+    use_cpu: opt.Cpu = False,
+    engine: opt.Engine = opt.EngineName.AUTO,
+    precision: opt.Precision = opt.PrecisionName.AUTO,
+    crop: opt.Crop = None,
+    embed_batch_size: opt.BatchSize = None,
+    cache_dir: opt.CacheDir = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Accuracy of a trained classifier beside zero-shot, per class and overall."""
-    quiet_libraries(quiet or as_json)
+    """Accuracy of a trained classifier beside zero-shot, per class and overall.
+
+    Pictures that it was trained on are recognised and left out.
+
+    Example:  taskres evaluate my-classifier photos/ --split test
+    """
+    when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
+    quiet_libraries(quiet or as_json, collect=as_json)
+    source = one_dataset(context, dataset, dataset_option)
+    device = check_device(device, use_cpu)
+    use_device(device)
+    arguments = _arguments(context, device, label_map, quiet or as_json)
+    from ..data import load_evaluation_data
     from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.arguments import TaskResTrainingArguments
     from ..training.trainer import TaskResTrainer
 
-    splits = open_splits(dataset, dataset_config, dataset_revision)
-    pictures = pick_split(splits, split)
-    split = split if split in splits else next(iter(splits))
+    say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model, dtype=dtype
+        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
     )
-    mapping: Any = label_map if label_map in (None, "position") else read_json_option(Path(str(label_map)))
-    arguments = TaskResTrainingArguments(
-        embed_batch_size=batch_size, cache_dir=str(cache_dir) if cache_dir else None, label_map=mapping,
-        image_column=image_column, label_column=label_column, drop_unlabelled=drop_unlabelled, on_error=on_error,
-        engine=engine, precision=precision, use_cpu=cpu, disable_tqdm=quiet or as_json,
+    pictures = load_evaluation_data(
+        source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
+        label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
     )  # fmt: skip
-    metrics = {"split": split, **TaskResTrainer(classifier, arguments, eval_dataset=pictures).evaluate()}
+    if not as_json and pictures.account:
+        say("\n".join(pictures.account.lines()))
+    trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
+    metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
+    account = pictures.account.as_dict() if pictures.account else None
+    result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
+    emit(as_json, result, lambda: _show(result))
 
-    def show() -> None:
-        from rich.table import Table
 
-        table = Table(title=f"{split}: {metrics['num_images']} pictures", title_justify="left")
-        for column in ("class", "pictures", "accuracy"):
-            table.add_column(column, justify="left" if column == "class" else "right")
-        for name, row in metrics["per_class"].items():
-            table.add_row(name, str(row["support"]), f"{100 * row['accuracy']:.1f} %")
-        table.add_section()
-        table.add_row("all, trained", str(metrics["num_images"]), f"{100 * metrics['accuracy']:.1f} %", style="bold")
-        table.add_row("all, zero-shot", str(metrics["num_images"]), f"{100 * metrics['zero_shot_accuracy']:.1f} %")
-        table.add_row("macro-F1, trained", "", f"{100 * metrics['macro_f1']:.1f} %")
-        console().print(table)
+def _arguments(
+    context: typer.Context, device: str | None, label_map: str | None, quiet: bool
+) -> TaskResTrainingArguments:
+    from ..training.arguments import TaskResTrainingArguments
+    from .run_config import read_run, training_only
 
-    emit(as_json, metrics, show)
+    values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}
+    values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
+    return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
+
+
+def _show(metrics: dict[str, Any]) -> None:
+    images = metrics["num_images"]
+    rows: list[list[Any]] = [
+        [name, row["support"], percent(row["accuracy"])] for name, row in metrics["per_class"].items()
+    ]
+    rows += [["all, trained", images, percent(metrics["accuracy"])]]
+    rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
+    rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
+    title = f"{metrics['split']}: {images} pictures"
+    title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
+    show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])

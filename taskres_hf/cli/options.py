@@ -1,181 +1,400 @@
-"""What the commands of `taskres` share: options with their help, and how their values are read and results shown."""
+"""The options that the commands of `taskres` take: one place each, with its help, its choices and its heading."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+from .screen import console as console
+from .screen import emit as emit
+from .screen import plain as plain
+from .screen import quiet_libraries as quiet_libraries
+from .values import public_name as public_name
+from .values import read_class_names as read_class_names
+from .values import read_json_option as read_json_option
+from .values import read_numbers as read_numbers
+from .values import read_templates as read_templates
 
-DATA_HELP = (
-    "Hub dataset id, a folder of train/validation/test.parquet, or a folder of pictures (class/file.jpg, with or "
-    "without train/ and test/ above)."
-)
+DEFAULT_BASE = "openai/clip-vit-base-patch16"
+BASE_VARIABLE = "TASKRES_BASE_MODEL"
+
 DATA = "Dataset"
+PROMPTS = "Class names and prompts"
+MODEL = "Base model"
 TRAINING = "Training"
-MODEL = "Model"
+SPEED = "Speed and device"
 OUTPUT = "Output"
+
+
+class Choice(str, Enum):
+    """One of a few words: completed by the shell, refused when mistyped."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Recipe(Choice):
+    AUTO = "auto"
+    PAPER = "paper"
+
+
+class EngineName(Choice):
+    AUTO = "auto"
+    TORCH = "torch"
+    OPENVINO = "openvino"
+    ONNXRUNTIME = "onnxruntime"
+
+
+class PrecisionName(Choice):
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class DtypeName(Choice):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class ShortClass(Choice):
+    WARN = "warn"
+    RAISE = "raise"
+    IGNORE = "ignore"
+
+
+class BrokenPicture(Choice):
+    RAISE = "raise"
+    SKIP = "skip"
+
+
+class Average(Choice):
+    RAW = "raw"
+    NORMALIZED = "normalized"
+
+
+class Side(Choice):
+    TEXT = "text"
+    IMAGE = "image"
+
+
+class Underscores(Choice):
+    REPLACE = "replace"
+    KEEP = "keep"
+
+
+class CropName(Choice):
+    PROCESSOR = "processor"
+    TORCHVISION = "torchvision"
+
+
+def default_base_model() -> str:
+    """What `--base-model` is when nobody says: `$TASKRES_BASE_MODEL`, else a public CLIP."""
+    return os.environ.get(BASE_VARIABLE) or DEFAULT_BASE
+
+
+def _devices() -> list[str]:
+    return ["auto", "cpu", "cuda", "cuda:0", "mps"]
+
+
+def _template_sets() -> list[str]:
+    from ..prompts import named_templates
+
+    return sorted(named_templates())
+
+
+# ---------------------------------------------------------------------------------------------------- every command
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of tables.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
-DatasetOption = Annotated[str, typer.Option("--dataset", help=DATA_HELP, rich_help_panel=DATA)]
-DatasetConfig = Annotated[
+Artifact = Annotated[str, typer.Argument(help="Folder or Hub id of a trained classifier.", show_default=False)]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the classifier.", rich_help_panel=MODEL)
+]
+
+# ---------------------------------------------------------------------------------------------------- data
+
+DATA_HELP = (
+    "A folder of pictures (class/file.jpg, with or without train/ and test/ above), a table of paths and labels "
+    "(.csv, .tsv, .jsonl, .parquet), a folder of train.parquet and test.parquet, or a Hub dataset id."
+)
+DatasetArgument = Annotated[str | None, typer.Argument(metavar="DATASET", help=DATA_HELP, show_default=False)]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", hidden=True, help="The same as DATASET.", rich_help_panel=DATA)
+]
+ConfigName = Annotated[
     str | None,
-    typer.Option("--dataset-config", help="Configuration of a Hub dataset.", rich_help_panel=DATA),
+    typer.Option("--dataset-config", metavar="NAME", help="Configuration of a Hub dataset.", rich_help_panel=DATA),
 ]
 DatasetRevision = Annotated[
-    str | None, typer.Option("--dataset-revision", help="Branch, tag or commit of it.", rich_help_panel=DATA)
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub dataset.", rich_help_panel=DATA)
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Column of pictures, if not found.", rich_help_panel=DATA)]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of labels, if not found.", rich_help_panel=DATA)]
+ImageColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of pictures; recognised by itself.", rich_help_panel=DATA)
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of labels; recognised by itself.", rich_help_panel=DATA)
+]
 LabelMap = Annotated[
     str | None,
-    typer.Option(help="JSON file {dataset name: model name}, or 'position'.", rich_help_panel=DATA),
+    typer.Option(
+        metavar="FILE",
+        help="JSON file {dataset name: model name}, or 'position' to match by number.",
+        rich_help_panel=DATA,
+    ),
 ]
 DropUnlabelled = Annotated[
     bool, typer.Option("--drop-unlabelled", help="Leave out rows without a label.", rich_help_panel=DATA)
 ]
 OnError = Annotated[
-    str, typer.Option(help="Unreadable pictures: 'raise' (name them all) or 'skip'.", rich_help_panel=DATA)
+    BrokenPicture, typer.Option(help="Unreadable pictures: name them all and stop, or skip.", rich_help_panel=DATA)
+]
+TrainSplit = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Split to learn from; 'train'.", rich_help_panel=DATA)
+]
+EvalSplit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Split to measure on: test, else validation. 'none': cross-validate instead.",
+        rich_help_panel=DATA,
+    ),
+]
+Holdout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Keep this share of every class, such as 0.2, out of training and measure on it.",
+        rich_help_panel=DATA,
+    ),
+]
+Folds = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Folds of the cross-validation that measures where no split is held out; 0 measures nothing.",
+        rich_help_panel=DATA,
+    ),
+]
+Indices = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Replay a draw: JSON list of rows, or a trained folder.", rich_help_panel=DATA),
+]
+OnShort = Annotated[ShortClass, typer.Option(help="A class with too few pictures.", rich_help_panel=DATA)]
+Split = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Split to measure on: test, else validation, else the only one."),
+]
+IncludeTrainPictures = Annotated[
+    bool,
+    typer.Option(
+        "--include-train-pictures",
+        help="Also measure on pictures it was trained on; they are left out otherwise.",
+        rich_help_panel=DATA,
+    ),
+]
+
+# ---------------------------------------------------------------------------------------------------- the first eight
+
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", metavar="FOLDER", help="Folder to write; <dataset>-taskres by default."),
+]
+TrainBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="MODEL",
+        show_default=False,
+        help=f"Hub id or folder of a CLIP-like model, or 'shipped' for the small one in this package. "
+        f"Default: ${BASE_VARIABLE}, else {DEFAULT_BASE}.",
+    ),
+]
+Shots = Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures per class to draw; all by default.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the draw and of training.")]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        autocompletion=_template_sets,
+        help="Prompt with {} for the class name, or a named set such as 'imagenet'. Repeat for an ensemble.",
+    ),
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Class names in label order: .txt with one a line, .json (list, id2label, label2id), or a comma list.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", autocompletion=_devices, help="cpu, cuda, cuda:1, mps; the fastest by default."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Settings of a run as YAML, such as the run.yaml beside a classifier; options given here win.",
+    ),
+]
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+Descriptions = Annotated[
+    Path | None,
+    typer.Option(
+        "--descriptions",
+        metavar="FILE",
+        help="JSON file {class: sentence or list of sentences}, used as prompts.",
+        rich_help_panel=PROMPTS,
+    ),
+]
+PromptNames = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSON file {class: what prompts call it}.", rich_help_panel=PROMPTS),
+]
+PromptAverage = Annotated[
+    Average, typer.Option(help="Average of a class's prompts; raw is as published.", rich_help_panel=PROMPTS)
+]
+UnderscoresOption = Annotated[
+    Underscores,
+    typer.Option(help="'tabby_cat' in prompts: 'tabby cat', or kept as published.", rich_help_panel=PROMPTS),
+]
+KeepUnderscores = Annotated[bool, typer.Option("--keep-underscores", hidden=True)]
+
+# ---------------------------------------------------------------------------------------------------- base model
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="MODEL", help="Load the base from here instead.", rich_help_panel=MODEL),
+]
+BaseRevision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the base.", rich_help_panel=MODEL)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the base run its own code.", rich_help_panel=MODEL)
+]
+Dtype = Annotated[
+    DtypeName | None, typer.Option(help="Number type of the base; float32 by default.", rich_help_panel=MODEL)
+]
+Alpha = Annotated[float, typer.Option(metavar="X", help="Scale of the residual.", rich_help_panel=MODEL)]
+ResidualSide = Annotated[Side, typer.Option(help="What the residual is added to.", rich_help_panel=MODEL)]
+
+# ---------------------------------------------------------------------------------------------------- training
+
+RecipeOption = Annotated[
+    Recipe, typer.Option(help="One setting for every task, or the published one.", rich_help_panel=TRAINING)
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", "--num-train-epochs", min=1, metavar="N", help="Override the recipe.", rich_help_panel=TRAINING
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", "--lr", metavar="X", help="Override the recipe.", rich_help_panel=TRAINING),
+]
+Views = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Augmented views cached per picture.", rich_help_panel=TRAINING)
+]
+AugmentOnline = Annotated[
+    bool | None,
+    typer.Option(
+        "--augment-online",
+        help="Augment afresh each epoch; recipe paper does by itself.",
+        rich_help_panel=TRAINING,
+    ),
+]
+EnhancedBase = Annotated[
+    bool, typer.Option("--enhanced-base", help="Tune the text projection first (TaskRes*).", rich_help_panel=TRAINING)
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        "--early-stopping-patience",
+        min=1,
+        metavar="N",
+        help="Stop after N epochs without gain on a validation split or a hold-out.",
+        rich_help_panel=TRAINING,
+    ),
+]
+SaveEpochs = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Checkpoint every N epochs; 0: none.", rich_help_panel=TRAINING)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=TRAINING)]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Tracker, such as tensorboard or wandb; repeatable.", rich_help_panel=TRAINING),
+]
+
+# ---------------------------------------------------------------------------------------------------- speed and device
+
+DevicePanel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        autocompletion=_devices,
+        help="cpu, cuda, cuda:1, mps; the fastest by default.",
+        rich_help_panel=SPEED,
+    ),
+]
+Cpu = Annotated[bool, typer.Option("--cpu", hidden=True, help="The same as --device cpu.")]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        metavar="ENGINE",
+        help="What runs the frozen image tower: auto, torch, openvino or onnxruntime.",
+        rich_help_panel=SPEED,
+    ),
+]
+Precision = Annotated[PrecisionName, typer.Option(help="Numbers it computes with.", rich_help_panel=SPEED)]
+Crop = Annotated[
+    CropName | None,
+    typer.Option(
+        help="Whose centre crop to follow where they differ by a pixel: the model's own image processor's, or "
+        "torchvision's, as the published code.",
+        rich_help_panel=SPEED,
+    ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Pictures a forward pass; the engine's best.", min=1, rich_help_panel=MODEL)
-]
-Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.", rich_help_panel=MODEL)]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, for the frozen tower.", rich_help_panel=MODEL)]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or auto, for the base.", rich_help_panel=MODEL)
-]
-Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda:1 or mps; found by itself.", rich_help_panel=MODEL)]
-BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="Load the base from here instead.", rich_help_panel=MODEL)
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Pictures a forward pass; the engine's best by default.",
+        rich_help_panel=SPEED,
+    ),
 ]
 CacheDir = Annotated[
     Path | None,
-    typer.Option(help="Folder of cached embeddings (default: $TASKRES_CACHE).", rich_help_panel=OUTPUT),
+    typer.Option(metavar="FOLDER", help="Cached embeddings; $TASKRES_CACHE by default.", rich_help_panel=SPEED),
 ]
-Artifact = Annotated[str, typer.Argument(help="Folder or Hub id of a trained classifier.")]
 
+# ---------------------------------------------------------------------------------------------------- output
 
-def open_splits(dataset: str, config: str | None, revision: str | None) -> DatasetDict:
-    from ..data.sources import load_splits
-
-    return load_splits(dataset, name=config, revision=revision)
-
-
-def pick_split(splits: DatasetDict, name: str) -> Dataset:
-    from ..errors import DataError
-
-    if name in splits:
-        return splits[name]
-    if len(splits) == 1 and name in ("train", "test"):
-        return next(iter(splits.values()))
-    raise DataError(f"There is no split {name!r}; the dataset has {', '.join(splits)}.")
-
-
-def pick_eval_split(splits: DatasetDict, wanted: str | None, trained: str) -> str | None:
-    """The split to measure on: never, by itself, the one that was trained on."""
-    if wanted is not None:
-        return None if wanted == "none" else wanted
-    return next((name for name in ("test", "validation") if name in splits and name != trained), None)
-
-
-def read_class_names(option: str | None) -> list[str] | None:
-    if option is None:
-        return None
-    path = Path(option)
-    if path.suffix == ".json" or not path.is_file():
-        return list(read_json_option(path)) if path.suffix == ".json" else [part.strip() for part in option.split(",")]
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def read_templates(option: Sequence[str] | None) -> str | list[str] | None:
-    if not option:
-        return None
-    return option[0] if len(option) == 1 else list(option)
-
-
-def read_json_option(path: Path | None) -> Any:
-    from ..errors import ConfigurationError
-
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def read_indices(path: Path, rows: int) -> list[int]:
-    """Rows of a stored draw: a JSON list, or a trained folder that remembers its own."""
-    from ..errors import ConfigurationError
-
-    value = read_json_option(path / "config.json" if path.is_dir() else path)
-    if isinstance(value, dict):
-        value = (value.get("few_shot") or value).get("indices")
-    if not isinstance(value, list) or not value or not all(isinstance(row, int) for row in value):
-        raise ConfigurationError(f"{path} holds no list of rows to replay.")
-    if min(value) < 0 or max(value) >= rows:
-        raise ConfigurationError(f"{path} speaks of row {max(value)}; the split has {rows}. It is another dataset.")
-    return value
-
-
-def read_numbers(text: str, option: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise typer.BadParameter(f"{option} must be whole numbers separated by commas; got {text!r}.")
-    return values
-
-
-def public_name(dataset: str) -> str:
-    """A Hub id as it is; of a path on this machine the last part only."""
-    return Path(dataset).name if os.path.exists(dataset) else dataset
-
-
-def plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items() if inner is not None)
-    if isinstance(value, list):
-        return ", ".join(map(plain, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False)
-
-
-def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
-    if as_json:
-        typer.echo(json.dumps(value, ensure_ascii=False, default=str))
-    else:
-        show()
-
-
-def quiet_libraries(no_bars: bool) -> None:
-    """Silence what other libraries say about themselves; warnings of ours become one line each."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {message}", err=True)
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if no_bars:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+Fp16Residual = Annotated[bool, typer.Option("--fp16-residual", help="Half the file.", rich_help_panel=OUTPUT)]
+IncludeCode = Annotated[
+    bool,
+    typer.Option("--include-code", help="Add the modules trust_remote_code needs.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a classifier in the output folder.", rich_help_panel=OUTPUT)
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload it there afterwards.", rich_help_panel=OUTPUT),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository private.", rich_help_panel=OUTPUT)]

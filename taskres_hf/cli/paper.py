@@ -17,9 +17,13 @@ from .options import (
     CacheDir,
     Debug,
     Engine,
+    EngineName,
     Json,
+    Overwrite,
     Precision,
+    PrecisionName,
     Quiet,
+    Recipe,
     console,
     emit,
     public_name,
@@ -28,58 +32,85 @@ from .options import (
     read_numbers,
     read_templates,
 )
+from .screen import say, when_interrupted
+
+_Dataset = Annotated[
+    str,
+    typer.Option(help="Comma list of names; `paper` for the 11, `shipped` for the demo's.", rich_help_panel=DATA),
+]
+_Root = Annotated[
+    Path | None, typer.Option(help="Folder of the official images, as CoOp lays them out.", rich_help_panel=DATA)
+]
+_BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id or folder; the shipped one by default.", rich_help_panel=MODEL)
+]
+_BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base.", rich_help_panel=MODEL)]
+_Shots = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
+_Seeds = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
+_Recipes = Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)]
+_Views = Annotated[
+    int | None,
+    typer.Option(
+        help="Augmented views cached per picture; 10 for paper, none for auto.", min=0, rich_help_panel=TRAINING
+    ),
+]
+_AugmentOnline = Annotated[
+    bool,
+    typer.Option("--augment-online", help="paper: augment afresh each epoch, as published.", rich_help_panel=TRAINING),
+]
+_Epochs = Annotated[int | None, typer.Option(help="Override the recipes.", min=1, rich_help_panel=TRAINING)]
+_LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help="Override the recipes.", rich_help_panel=TRAINING)
+]
+_EnhancedBase = Annotated[
+    bool,
+    typer.Option("--enhanced-base", help="TaskRes*: tune the text projection first.", rich_help_panel=TRAINING),
+]
+_KeepUnderscores = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-underscores/--replace-underscores",
+        help="Of class names in prompts; kept for paper, replaced for auto.",
+        rich_help_panel=MODEL,
+    ),
+]
+_Targets = Annotated[
+    str | None,
+    typer.Option(help="Comma list of datasets with the same classes to also measure on; 'none'.", rich_help_panel=DATA),
+]
+_AllowOtherSplit = Annotated[
+    bool,
+    typer.Option("--allow-other-split", help="Accept a copy that is not the published split.", rich_help_panel=DATA),
+]
+_ListDatasets = Annotated[bool, typer.Option("--list", help="List the datasets and stop.", rich_help_panel=DATA)]
+_Check = Annotated[bool, typer.Option("--check", help="Only check that the data are complete.", rich_help_panel=DATA)]
+_OutputDir = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
+]
 
 
 def benchmark(
-    dataset: Annotated[
-        str,
-        typer.Option(help="Comma list of names; `paper` for the 11, `shipped` for the demo's.", rich_help_panel=DATA),
-    ] = "shipped",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the official images, as CoOp lays them out.", rich_help_panel=DATA)
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id or folder; the shipped one by default.", rich_help_panel=MODEL)
-    ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Commit of the base.", rich_help_panel=MODEL)] = None,
-    shots: Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)] = "1,2,4,8,16",
-    seeds: Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)] = "1,2,3",
-    recipes: Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)] = "paper,auto",
-    views: Annotated[
-        int, typer.Option(help="Augmented views cached per picture.", min=0, rich_help_panel=TRAINING)
-    ] = 0,
-    enhanced_base: Annotated[
-        bool,
-        typer.Option("--enhanced-base", help="TaskRes*: tune the text projection first.", rich_help_panel=TRAINING),
-    ] = False,
-    keep_underscores: Annotated[
-        bool,
-        typer.Option("--keep-underscores", help="Prompts as the published code writes them.", rich_help_panel=MODEL),
-    ] = False,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma list of datasets with the same classes to also measure on; 'none'.", rich_help_panel=DATA
-        ),
-    ] = None,
-    allow_other_split: Annotated[
-        bool,
-        typer.Option(
-            "--allow-other-split", help="Accept a copy that is not the published split.", rich_help_panel=DATA
-        ),
-    ] = False,
-    list_datasets: Annotated[
-        bool, typer.Option("--list", help="List the datasets and stop.", rich_help_panel=DATA)
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only check that the data are complete.", rich_help_panel=DATA)
-    ] = False,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
-    ] = Path("taskres-benchmark"),
+    dataset: _Dataset = "shipped",
+    root: _Root = None,
+    base_model: _BaseModel = None,
+    base_revision: _BaseRevision = None,
+    shots: _Shots = "1,2,4,8,16",
+    seeds: _Seeds = "1,2,3",
+    recipes: _Recipes = "paper,auto",
+    views: _Views = None,
+    augment_online: _AugmentOnline = False,
+    epochs: _Epochs = None,
+    learning_rate: _LearningRate = None,
+    enhanced_base: _EnhancedBase = False,
+    keep_underscores: _KeepUnderscores = None,
+    targets: _Targets = None,
+    allow_other_split: _AllowOtherSplit = False,
+    list_datasets: _ListDatasets = False,
+    check: _Check = False,
+    output_dir: _OutputDir = Path("taskres-benchmark"),
     batch_size: BatchSize = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
+    engine: Engine = EngineName.AUTO,
+    precision: Precision = PrecisionName.AUTO,
     cache_dir: CacheDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -90,64 +121,113 @@ def benchmark(
     Example:  taskres benchmark --dataset oxford_pets,dtd --root DATA --base-model openai/clip-vit-base-patch16
     """
     counts, draws = read_numbers(shots, "--shots"), read_numbers(seeds, "--seeds")
+    when_interrupted(lambda: f"Finished runs are kept in {output_dir}: the same command goes on from there.")
     quiet_libraries(True)
     from ..demo import demo_model
-    from ..paper import datasets as suite
-    from ..paper import runner as benchmarking
+    from ..paper.datasets import suite_datasets
+    from ..paper.reports import accuracy_table, summarise
+    from ..paper.runner import run_benchmark
 
-    known = suite.suite_datasets()
     if list_datasets:
-        _list(known, as_json)
+        _list(suite_datasets(), as_json)
         return
-    groups = {
-        "paper": [name for name, spec in known.items() if "template_set" in spec],
-        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
-    }
-    names = [name for part in dataset.split(",") for name in groups.get(part.strip(), [part.strip()])]
+    names = _dataset_names(dataset)
     if check:
-        facts = {}
-        for name in names:
-            data = suite.open_dataset(name, root, allow_other_split=allow_other_split)
-            facts[name] = {"classes": len(data.class_names), "notes": data.notes}
-            facts[name] |= {split: len(pictures) for split, pictures in data.splits.items()}
-        emit(as_json, facts, lambda: typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items())))
+        _check(names, root, allow_other_split, as_json)
         return
     model = base_model or demo_model()
-    chosen = [part.strip() for part in recipes.split(",")]
+    chosen = _recipe_names(recipes)
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
-    arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine, "precision": precision}
-    if cache_dir is not None:
-        arguments["cache_dir"] = str(cache_dir)
+    arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine.value, "precision": precision.value}
+    overrides = {"cache_dir": cache_dir and str(cache_dir), "num_train_epochs": epochs, "learning_rate": learning_rate}
+    arguments |= {key: value for key, value in overrides.items() if value is not None}
     total = len(names) * len(counts) * len(draws) * len(chosen)
     finished: list[dict[str, Any]] = []
     with _Live(total, show=not (quiet or as_json)) as live:
 
         def on_cell(cell: Any, result: dict[str, Any], was_done: bool) -> None:
             finished.append(result)
-            live.update(len(finished), benchmarking.summarise(finished), counts)
+            live.update(accuracy_table(summarise(finished), len(draws), caption=f"{len(finished)} of {total} runs"))
 
-        results = benchmarking.run_benchmark(
+        results = run_benchmark(
             model, names, output_dir, shots=counts, seeds=draws, recipes=chosen, root=root, revision=base_revision,
-            views=views, enhanced_base=enhanced_base, keep_underscores=keep_underscores, targets=wanted,
-            allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
+            views=views, augment_online=augment_online, enhanced_base=enhanced_base, keep_underscores=keep_underscores,
+            targets=wanted, allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
         )  # fmt: skip
-    files = benchmarking.write_reports(results, output_dir, model)
+    _report(results, output_dir, model, live.shown, as_json)
+
+
+def _report(results: list[dict[str, Any]], output_dir: Path, model: str, table_shown: bool, as_json: bool) -> None:
+    """Write the reports and say what they say."""
+    from ..paper.reports import (
+        accuracy_table,
+        comparable_results,
+        count_seeds,
+        published_table,
+        summarise,
+        what_ran,
+        write_reports,
+    )
+
+    files = write_reports(results, output_dir, model)
+    rows, published, ran = summarise(results), comparable_results(model, results), what_ran(results)
     summary = {
-        "base_model": public_name(model),
-        "rows": benchmarking.summarise(results),
+        "base_model": public_name(model), "rows": rows, "what_ran": ran, "published": published,
         "files": [str(file) for file in files],
-    }
+    }  # fmt: skip
 
     def show() -> None:
-        if not live.shown:
-            console().print(live.table(benchmarking.summarise(results), counts))
-        for row in benchmarking.comparable_results(model, results):
-            typer.echo(
-                f"published: {row['dataset']}, {row['method']} {row['accuracy']} ({row['certainty']}; {row['source']})"
-            )
-        typer.echo("Written: " + ", ".join(map(str, files)))
+        if not table_shown:
+            console().print(accuracy_table(rows, count_seeds(results)).rich())
+        if published:
+            console().print(published_table(published).rich())
+        say("\n".join([*ran, "Written: " + ", ".join(map(str, files))]))
 
     emit(as_json, summary, show)
+
+
+def _recipe_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    known = [recipe.value for recipe in Recipe]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"--recipes must be a comma list of {', '.join(known)}; got {unknown[0]!r}.")
+    return names
+
+
+def _dataset_names(text: str) -> list[str]:
+    """Names from a comma list, with `paper` and `shipped` for all of a kind."""
+    from ..paper.datasets import suite_datasets
+
+    known = suite_datasets()
+    groups = {
+        "paper": [name for name, spec in known.items() if "template_set" in spec],
+        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
+    }
+    return [name for part in text.split(",") for name in groups.get(part.strip(), [part.strip()])]
+
+
+def _check(names: list[str], root: Path | None, allow_other_split: bool, as_json: bool) -> None:
+    from ..paper.datasets import open_dataset, overlaps
+    from ..tables import Table
+
+    facts: dict[str, dict[str, Any]] = {}
+    for name in names:
+        data = open_dataset(name, root, allow_other_split=allow_other_split)
+        facts[name] = {"classes": len(data.class_names), "notes": data.notes, "overlaps": overlaps(data.splits)}
+        facts[name] |= {
+            split: len(data.splits[split]) for split in ("train", "validation", "test") if split in data.splits
+        }
+
+    def show() -> None:
+        columns = ["dataset", "classes", "train", "validation", "test"]
+        console().print(
+            Table(columns, [[name, *(fact.get(key) for key in columns[1:])] for name, fact in facts.items()]).rich()
+        )
+        for name, fact in facts.items():
+            for line in fact["notes"] + fact["overlaps"]:
+                say(f"{name}: {line}")
+
+    emit(as_json, facts, show)
 
 
 class _Live:
@@ -168,23 +248,9 @@ class _Live:
         if self.shown:
             self._live.stop()
 
-    def update(self, done: int, rows: list[dict[str, Any]], counts: list[int]) -> None:
+    def update(self, table: Any) -> None:
         if self.shown:
-            self._live.update(self.table(rows, counts, f"{done} of {self.total} runs"))
-
-    @staticmethod
-    def table(rows: list[dict[str, Any]], counts: list[int], caption: str | None = None) -> Any:
-        from rich.table import Table
-
-        shown = Table(title="Accuracy (%), mean over seeds", title_justify="left", caption=caption)
-        for name in ("dataset", "recipe"):
-            shown.add_column(name)
-        for name in ("zero-shot", *(f"{count} shot{'s' * (count > 1)}" for count in counts)):
-            shown.add_column(name, justify="right")
-        for row in rows:
-            scores = [f"{row['accuracy'][count]:.1f}" if count in row["accuracy"] else "" for count in counts]
-            shown.add_row(row["dataset"], row["recipe"], f"{row['zero_shot']:.1f}", *scores)
-        return shown
+            self._live.update(table.rich())
 
 
 def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
@@ -192,59 +258,87 @@ def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
         {
             "name": name, "title": spec["title"],
             "classes": len(spec.get("wnids") or spec.get("class_names") or []) or None,
-            "sizes": spec.get("sizes"), "hub": (spec.get("hub") or {}).get("id"), "licence": spec.get("licence"),
-            "traps": spec["traps"],
+            "sizes": spec.get("sizes"), "sizes_are": spec.get("sizes_are"), "hub": (spec.get("hub") or {}).get("id"),
+            "licence": spec.get("licence"), "traps": spec["traps"],
         }
         for name, spec in known.items()
     ]  # fmt: skip
 
     def show() -> None:
-        from rich.table import Table
+        from ..tables import Table
 
-        table = Table()
-        for column in ("name", "title", "classes", "train/validation/test", "licence"):
-            table.add_column(column)
+        columns, splits = ["name", "classes"], ["train", "validation", "test"]
+        cells = []
         for row in rows:
-            sizes = "/".join(str(size) for size in (row["sizes"] or {}).values())
-            table.add_row(row["name"], row["title"], str(row["classes"] or ""), sizes, row["licence"] or "")
-        console().print(table)
+            sizes = [(row["sizes"] or {}).get(split) for split in splits]
+            cells.append([*(row[column] for column in columns), *sizes, row["licence"]])
+        console().print(Table([*columns, *splits, "licence"], cells).rich())
 
     emit(as_json, rows, show)
 
 
+_Checkpoint = Annotated[Path, typer.Argument(help="prompt_learner/model.pth.tar-N of the published code.")]
+_ImportedBaseModel = Annotated[
+    str, typer.Option(help="Hub id or folder of the CLIP it was trained on.", rich_help_panel=MODEL)
+]
+_ImportedOutputDir = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Folder to write.", rich_help_panel=OUTPUT)
+]
+_ImportedDataset = Annotated[
+    str | None,
+    typer.Option(help="Take names, template and alpha from this dataset; see benchmark --list.", rich_help_panel=DATA),
+]
+_ClassNames = Annotated[
+    str | None, typer.Option(help="File or comma list, in the order of training.", rich_help_panel=DATA)
+]
+_Template = Annotated[list[str] | None, typer.Option(help="As in training.", rich_help_panel=MODEL)]
+_Alpha = Annotated[float | None, typer.Option(help="As in training; not stored in the file.", rich_help_panel=MODEL)]
+_ReplaceUnderscores = Annotated[
+    bool,
+    typer.Option("--replace-underscores", help="If training did; the published code does not.", rich_help_panel=MODEL),
+]
+_ImportedEnhancedBase = Annotated[
+    bool,
+    typer.Option("--enhanced-base", help="It was trained on an enhanced base (TaskRes*).", rich_help_panel=MODEL),
+]
+_KeepBase = Annotated[
+    bool,
+    typer.Option(
+        "--keep-base",
+        help="Keep the file's own base, rounded to fp16: logits equal to 2e-5.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="prompt_learner/model.pth.tar-N of the published code.")],
-    base_model: Annotated[
-        str, typer.Option(help="Hub id or folder of the CLIP it was trained on.", rich_help_panel=MODEL)
-    ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.", rich_help_panel=OUTPUT)],
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Take names, template and alpha from this dataset of the suite.", rich_help_panel=DATA),
-    ] = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="File or comma list, in the order of training.", rich_help_panel=DATA)
-    ] = None,
-    template: Annotated[list[str] | None, typer.Option(help="As in training.", rich_help_panel=MODEL)] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="As in training; not stored in the file.", rich_help_panel=MODEL)
-    ] = None,
-    replace_underscores: Annotated[
-        bool,
-        typer.Option(
-            "--replace-underscores", help="If training did; the published code does not.", rich_help_panel=MODEL
-        ),
-    ] = False,
+    checkpoint: _Checkpoint,
+    base_model: _ImportedBaseModel,
+    output_dir: _ImportedOutputDir,
+    dataset: _ImportedDataset = None,
+    class_names: _ClassNames = None,
+    template: _Template = None,
+    alpha: _Alpha = None,
+    replace_underscores: _ReplaceUnderscores = False,
+    enhanced_base: _ImportedEnhancedBase = False,
+    keep_base: _KeepBase = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn a checkpoint of the published TaskRes code into an artifact. Nothing in it is executed."""
+    from ..errors import ArtifactError, ConfigurationError
+
+    if (output_dir / "config.json").exists() and not overwrite:
+        raise ArtifactError(
+            f"{output_dir} already holds a model. Pass --overwrite to replace it, or another --output-dir."
+        )
     quiet_libraries(True)
-    from ..errors import ConfigurationError
     from ..paper.checkpoints import import_checkpoint as convert
     from ..paper.datasets import describe_dataset, unique_names
 
-    names, templates, prompt_names = read_class_names(class_names), read_templates(template), None
+    names: Any = read_class_names(class_names)
+    templates, prompt_names = read_templates(template), None
     if dataset is not None:
         spec = describe_dataset(dataset)
         names, prompt_names = unique_names(spec["class_names"], spec["all_wnids"])
@@ -254,14 +348,14 @@ def import_checkpoint(
         raise ConfigurationError("Give the classes in the order of training: --dataset NAME or --class-names FILE.")
     model = convert(
         checkpoint, base_model, names, templates, 0.5 if alpha is None else alpha,
-        underscores="replace" if replace_underscores else "keep", prompt_names=prompt_names or None,
+        underscores="replace" if replace_underscores else "keep", enhanced_base=enhanced_base, keep_base=keep_base,
+        prompt_names=prompt_names or None,
     )  # fmt: skip
     model.save_pretrained(output_dir)
-    enhanced = model.classifier.shift is not None
+    base = "ours" if model.classifier.shift is None else "enhanced" if enhanced_base else "the checkpoint's"
     result = {
-        "output_dir": str(output_dir),
-        "classes": len(names),
-        "alpha": model.classifier.alpha,
-        "enhanced_base": enhanced,
-    }
-    emit(as_json, result, lambda: typer.echo(f"{len(names)} classes imported into {output_dir}"))
+        "output_dir": str(output_dir), "classes": len(names), "alpha": model.classifier.alpha,
+        "enhanced_base": enhanced_base, "base": base,
+    }  # fmt: skip
+    text = f"{len(names)} classes imported into {output_dir}: alpha {model.classifier.alpha:g}, base classifier {base}."
+    emit(as_json, result, lambda: say(text))

@@ -2,96 +2,138 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import (
-    MODEL,
-    OUTPUT,
-    Artifact,
-    BaseModel,
-    BatchSize,
-    Debug,
-    Device,
-    Dtype,
-    Engine,
-    Json,
-    Precision,
-    Quiet,
-    emit,
-    quiet_libraries,
-)
+from ..errors import DataError
+from . import options as opt
+from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
+from .values import check_device, resolve_base
+
+if TYPE_CHECKING:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+Images = Annotated[
+    list[str], typer.Argument(help="Pictures, folders of pictures (searched in depth) and URLs.", show_default=False)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write .csv, .jsonl or .parquet instead of printing."),
+]
+AllowSkipped = Annotated[
+    bool,
+    typer.Option("--allow-skipped", help="End with 0 although pictures were skipped.", rich_help_panel=opt.OUTPUT),
+]
+ResumeOutput = Annotated[
+    bool, typer.Option("--resume", help="Go on with the rows that an interrupted run left.", rich_help_panel=opt.OUTPUT)
+]
 
 
 def predict(
-    model: Artifact,
-    images: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures (searched in depth).")],
-    top_k: Annotated[int, typer.Option(help="Classes per picture.", min=1)] = 1,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write .csv, .jsonl or .parquet instead.", rich_help_panel=OUTPUT),
-    ] = None,
-    allow_skipped: Annotated[
-        bool,
-        typer.Option("--allow-skipped", help="End with 0 although pictures were skipped.", rich_help_panel=OUTPUT),
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the classifier.", rich_help_panel=MODEL)] = None,
-    base_model: BaseModel = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_size: BatchSize = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    model: opt.Artifact,
+    images: Images,
+    top_k: Annotated[int, typer.Option(help="Classes per picture.", min=1, metavar="N")] = 1,
+    output: Output = None,
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    base_model: opt.BaseModel = None,
+    dtype: opt.Dtype = None,
+    use_cpu: opt.Cpu = False,
+    engine: opt.Engine = opt.EngineName.AUTO,
+    precision: opt.Precision = opt.PrecisionName.AUTO,
+    batch_size: opt.BatchSize = None,
+    resume: ResumeOutput = False,
+    allow_skipped: AllowSkipped = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Classify pictures. Unreadable ones are reported and skipped; the exit code is then 3.
 
     Example:  taskres predict my-classifier holiday/ cat.jpg --top-k 3 --output labels.csv
     """
-    from ..predicting import check_output, classify_files, write_predictions
+    when_interrupted(lambda: _what_is_kept(output))
+    if resume and output is None:
+        raise typer.BadParameter("it goes on with a file: name it with --output.", param_hint="--resume")
+    quiet_libraries(quiet or as_json, collect=as_json)
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..pictures import list_images
+    from ..predicting import check_output
 
     if output is not None:
         check_output(output)
-    quiet_libraries(quiet or as_json)
-    from ..errors import DataError
-    from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..pictures import find_images
-
-    files = find_images(images)
-    if not files:
-        raise DataError(f"There are no pictures in {', '.join(map(str, images))}.")
+    device = check_device(device, use_cpu)
+    listing = list_images(images)
+    for line in listing.lines():
+        warn(line)
+    if not listing.files:
+        raise DataError(f"There are no pictures in {', '.join(images)}.")
+    say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model, dtype=dtype
+        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
     )
     if device:
         classifier.to(device)
-    rows = list(
-        classify_files(
-            classifier, files, top_k=top_k, batch_size=batch_size, engine=engine, precision=precision,
-            progress=not (quiet or as_json),
-        )
-    )  # fmt: skip
-    skipped = [row for row in rows if row["error"]]
-    for row in skipped:
-        typer.echo(f"Skipped: {row['error']}", err=True)
+    how: dict[str, Any] = {
+        "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
+        "progress": not (quiet or as_json),
+    }  # fmt: skip
     if output is not None:
-        write_predictions(output, rows, top_k=min(top_k, len(classifier.class_names)))
-        summary = {"output": str(output), "classified": len(rows) - len(skipped), "skipped": len(skipped)}
-        emit(as_json, summary, lambda: typer.echo(f"{summary['classified']} pictures classified in {output}"))
+        skipped = _to_file(classifier, listing.files, output, resume, how, as_json)
     else:
-
-        def show() -> None:
-            for row in rows:
-                if row["error"] is None:
-                    found = ", ".join(f"{top['label']} {100 * top['score']:.1f} %" for top in row["predictions"])
-                    typer.echo(f"{row['file']}: {found}")
-
-        emit(as_json, rows, show)
+        skipped = _to_screen(classifier, listing.files, how, as_json)
     if skipped:
-        typer.echo(f"{len(skipped)} of {len(rows)} pictures were skipped.", err=True)
+        warn(f"{skipped} of {len(listing.files)} pictures were skipped.")
         if not allow_skipped:
             raise typer.Exit(3)
+
+
+def _to_file(
+    classifier: TaskResCLIPForImageClassification,
+    files: list[str],
+    output: Path,
+    resume: bool,
+    how: dict[str, Any],
+    as_json: bool,
+) -> int:
+    from ..predicting import classify_to_file
+
+    written = classify_to_file(classifier, files, output, resume=resume, **how)
+    for error in written.skipped:
+        warn(f"Skipped: {error}")
+    result = {"output": str(output), "classified": written.classified, "skipped": len(written.skipped)}
+    result["resumed"] = written.resumed
+    emit(as_json, result, lambda: say(f"{written.classified} pictures classified in {output}"))
+    return len(written.skipped)
+
+
+def _to_screen(
+    classifier: TaskResCLIPForImageClassification, files: list[str], how: dict[str, Any], as_json: bool
+) -> int:
+    """Rows as they come for people, all at the end as JSON."""
+    from ..predicting import classify_files
+
+    how = dict(how, progress=how["progress"] and not sys.stdout.isatty())  # there the rows show the progress
+    rows = []
+    for row in classify_files(classifier, files, **how):
+        rows.append(row)
+        if row["error"]:
+            warn(f"Skipped: {row['error']}")
+        elif not as_json:
+            listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in row["predictions"])
+            say(f"{row['file']}: {listed}")
+    if as_json:
+        emit(True, rows, lambda: None)
+    return sum(row["error"] is not None for row in rows)
+
+
+def _what_is_kept(output: Path | None) -> str:
+    if output is None:
+        return "Nothing was written; --output FILE keeps what is classified so far."
+    partial = output.with_name(f"{output.name}.partial")
+    if partial.exists():
+        return f"The rows so far are kept in {partial}: the same command with --resume goes on from there."
+    return f"{output} was not changed."

@@ -2,257 +2,327 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import (
-    DATA,
-    MODEL,
-    OUTPUT,
-    TRAINING,
-    BatchSize,
-    CacheDir,
-    DatasetConfig,
-    DatasetOption,
-    DatasetRevision,
-    Debug,
-    DropUnlabelled,
-    Dtype,
-    Engine,
-    ImageColumn,
-    Json,
-    LabelColumn,
-    OnError,
-    Precision,
-    Quiet,
-    console,
-    emit,
-    open_splits,
-    pick_eval_split,
-    pick_split,
+from ..errors import ArtifactError, BaseModelError, ConfigurationError, DataError
+from . import options as opt
+from .run_config import RUN_FILE, read_run, training_only, write_run
+from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .values import (
+    SHIPPED,
+    check_device,
+    default_output,
+    one_dataset,
     public_name,
-    quiet_libraries,
     read_class_names,
+    read_descriptions,
     read_indices,
-    read_json_option,
+    read_label_map,
+    read_mapping,
     read_templates,
+    resolve_base,
+    use_device,
 )
 
-
-def train(
-    base_model: Annotated[str, typer.Option(help="Hub id or folder of a CLIP-like model.", rich_help_panel=MODEL)],
-    dataset: DatasetOption,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.", rich_help_panel=OUTPUT)],
-    shots: Annotated[
-        int | None, typer.Option(help="Pictures per class; all by default.", min=1, rich_help_panel=DATA)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw and of training.", rich_help_panel=TRAINING)] = 1,
-    recipe: Annotated[
-        str,
-        typer.Option(help="'auto' (one setting for every task) or 'paper' (as published).", rich_help_panel=TRAINING),
-    ] = "auto",
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Prompt with {} for the class name, or the name of a set such as 'imagenet'. Repeat for an ensemble.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="Scale of the residual.", rich_help_panel=MODEL)] = 0.5,
-    class_names: Annotated[
-        str | None,
-        typer.Option(help="File (.txt, .json) or comma list, in label order.", rich_help_panel=DATA),
-    ] = None,
-    descriptions: Annotated[
-        Path | None,
-        typer.Option(help="JSON file of sentences per class, used as prompts.", rich_help_panel=MODEL),
-    ] = None,
-    prompt_names: Annotated[
-        Path | None, typer.Option(help="JSON file {class: what prompts call it}.", rich_help_panel=MODEL)
-    ] = None,
-    prompt_average: Annotated[
-        str, typer.Option(help="'raw' (published) or 'normalized'.", rich_help_panel=MODEL)
-    ] = "raw",
-    keep_underscores: Annotated[
-        bool, typer.Option("--keep-underscores", help="As the published code does.", rich_help_panel=MODEL)
-    ] = False,
-    residual_side: Annotated[str, typer.Option(help="'text' or 'image'.", rich_help_panel=MODEL)] = "text",
-    enhanced_base: Annotated[
-        bool,
-        typer.Option("--enhanced-base", help="Tune the text projection first (TaskRes*).", rich_help_panel=TRAINING),
-    ] = False,
-    views: Annotated[
-        int, typer.Option(help="Augmented views cached per picture.", min=0, rich_help_panel=TRAINING)
-    ] = 0,
-    augment_online: Annotated[
-        bool,
-        typer.Option("--augment-online", help="Augment afresh each epoch, as published.", rich_help_panel=TRAINING),
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(help="Override the recipe.", min=1, rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option("--learning-rate", "--lr", help="Override the recipe.", rich_help_panel=TRAINING),
-    ] = None,
-    save_epochs: Annotated[
-        int, typer.Option(help="Checkpoint every so many epochs.", min=0, rich_help_panel=TRAINING)
-    ] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=TRAINING)
-    ] = False,
-    early_stopping_patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Epochs without gain on the validation split; off by default.",
-            min=1,
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    train_split: Annotated[str, typer.Option(help="Split to learn from.", rich_help_panel=DATA)] = "train",
-    eval_split: Annotated[
-        str | None,
-        typer.Option(help="Split to measure on: test, else validation; 'none'.", rich_help_panel=DATA),
-    ] = None,
-    indices: Annotated[
-        Path | None,
-        typer.Option(help="Replay a draw: JSON list of rows, or a trained folder.", rich_help_panel=DATA),
-    ] = None,
-    on_short: Annotated[
-        str, typer.Option(help="Too few pictures in a class: warn, raise or ignore.", rich_help_panel=DATA)
-    ] = "warn",
-    dataset_config: DatasetConfig = None,
-    dataset_revision: DatasetRevision = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    drop_unlabelled: DropUnlabelled = False,
-    on_error: OnError = "raise",
-    base_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the base.", rich_help_panel=MODEL)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Let the base run its own code.", rich_help_panel=MODEL),
-    ] = False,
-    dtype: Dtype = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.", rich_help_panel=MODEL)] = False,
-    batch_size: BatchSize = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
-    cache_dir: CacheDir = None,
-    fp16_residual: Annotated[
-        bool, typer.Option("--fp16-residual", help="Half the file.", rich_help_panel=OUTPUT)
-    ] = False,
-    include_code: Annotated[
-        bool,
-        typer.Option("--include-code", help="Add the modules trust_remote_code needs.", rich_help_panel=OUTPUT),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a classifier in OUTPUT_DIR.", rich_help_panel=OUTPUT)
-    ] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload to this repository afterwards.", rich_help_panel=OUTPUT)
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make that repository private.", rich_help_panel=OUTPUT)
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Train a classifier from a few labelled pictures and save it.
-
-    Example:  taskres train --base-model openai/clip-vit-base-patch32 --dataset my-photos --shots 16 -o my-classifier
-    """
-    from ..errors import ArtifactError, ConfigurationError
-
-    if (output_dir / "config.json").exists() and not (overwrite or resume):
-        raise ArtifactError(
-            f"{output_dir} already holds a model. Pass --overwrite to replace it, or another --output-dir."
-        )
-    quiet_libraries(quiet or as_json)
-    from ..data.labelled import LabelledImages, class_counts
+if TYPE_CHECKING:
+    from ..data import LabelledImages, TrainingData
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training.arguments import TaskResTrainingArguments
     from ..training.trainer import TaskResTrainer
 
-    arguments = TaskResTrainingArguments(
-        output_dir=str(output_dir), recipe=recipe, shots=None if indices else shots, seed=seed, on_short=on_short,
-        num_train_epochs=epochs, learning_rate=learning_rate, views=views, enhanced_base=enhanced_base,
-        augment_online=augment_online, embed_batch_size=batch_size, cache_dir=str(cache_dir) if cache_dir else None,
-        save_epochs=save_epochs, early_stopping_patience=early_stopping_patience, on_error=on_error,
-        dataset_name=public_name(dataset), engine=engine, precision=precision, use_cpu=cpu,
-        disable_tqdm=quiet or as_json,
-    )  # fmt: skip
-    splits = open_splits(dataset, dataset_config, dataset_revision)
-    names = read_class_names(class_names)
-    options: dict[str, Any] = {
-        "image_column": image_column,
-        "label_column": label_column,
-        "drop_unlabelled": drop_unlabelled,
-    }
-    source = pick_split(splits, train_split)
-    if indices is not None:
-        source = source.select(read_indices(indices, len(source)))
-    pictures = LabelledImages(source, class_names=names, **options)
-    chosen = pick_eval_split(splits, eval_split, train_split)
-    if early_stopping_patience is not None and chosen == "test" and "validation" in splits:
-        chosen = "validation"
-    held_out = None
-    if chosen is not None:
-        held_out = LabelledImages(
-            pick_split(splits, chosen), class_names=names, default_names=pictures.class_names, **options
-        )
-    if held_out is None and early_stopping_patience is not None:
-        raise ConfigurationError("--early-stopping-patience needs a validation split; choose one with --eval-split.")
-    model = TaskResCLIPForImageClassification.from_base(
-        base_model, pictures.class_names, read_templates(template), alpha, residual_side=residual_side,
-        class_descriptions=read_json_option(descriptions), underscores="keep" if keep_underscores else "replace",
-        prompt_names=read_json_option(prompt_names), prompt_average=prompt_average,
-        revision=base_revision, trust_remote_code=trust_remote_code, dtype=dtype or "float32",
-    )  # fmt: skip
-    trainer = TaskResTrainer(model, arguments, pictures, held_out)
-    trainer.train(resume_from_checkpoint=resume or None)
-    metrics = trainer.evaluate() if held_out is not None else {}
-    if model.config.metrics is not None:
-        model.config.metrics["split"] = chosen
+
+def train(
+    context: typer.Context,
+    dataset: opt.DatasetArgument = None,
+    output_dir: opt.OutputDir = None,
+    base_model: opt.TrainBase = None,
+    shots: opt.Shots = None,
+    seed: opt.Seed = 1,
+    templates: opt.Templates = None,
+    class_names: opt.ClassNames = None,
+    device: opt.Device = None,
+    config: opt.Config = None,
+    # ---- dataset
+    dataset_option: opt.DatasetOption = None,
+    train_split: opt.TrainSplit = None,
+    eval_split: opt.EvalSplit = None,
+    holdout: opt.Holdout = None,
+    folds: opt.Folds = 5,
+    indices: opt.Indices = None,
+    on_short: opt.OnShort = opt.ShortClass.WARN,
+    on_error: opt.OnError = opt.BrokenPicture.RAISE,
+    drop_unlabelled: opt.DropUnlabelled = False,
+    image_column: opt.ImageColumn = None,
+    label_column: opt.LabelColumn = None,
+    config_name: opt.ConfigName = None,
+    dataset_revision: opt.DatasetRevision = None,
+    # ---- class names and prompts
+    class_descriptions: opt.Descriptions = None,
+    prompt_names: opt.PromptNames = None,
+    prompt_average: opt.PromptAverage = opt.Average.RAW,
+    underscores: opt.UnderscoresOption = opt.Underscores.REPLACE,
+    keep_underscores: opt.KeepUnderscores = False,
+    # ---- base model
+    base_revision: opt.BaseRevision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    dtype: opt.Dtype = None,
+    alpha: opt.Alpha = 0.5,
+    residual_side: opt.ResidualSide = opt.Side.TEXT,
+    # ---- training
+    recipe: opt.RecipeOption = opt.Recipe.AUTO,
+    num_train_epochs: opt.Epochs = None,
+    learning_rate: opt.LearningRate = None,
+    views: opt.Views = 0,
+    augment_online: opt.AugmentOnline = None,
+    enhanced_base: opt.EnhancedBase = False,
+    early_stopping_patience: opt.Patience = None,
+    save_epochs: opt.SaveEpochs = 0,
+    resume: opt.Resume = False,
+    report_to: opt.ReportTo = None,
+    # ---- speed and device
+    use_cpu: opt.Cpu = False,
+    engine: opt.Engine = opt.EngineName.AUTO,
+    precision: opt.Precision = opt.PrecisionName.AUTO,
+    crop: opt.Crop = None,
+    embed_batch_size: opt.BatchSize = None,
+    cache_dir: opt.CacheDir = None,
+    # ---- output
+    fp16_residual: opt.Fp16Residual = False,
+    include_code: opt.IncludeCode = False,
+    overwrite: opt.Overwrite = False,
+    hub_model_id: opt.PushTo = None,
+    hub_private_repo: opt.Private = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train a classifier from a few labelled pictures, measure it and save it.
+
+    Example:  taskres train photos/ --shots 16 -o my-classifier
+    """
+    quiet_libraries(quiet or as_json, collect=as_json)
+    run = read_run(context, config)
+    run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
+    _settle(run)
+    arguments = _arguments(run)
+    when_interrupted(lambda: _what_is_kept(arguments))
+    data = _open(run)
+    validation = _validation(run, data) if arguments.keeps_best else None
+    if not as_json:
+        say("\n".join(data.account.lines()))
+    model = _make_model(run, data.train.class_names)
+    from ..training.trainer import TaskResTrainer
+
+    trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
+    trainer.train(resume_from_checkpoint=run["resume"] or None)
+    _remember_rows(model, run, data.train)
+    metrics = _measure(trainer, run, data.held_out)
     if trainer.accelerator.is_main_process:
-        import torch
-
-        half = torch.float16 if fp16_residual else torch.float32
-        model.save_pretrained(output_dir, residual_dtype=half, include_code=include_code)
-        if push_to_hub:
-            model.push_to_hub(push_to_hub, private=private or None, residual_dtype=half, include_code=include_code)
-        size = sum(file.stat().st_size for file in output_dir.iterdir() if file.is_file())
-        count = (model.config.few_shot or {}).get("num_images")
-        result = {
-            "output_dir": str(output_dir),
-            "train_images": count,
-            "bytes": size,
-            "classes": len(model.class_names),
-        }
-        result |= {"split": chosen, **metrics}
-        few = class_counts(pictures.labels, pictures.class_names)
-        emit(as_json, result, lambda: _show_training(result, few, push_to_hub))
+        result = _save(model, run) | metrics | {"account": data.account.as_dict()}
+        emit(as_json, result, lambda: _show(result))
 
 
-def _show_training(result: dict[str, Any], counts: dict[str, int], pushed: str | None) -> None:
-    from rich.table import Table
+# ---------------------------------------------------------------------------------------------------- before training
 
-    screen = console()
-    table = Table(title=f"{result['classes']} classes from {result['train_images']} pictures", title_justify="left")
-    table.add_column("measured on")
-    table.add_column("zero-shot", justify="right")
-    table.add_column("trained", justify="right", style="bold")
-    if "accuracy" in result:
-        label = f"{result['split']} ({result['num_images']} pictures)"
-        table.add_row(label, f"{100 * result['zero_shot_accuracy']:.1f} %", f"{100 * result['accuracy']:.1f} %")
-        screen.print(table)
-        if result["accuracy"] < result["zero_shot_accuracy"]:
-            screen.print("Training did not help here: try more pictures, other prompts, or serve zero-shot.")
+
+def _settle(run: dict[str, Any]) -> None:
+    """Fill in what the options leave open, read the files they name and refuse what contradicts itself.
+
+    Everything that can be wrong without looking at a picture is found here.
+    """
+    from ..errors import ConfigurationError
+
+    if run["shots"] is not None and run["indices"] is not None:
+        raise ConfigurationError("--indices replays a draw and --shots makes one: leave one of them out.")
+    if run["indices"] is not None and run["holdout"] is not None:
+        raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
+    if run.pop("keep_underscores"):
+        run["underscores"] = "keep"
+    run["base_model"] = run["base_model"] or opt.default_base_model()
+    run["output_dir"] = str(run["output_dir"] or default_output(run["dataset"]))
+    run["device"] = check_device(run["device"], run.pop("use_cpu"))
+    use_device(run["device"])
+    run["class_names"] = read_class_names(run["class_names"])
+    run["templates"] = read_templates(run["templates"])
+    run["class_descriptions"] = read_descriptions(run["class_descriptions"])
+    run["prompt_names"] = read_mapping(run["prompt_names"], "--prompt-names")
+    run["label_map"] = read_label_map(run.get("label_map"))
+    _check_output(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
+
+
+def _check_output(folder: Path, replace: bool) -> None:
+    if (folder / "config.json").exists() and not replace:
+        raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
+
+
+def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
+    from ..training.arguments import TaskResTrainingArguments
+
+    report_to = run["report_to"]
+    values = {**training_only(run), "dataset_name": run.get("dataset_name") or public_name(run["dataset"])}
+    values |= {"use_cpu": run["device"] == "cpu", "disable_tqdm": run["quiet"] or run["as_json"]}
+    values |= {"shots": None if run["indices"] else run["shots"], "report_to": list(report_to) if report_to else None}
+    values["hub_model_id"] = values["hub_private_repo"] = None  # uploaded once, after it is saved
+    return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
+
+
+def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
+    from ..data import load_training_data
+
+    names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
+    options = {name: run[name] for name in (*names, "drop_unlabelled", "seed")} | changes
+    return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
+
+
+def _open(run: dict[str, Any]) -> TrainingData:
+    """What to train on, what to measure on, and how the dataset was read."""
+    data = _load(run)
+    if run["indices"] is None:
+        return data
+    place = {row: position for position, row in enumerate(data.train.indices)}
+    run["indices"] = read_indices(run["indices"], max(place) + 1)
+    unusable = [row for row in run["indices"] if row not in place]
+    if unusable:
+        raise ConfigurationError(f"--indices: row {unusable[0]} has no label, so it cannot be trained on.")
+    return data._replace(train=data.train.select([place[row] for row in run["indices"]]))
+
+
+def _validation(run: dict[str, Any], data: TrainingData) -> LabelledImages | None:
+    """The split to choose the epoch on, where `data` holds out the test split; None where it holds out another.
+
+    Raises:
+        ConfigurationError: there is nothing but the test split to choose on.
+    """
+    if data.held_out is not None and data.held_out.split != "test":
+        return None
+    try:
+        if data.held_out is not None:
+            return _load(run, eval_split="validation").held_out
+    except DataError:
+        pass
+    raise ConfigurationError(
+        f"--early-stopping-patience chooses the epoch on held-out pictures, and {run['dataset']} has no validation "
+        "split (a test split must not choose). Set a part of the training pictures aside with --holdout 0.2."
+    )
+
+
+def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
+    try:
+        say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
+        return TaskResCLIPForImageClassification.from_base(
+            resolve_base(run["base_model"]), class_names, run["templates"], run["alpha"],
+            revision=run["base_revision"], trust_remote_code=run["trust_remote_code"],
+            dtype=run["dtype"] or "float32", **{name: run[name] for name in names},
+        )  # fmt: skip
+    except OSError as error:
+        raise _without_base(run["base_model"], error) from error
+
+
+def _without_base(name: str, error: OSError) -> Exception:
+    """What to do when the base cannot be had."""
+    from ..storage import is_path
+
+    if is_path(name):
+        return error
+    return BaseModelError(
+        f"The base model {name} is neither on this machine nor could it be downloaded: "
+        f"{str(error).splitlines()[0]}\n"
+        f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
+        f"${opt.BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
+    )
+
+
+def _what_is_kept(arguments: TaskResTrainingArguments) -> str:
+    from ..training.checkpoints import list_checkpoints
+
+    checkpoints = list_checkpoints(arguments.output_dir)
+    if checkpoints:
+        newest = checkpoints[-1]
+        return f"{newest} is kept: run the same command with --resume to go on from there."
+    return (
+        "Embeddings of the pictures read so far are in the cache, so the same command starts from there; nothing was "
+        f"written to {arguments.output_dir}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- after training
+
+
+def _remember_rows(model: TaskResCLIPForImageClassification, run: dict[str, Any], pictures: LabelledImages) -> None:
+    """A replayed draw can be replayed from the new classifier too."""
+    if run["indices"] is not None:
+        model.config.few_shot = {**(model.config.few_shot or {}), "indices": list(pictures.indices)}
+
+
+def _measure(trainer: TaskResTrainer, run: dict[str, Any], held_out: LabelledImages | None) -> dict[str, Any]:
+    """An honest number: on held-out pictures, else by cross-validation."""
+    if held_out is None and run["folds"] == 0:
+        return {"split": None, "method": None}
+    metrics = trainer.measure(held_out, folds=max(run["folds"], 2))
+    return {"split": None, "method": None, **metrics}
+
+
+def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict[str, Any]:
+    """Save, read back, write the settings beside it and upload; what was done."""
+    import torch
+
+    folder = Path(run["output_dir"])
+    half = torch.float16 if run["fp16_residual"] else torch.float32
+    model.save_pretrained(folder, residual_dtype=half, include_code=run["include_code"])
+    type(model).from_pretrained(folder, base_model=model.clip)  # what does not load again is no result
+    stored = dict(run, dataset=_portable(run["dataset"]), base_model=_portable(run["base_model"]))
+    if model.config.base_model_revision:
+        stored["base_revision"] = model.config.base_model_revision
+    write_run(folder, stored)
+    result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
+    result["train_images"] = (model.config.few_shot or {}).get("num_images")
+    result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
+    if run["hub_model_id"]:
+        when_interrupted(lambda: f"The classifier is saved in {folder}; upload it with: taskres push {folder} REPO")
+        commit = model.push_to_hub(
+            run["hub_model_id"], private=run["hub_private_repo"] or None, residual_dtype=half,
+            include_code=run["include_code"],
+        )  # fmt: skip
+        result["url"] = str(commit.repo_url)
+    return result
+
+
+def _portable(name: str) -> str:
+    """A path that holds from any folder; a Hub id or `shipped` as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _show(result: dict[str, Any]) -> None:
+    classes, images = result["classes"], result["train_images"]
+    title = f"{classes} classes from {images} pictures"
+    if "accuracy" not in result:
+        say(f"{title}; nothing was measured.")
     else:
-        screen.print(f"Trained on {result['train_images']} pictures; there is no other split to measure on.")
-    screen.print(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}", soft_wrap=True)
-    if pushed:
-        screen.print(f"Uploaded to {pushed}")
-    screen.print(f"Next: taskres predict {result['output_dir']} PICTURES", soft_wrap=True)
+        row = [_measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
+        show_table(["measured on", "zero-shot", "trained"], [row], title=title)
+    say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
+    if "url" in result:
+        say(f"Uploaded to {result['url']}")
+    say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    if result.get("method") == "cross-validation":
+        return f"the training pictures, {result['folds']}-fold cross-validation ({result['num_images']})"
+    return f"{result['split']} ({result['num_images']} pictures)"
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text) if os.name == "posix" else text

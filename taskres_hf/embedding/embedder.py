@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..encoders import image_weights_digest
-from .engines.choose import make_engine
+from .engines.choose import engine_of_watched, make_engine, stock_engine
+from .engines.probe import agrees, is_faster, probe_pictures, remembered_choice
+from .engines.rewriting import watched_module
 from .preprocessing import Preprocessor
 
-_TURN = 64  # pictures prepared before the tower has its turn, where they take turns: changing places costs both
+_PREPARED_AHEAD = 64  # pictures prepared before the tower runs, where the two take turns: changing places costs both
+_LARGE_JOB = 100  # batches from which measuring the engines pays: it takes six
 
 
 _T = TypeVar("_T")
@@ -32,9 +36,14 @@ class Embedder:
         engine, precision: see `engines`; the defaults give exactly what the model itself gives.
         exact_preprocessing: always use the stock image processor.
         draft_decoding: decode large JPEG pictures coarsely: faster, and not exactly the same pixels.
+        crop: `"processor"`, or `"torchvision"` for the centre crop that published code made: where an odd number of
+            rows or columns is cut off, torchvision rounds half to even and transformers down, one pixel apart.
 
     Attributes:
         engine: the `ImageEngine` that runs. batch_size: pictures a forward pass at which it is fastest.
+
+    Raises:
+        ConfigurationError: an unknown engine, precision or crop, or a combination that does not exist.
     """
 
     def __init__(
@@ -45,10 +54,15 @@ class Embedder:
         precision: str = "fp32",
         exact_preprocessing: bool = False,
         draft_decoding: bool = False,
+        crop: str = "processor",
     ) -> None:
         self.base, self.image_processor = base, image_processor
-        self.preprocess = Preprocessor(image_processor, exact_preprocessing)
+        self.preprocess = Preprocessor(image_processor, exact_preprocessing, crop)
         self.engine = make_engine(base, engine, precision, self.preprocess.normalisation)
+        self._is_ready = self.engine.is_stock
+        self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
+        if self._may_choose and not self._is_ready and remembered_choice(base, self.engine) is False:
+            self._run_stock()
         self.preprocess.in_bytes = self.engine.takes_bytes
         self.batch_size = self.engine.batch_size
         self.draft = self.preprocess.target_size() if draft_decoding else None
@@ -58,54 +72,130 @@ class Embedder:
         """What an embedding depends on besides the picture."""
         kind = "fast" if self.preprocess.fast else "stock"
         kind += f" {self.draft}" if self.draft else ""
+        kind += " torchvision" if self.preprocess.crop == "torchvision" else ""
         digest = image_weights_digest(self.base)
         return [digest, str(self.base.dtype), self.engine.name, kind, self.image_processor.to_json_string()]
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether `key` says all: not where a hook, which has no digest, takes part in the tower."""
+        return watched_module(self.base) is None
+
+    @torch.no_grad()
+    def get_ready(self, pictures: int = 0) -> None:
+        """Convert the tower, now rather than when the first pictures come, and compare it with what it was.
+
+        Two probe pictures go both ways; where they come out differently the tower runs as it is, with a warning. Where
+        the engine was chosen automatically and `pictures` are many, the faster of the two is measured and remembered.
+        """
+        if not self.engine.is_stock and engine_of_watched(self.base, self.engine.name) is not None:
+            self._run_stock()  # a hook that came after the engine
+        if self._is_ready:
+            return
+        self._is_ready = True
+        probes, stock = probe_pictures(), stock_engine(self.base)
+        self.engine.get_ready()
+        embeds, expected = self.engine(self.preprocess(probes)), stock(self._values(probes))
+        if not agrees(embeds, expected, self.engine.precision):
+            warnings.warn(
+                f"On this machine {self.engine.name} gives other embeddings than the image tower as it is, which runs "
+                "instead.",
+                stacklevel=2,
+            )
+            self._run_stock()
+        elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
+            pictures_of_batch = [probes[number % 2] for number in range(self.batch_size)]
+            batch, values = self.preprocess(pictures_of_batch), self._values(pictures_of_batch)
+            cores = torch.get_num_threads()
+            torch.set_num_threads(1 if self._has_core_each(_LARGE_JOB) else cores)
+            try:
+                faster = is_faster(self.base, self.engine, lambda: self.engine(batch), lambda: stock(values))
+            finally:
+                torch.set_num_threads(cores)
+            if not faster:
+                self._run_stock()
+
+    def _values(self, pictures: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
+        """Inputs of the tower as it is, also where the engine takes bytes."""
+        self.preprocess.in_bytes = False
+        values = self.preprocess(pictures)
+        self.preprocess.in_bytes = self.engine.takes_bytes
+        return values
+
+    def _run_stock(self) -> None:
+        """Let the tower run as it is from now on."""
+        self.engine, self._is_ready, self.preprocess.in_bytes = stock_engine(self.base), True, False
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> Tensor:
         """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
+        self.get_ready()
         return self.engine(self.preprocess(pictures, augmented))
 
     @torch.no_grad()
     def stream(
-        self, batches: Iterable[Sequence[_T]], load: Callable[[_T], PIL.Image.Image | None], augmented: bool
+        self,
+        batches: Iterable[Sequence[_T]],
+        load: Callable[[_T], PIL.Image.Image | None],
+        augmented: bool,
+        pad_to: int = 0,
+        total: int | None = None,
     ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
         """Each batch with the embeddings of the pictures that `load` gave, in order; decoding overlaps the tower.
 
         On a CPU every core takes a batch from file to embedding, so that one decodes while another multiplies, and none
         waits for another within a layer. With fewer batches than cores, and in engines with threads of their own, all
         cores decode a few batches, then all run the tower. Beside a GPU the next batch is decoded meanwhile.
+
+        Args:
+            load: the picture of an item, or None for one that cannot be read.
+            pad_to: fill smaller batches up to so many pictures, whose embeddings are thrown away: libraries multiply
+                small matrices another way, so last bits would depend on how many pictures happen to be left over.
+            total: number of batches of the whole job, of which these are the rest; by default these.
         """
+        self.get_ready()
 
-        def one(item: _T) -> Any:
+        def prepare(item: _T) -> Any:
             picture = load(item)
-            return None if picture is None else self.preprocess.one(picture, augmented)
+            return None if picture is None else self.preprocess.prepare(picture, augmented)
 
-        def inputs(ready: Iterable[Any]) -> dict[str, Tensor] | None:
-            ready = [prepared for prepared in ready if prepared is not None]
-            return self.preprocess.together(ready, augmented) if ready else None
+        def inputs(prepared: Iterable[Any]) -> dict[str, Tensor] | None:
+            readable = [picture for picture in prepared if picture is not None]
+            return self.preprocess.collate(readable, augmented) if readable else None
 
-        def embeds(given: dict[str, Tensor] | None) -> Tensor | None:
-            return None if given is None else self.engine(given)
+        def embed(batch: dict[str, Tensor] | None) -> Tensor | None:
+            if batch is None:
+                return None
+            count = len(batch["pixel_values"])
+            return self.engine({name: _padded(value, pad_to) for name, value in batch.items()})[:count]
 
         if next(self.base.parameters()).device.type != "cpu":
-            prepared = _decoded_ahead(batches, lambda pool, batch: inputs(pool.map(one, batch)))
-            yield from ((batch, embeds(given)) for batch, given in prepared)
+            prepared = _decoded_ahead(batches, lambda pool, batch: inputs(pool.map(prepare, batch)))
+            yield from ((batch, embed(ready)) for batch, ready in prepared)
             return
         batches, cores = iter(batches), torch.get_num_threads()
         first = list(islice(batches, cores))
         batches = chain(first, batches)
-        if self.engine.engine == "torch" and self.preprocess.fast and 1 < cores <= len(first):
-            self.engine.get_ready()
-            yield from _on_every_core(batches, lambda batch: embeds(inputs(map(one, batch))), cores)
+        if self._has_core_each(len(first) if total is None else total):
+            yield from _on_every_core(batches, lambda batch: embed(inputs(map(prepare, batch))), cores)
             return
-        turn = _TURN if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
+        ahead = _PREPARED_AHEAD if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            for group in _grouped(batches, turn):
-                ready = list(pool.map(one, [item for batch in group for item in batch]))
+            for group in _grouped(batches, ahead):
+                ready = list(pool.map(prepare, [item for batch in group for item in batch]))
                 for batch in group:
-                    yield batch, embeds(inputs(ready[: len(batch)]))
+                    yield batch, embed(inputs(ready[: len(batch)]))
                     del ready[: len(batch)]
+
+    def _has_core_each(self, batches: int) -> bool:
+        """Whether every core takes batches of its own."""
+        return self.engine.engine == "torch" and self.preprocess.fast and 1 < torch.get_num_threads() <= batches
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """The rows [B, ...], the last one repeated until there are `count`."""
+    missing = count - len(rows)
+    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
 def _decoded_ahead(
@@ -127,10 +217,11 @@ def _on_every_core(
     def work(batch: Sequence[_T]) -> Tensor | None:
         return embed(batch)
 
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from _ahead(((batch, pool.submit(work, batch)) for batch in batches), 2 * cores)
+        yield from _ahead(((batch, pool.submit(work, batch)) for batch in batches), 2 * cores)
     finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for batches nobody will see
         torch.set_num_threads(cores)  # what a thread sets for itself, torch also takes for threads to come
 
 

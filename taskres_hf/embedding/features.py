@@ -12,7 +12,8 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.labelled import LabelledImages
-from ..errors import ArtifactError, ConfigurationError, DataError, ImageError
-from ..storage import read_tensors, write_tensors
+from ..errors import ConfigurationError, ImageError
+from ..pictures import Remarks
 from .augmentation import augment, crop_size
+from .cache import EmbeddingCache
 from .embedder import Embedder
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def embed_images(
         on_error: `"raise"` names all unreadable pictures at once; `"skip"` leaves them out with a warning.
         accelerator: an `accelerate.Accelerator`: each process embeds its share, all get the whole.
 
+    An embedding that was interrupted goes on where it stopped, if `cache_dir` is the same.
+
     Raises:
-        ImageError: pictures that cannot be read (`on_error="raise"`).
-        DataError: none can be read.
+        ImageError: pictures that cannot be read (`on_error="raise"`), or none can be read.
     """
     if views < 0:
         raise ConfigurationError(f"`views` must be 0 (plain pictures) or more; got {views}.")
@@ -103,32 +106,39 @@ def embed_images(
     readable, problems = _digests(images)
     digests = [digest for _, digest in readable]
     content = hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
-    path = None
-    if cache_dir is not None:
-        spec = [_FORMAT, *embedder.key, views, seed if views else 0, digests]
-        path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]}.safetensors"
-    stored = _read_cache(path, len(digests), max(views, 1))
-    if stored is None:
-        jobs = [(index, digest, view) for view in range(max(views, 1)) for index, digest in readable]
-        stored = _embed(
-            embedder, images, jobs, views, seed, batch_size or embedder.batch_size, progress, accelerator, problems
-        )
-        if path is not None and (accelerator is None or accelerator.is_main_process):
-            write_tensors(path, stored)
-    ok = stored["readable"].bool()
-    lost = {index: "cannot be decoded" for (index, _), good in zip(readable, ok.tolist(), strict=True) if not good}
-    problems = {**lost, **problems}
+    if not readable:
+        _report(problems, images, on_error)
+    if cache_dir is not None and not embedder.is_reproducible:
+        warnings.warn("Hooks take part in the image tower: its embeddings are not cached.", stacklevel=2)
+        cache_dir = None
+    jobs = _Jobs(images, readable, views, seed)
+    cache = _cache(cache_dir, embedder, jobs)
+    size = batch_size or embedder.batch_size
+    if _anything_left(cache, jobs, embedder, accelerator):
+        embedder.get_ready(len(jobs))  # where another form of the tower turns out to be right, so is another cache
+        cache = _cache(cache_dir, embedder, jobs)
+        _embed(embedder, jobs, cache, size, progress, accelerator)
+        jobs.remarks.warn()
+    done = cache.done.view(-1, len(readable)).all(dim=0)
+    for (index, _), good in zip(readable, done.tolist(), strict=True):
+        if not good:
+            problems[index] = jobs.problem(index)
     if problems:
         _report(problems, images, on_error)
-    if not bool(ok.any()):
-        raise DataError("None of the pictures can be read.")
-    labels = torch.tensor([images.labels[index] for index, _ in readable])[ok]
-    kept = tuple(digest for digest, good in zip(digests, ok.tolist(), strict=True) if good)
-    table = stored["image_embeds"][:, ok]
-    return ImageFeatures(table, labels, images.class_names, content, tuple(sorted(problems)), kept)
+    assert cache.table is not None
+    table = cache.table.view(-1, len(readable), cache.table.shape[1])
+    return ImageFeatures(
+        table if bool(done.all()) else table[:, done],
+        torch.tensor([images.labels[index] for index, _ in readable])[done],
+        images.class_names,
+        content,
+        tuple(sorted(problems)),
+        tuple(digest for digest, good in zip(digests, done.tolist(), strict=True) if good),
+    )
 
 
 def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, str]]:
+    """Position and digest of the pictures whose bytes can be read, and what is wrong with the others."""
     readable, problems = [], {}
     for index in range(len(images)):
         try:
@@ -138,81 +148,133 @@ def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, s
     return readable, problems
 
 
-def _embed(
-    embedder: Embedder,
-    images: LabelledImages,
-    jobs: list[tuple[int, str, int]],
-    views: int,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-    accelerator: Any,
-    problems: dict[int, str],
-) -> dict[str, Tensor]:
-    """Embeddings [V, N, D] of all jobs (picture, digest, view), and which pictures could be decoded [N]."""
-    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
-    mine = jobs[rank::world]
-    good = torch.zeros(len(mine), dtype=torch.bool)
-    size = crop_size(embedder.image_processor) if views else (0, 0)
+class _Jobs:
+    """What is to be embedded: every view of every picture, all pictures of the first view first."""
 
-    def load(place: int) -> PIL.Image.Image | None:
-        index, digest, view = mine[place]
+    def __init__(self, images: LabelledImages, readable: list[tuple[int, str]], views: int, seed: int) -> None:
+        self.images, self.readable, self.views, self.seed = images, readable, views, seed
+        self.remarks = Remarks()
+        self._problems: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.readable) * max(self.views, 1)
+
+    def load(self, job: int, embedder: Embedder) -> PIL.Image.Image | None:
+        """The picture of a job as the tower takes it, or None if it cannot be read."""
+        view, row = divmod(job, len(self.readable))
+        index, digest = self.readable[row]
         try:
-            picture = images.image(index, None if views else embedder.draft)
+            picture = self.images.image(index, None if self.views else embedder.draft, self.remarks)
+            if self.views:
+                size = crop_size(embedder.image_processor)
+                return augment(picture, size, random.Random(f"{self.seed} {digest} {view}"))
+            embedder.preprocess.check(picture)
         except ImageError as error:
-            problems[index] = str(error)
+            message = str(error)
+            self._problems[index] = message if message.startswith("Row ") else self._named(index, message)
             return None
-        good[place] = True
-        return augment(picture, size, random.Random(f"{seed} {digest} {view}")) if views else picture
+        return picture
 
-    batches = [range(start, min(start + batch_size, len(mine))) for start in range(0, len(mine), batch_size)]
-    rows: list[Tensor] = []
+    def problem(self, index: int) -> str:
+        """Why a picture cannot be read; tried again where another process has met it."""
+        if index not in self._problems:
+            try:
+                self.images.image(index)
+                self._problems[index] = self._named(index, "it could not be read a moment ago; run again")
+            except ImageError as error:
+                self._problems[index] = str(error)
+        return self._problems[index]
+
+    def _named(self, index: int, message: str) -> str:
+        source = self.images.source(index)
+        path = source.get("path") if isinstance(source, Mapping) else source
+        name = f"{path!r}: " if isinstance(path, str) and path else ""
+        return f"Row {self.images.indices[index]}: {name}{message}"
+
+
+def _cache(cache_dir: str | os.PathLike[str] | None, embedder: Embedder, jobs: _Jobs) -> EmbeddingCache:
+    if cache_dir is None:
+        return EmbeddingCache(None, len(jobs))
+    digests = [digest for _, digest in jobs.readable]
+    spec = [_FORMAT, *embedder.key, jobs.views, jobs.seed if jobs.views else 0, digests]
+    name = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
+    return EmbeddingCache(Path(cache_dir) / f"{name}.safetensors", len(jobs))
+
+
+def _anything_left(cache: EmbeddingCache, jobs: _Jobs, embedder: Embedder, accelerator: Any) -> bool:
+    """Whether a process has something to embed or to collect.
+
+    Of a finished set only pictures are missing that could not be read; whether they can be now is tried first, which
+    costs less than getting a tower ready.
+    """
+    left = not bool(cache.done.all())
+    if left and cache.is_complete:
+        missing = (~cache.done).nonzero().flatten().tolist()
+        left = any(jobs.load(job, embedder) is not None for job in missing)
+    if accelerator is not None and accelerator.num_processes > 1:
+        flags = accelerator.gather(torch.tensor([int(left)], device=accelerator.device))
+        return bool(flags.max())
+    return left
+
+
+def _embed(
+    embedder: Embedder, jobs: _Jobs, cache: EmbeddingCache, batch_size: int, progress: bool, accelerator: Any
+) -> None:
+    """Put the embeddings of all jobs that can be read into the cache."""
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
+    mine = range(rank, len(jobs), world)
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    left = [[job for job in batch if not cache.done[job]] for batch in batches]
+    left = [batch for batch in left if batch]
+    read: set[int] = set()
+
+    def load(job: int) -> PIL.Image.Image | None:
+        picture = jobs.load(job, embedder)
+        if picture is not None:
+            read.add(job)
+        return picture
+
+    pad_to = min(batch_size, embedder.batch_size)
     with tqdm(
-        total=len(mine), desc="Embedding pictures", unit="img", disable=not progress or rank != 0, leave=False
-    ) as bar:
-        for places, embeds in embedder.stream(batches, load, augmented=views > 0):
-            if embeds is not None:
-                rows.append(embeds)
-            bar.update(len(places))
-    table = torch.zeros(len(mine), rows[0].shape[1] if rows else 1)
-    if rows:
-        table[good] = torch.cat(rows)
+        total=len(mine), initial=len(mine) - sum(map(len, left)), desc="Embedding pictures", unit="img",
+        disable=not progress or rank != 0, leave=False,
+    ) as bar:  # fmt: skip
+        try:
+            stream: Any = embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))
+            with closing(stream):
+                for batch, embeds in stream:
+                    if embeds is not None:
+                        cache.add(torch.tensor([job for job in batch if job in read]), embeds)
+                    bar.update(len(batch))
+        except BaseException:  # an interrupt too: what is done is kept
+            cache.flush()
+            raise
     if world > 1:
-        table, good = _gather(table, good, len(jobs), world, accelerator)
-    count = len(jobs) // max(views, 1)
-    return {"image_embeds": table.view(-1, count, table.shape[1]), "readable": good.view(-1, count)[0].to(torch.uint8)}
+        cache.flush()
+        _gather(cache, len(jobs), world, rank, accelerator)
+    if rank == 0:
+        cache.merge()
 
 
-def _gather(table: Tensor, mask: Tensor, total: int, world: int, accelerator: Any) -> tuple[Tensor, Tensor]:
-    """Every process's rows, back in the order of the jobs (dealt out round robin)."""
+def _gather(cache: EmbeddingCache, total: int, world: int, rank: int, accelerator: Any) -> None:
+    """Every process's rows (dealt out round robin) in every process's cache."""
     share = math.ceil(total / world)
-    dims = accelerator.gather(torch.tensor([table.shape[1]], device=accelerator.device)).max().item()
-    padded = torch.zeros(share, dims + 1, device=accelerator.device)
-    padded[: len(table), : table.shape[1]] = table.to(accelerator.device)
-    padded[: len(table), -1] = mask.to(accelerator.device, padded.dtype)
-    everyone = (
-        accelerator.gather(padded).view(world, share, dims + 1).transpose(0, 1).reshape(-1, dims + 1)[:total].cpu()
-    )
-    return everyone[:, :-1].contiguous(), everyone[:, -1].bool()
-
-
-def _read_cache(path: Path | None, count: int, views: int) -> dict[str, Tensor] | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        tensors, _ = read_tensors(path)
-        if tensors["image_embeds"].shape[:2] == (views, count) and bool(tensors["image_embeds"].isfinite().all()):
-            return tensors
-        reason = "it holds other pictures"
-    except (ArtifactError, KeyError) as error:
-        reason = str(error)
-    warnings.warn(f"The cached embeddings in {path} cannot be used ({reason}) and are computed again.", stacklevel=3)
-    return None
+    dim = 0 if cache.table is None else cache.table.shape[1]
+    dim = int(accelerator.gather(torch.tensor([dim], device=accelerator.device)).max())
+    padded = torch.zeros(share, dim + 1, device=accelerator.device)
+    if cache.table is not None:
+        padded[: len(cache.done[rank::world]), :dim] = cache.table[rank::world].to(accelerator.device)
+        padded[: len(cache.done[rank::world]), -1] = cache.done[rank::world].to(accelerator.device, padded.dtype)
+    everyone = accelerator.gather(padded).view(world, share, dim + 1).transpose(0, 1).reshape(-1, dim + 1)[:total].cpu()
+    rows = everyone[:, -1].bool().nonzero().flatten()
+    cache.fill(rows, everyone[rows, :-1])
 
 
 def _report(problems: dict[int, str], images: LabelledImages, on_error: str) -> None:
     listed = "\n".join(f"  {message}" for _, message in sorted(problems.items())[:20])
     more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+    if len(problems) == len(images):
+        raise ImageError(f"None of the pictures can be read ({len(images)} of {len(images)}):\n{listed}{more}")
     message = f"{len(problems)} of {len(images)} pictures cannot be read:\n{listed}{more}"
     if on_error == "raise":
         raise ImageError(f"{message}\nRemove them, or leave them out with on_error='skip' (--on-error skip).")

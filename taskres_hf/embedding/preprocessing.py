@@ -4,6 +4,9 @@ The stock processors resize a whole picture with Pillow, crop, and normalise in 
 time. Here torch resizes most of what shrinks, which is the same arithmetic on bytes with wider instructions, and Pillow
 the rest; values are looked up in a table, or left as bytes to a tower that takes them. Which processors this fits is
 not assumed but tried: probe pictures go both ways, and the stock processor stays where they differ.
+
+Of very long pictures only what the crop keeps is resized: 10000 x 1 pixels, scaled to 224 rows, would be two million
+columns, nearly all of which are cut off again.
 """
 
 from __future__ import annotations
@@ -18,9 +21,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import ConfigurationError, ImageError
+
 _MODES = {PIL.Image.Resampling.BILINEAR: "bilinear", PIL.Image.Resampling.BICUBIC: "bicubic"}
 _STRIP = 1 << 21  # bytes of a large picture that are handled at once, to stay near the processor
 _TOLERANCE = 2.01 / 255.0  # two grey levels, before normalisation
+_LARGEST_WHOLE = 1 << 22  # pixels of a resized picture from which only what the crop keeps is made
+_LARGEST_STOCK = 1 << 25  # pixels that the stock processor may make of a picture: about a gigabyte while it works
+CROPS = ("processor", "torchvision")
 
 
 class Preprocessor:
@@ -29,16 +37,24 @@ class Preprocessor:
     Args:
         image_processor: of the base model.
         exact: always use the stock processor.
+        crop: where the centre crop is: `"processor"` (rounded down) or `"torchvision"` (half to even), see `Embedder`.
+
+    Raises:
+        ConfigurationError: an unknown `crop`.
 
     Attributes:
         fast: whether the short way is used.
         in_bytes: whether to leave the normalisation to the tower and give bytes; set it before use.
     """
 
-    def __init__(self, image_processor: Any, exact: bool = False) -> None:
-        self.stock = image_processor
+    def __init__(self, image_processor: Any, exact: bool = False, crop: str = "processor") -> None:
+        if crop not in CROPS:
+            raise ConfigurationError(f"`crop` must be one of {CROPS}; got {crop!r}.")
+        self.stock, self.crop = image_processor, crop
         self._plan = None if exact else _Plan.of(image_processor)
         self.fast = self._plan is not None and self._agrees()
+        if self._plan is not None:
+            self._plan.half_to_even = crop == "torchvision"
         self.in_bytes = False
 
     @property
@@ -46,25 +62,53 @@ class Preprocessor:
         """What pixel values are: a byte times the one plus the other, per channel, [3] each; None if not known."""
         return (self._plan.scale, self._plan.shift) if self.fast and self._plan is not None else None
 
-    def one(self, picture: PIL.Image.Image, augmented: bool = False) -> Any:
+    def check(self, picture: PIL.Image.Image) -> None:
+        """Refuse a picture so long and thin that scaling it would take all memory.
+
+        Raises:
+            ImageError: such a picture, where it is scaled whole.
+        """
+        if self.fast and self._plan is not None and (self._plan.crop or self._plan.size):
+            return
+        size = _whole_size(self.stock, picture.size)
+        if size[0] * size[1] > _LARGEST_STOCK:
+            raise ImageError(
+                f"A picture of {picture.width}x{picture.height} would be scaled to {size[0]}x{size[1]} pixels, which "
+                "takes gigabytes. Crop it, or leave it out."
+            )
+
+    def prepare(self, picture: PIL.Image.Image, augmented: bool = False) -> Any:
         """What can be done for an RGB picture alone, in any thread; an `augmented` one has the tower's size."""
         if self.fast and self._plan is not None:
             pixels = self._plan.cropped(picture, augmented)
             return pixels if self.in_bytes else self._plan.normalised(pixels)
+        if augmented:
+            return picture
+        self.check(picture)
+        if self.crop == "torchvision" and getattr(self.stock, "do_center_crop", False):
+            size = self.stock.crop_size
+            return _centre_of(self._scaled(picture), int(size["height"]), int(size["width"]))
         return picture
 
-    def together(self, prepared: Sequence[Any], augmented: bool = False) -> dict[str, Tensor]:
-        """Inputs of the tower from what `one` gave."""
+    def _scaled(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        """The picture as the stock processor scales it, neither cropped nor normalised."""
+        options = {"do_center_crop": False, "do_rescale": False, "do_normalize": False}
+        pixels = self.stock(images=[picture], return_tensors="pt", **options)["pixel_values"][0]
+        return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
+
+    def collate(self, prepared: Sequence[Any], augmented: bool = False) -> dict[str, Tensor]:
+        """Inputs of the tower from what `prepare` gave."""
         if self.fast:
             pixels = torch.from_numpy(np.stack(prepared))
             return {"pixel_values": pixels.permute(0, 3, 1, 2) if self.in_bytes else pixels}
-        options = {"do_resize": False, "do_center_crop": False} if augmented else {}
+        cropped = self.crop == "torchvision" and getattr(self.stock, "do_center_crop", False)
+        options = {"do_resize": False, "do_center_crop": False} if augmented or cropped else {}
         inputs = self.stock(images=list(prepared), return_tensors="pt", **options)
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
     def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> dict[str, Tensor]:
         """Inputs of the tower for RGB pictures."""
-        return self.together([self.one(picture, augmented) for picture in pictures], augmented)
+        return self.collate([self.prepare(picture, augmented) for picture in pictures], augmented)
 
     def target_size(self) -> tuple[int, int] | None:
         """Height and width a picture is resized to at least, for coarser decoding; None if not known."""
@@ -96,10 +140,10 @@ class Preprocessor:
         expected = self.stock(images=[probe], return_tensors="pt")
         if set(expected) != {"pixel_values"}:
             return False
-        found = torch.from_numpy(self._plan.normalised(self._plan.cropped(probe, False)))
-        if found.shape != expected["pixel_values"][0].shape:
+        pixels = torch.from_numpy(self._plan.normalised(self._plan.cropped(probe, False)))
+        if pixels.shape != expected["pixel_values"][0].shape:
             return False
-        gap = (found - expected["pixel_values"][0]).abs().amax(dim=(1, 2)) * self._plan.std
+        gap = (pixels - expected["pixel_values"][0]).abs().amax(dim=(1, 2)) * self._plan.std
         return bool((gap <= _TOLERANCE).all())
 
 
@@ -112,6 +156,7 @@ class _Plan:
         self.size = None if self.shortest else (int(size["height"]), int(size["width"]))
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
         self.crop = (int(crop["height"]), int(crop["width"])) if crop else None
+        self.half_to_even = False
         self.resample = PIL.Image.Resampling(int(processor.resample))
         self.mode = _MODES[self.resample]
         mean = torch.tensor(processor.image_mean) if processor.do_normalize else torch.zeros(3)
@@ -135,15 +180,19 @@ class _Plan:
             return np.asarray(picture)
         width, height = picture.size
         if self.shortest:
-            longer = int(self.shortest * max(width, height) / min(width, height))
-            wide, high = (self.shortest, longer) if width <= height else (longer, self.shortest)
+            wide, high = _scaled_to(self.shortest, width, height)
         else:
             assert self.size is not None
             high, wide = self.size
         crop_high, crop_wide = self.crop or (high, wide)
-        left, top = (wide - crop_wide) // 2, (high - crop_high) // 2
-        if left < 0 or top < 0:
+        if crop_wide > wide or crop_high > high:
             raise ValueError("the crop is larger than the picture")
+        left, top = self._offset(wide - crop_wide), self._offset(high - crop_high)
+        if wide * high > max(_LARGEST_WHOLE, width * height):
+            across, down = width / wide, height / high
+            box = (left * across, top * down, (left + crop_wide) * across, (top + crop_high) * down)
+            box = (box[0], box[1], min(box[2], width), min(box[3], height))
+            return np.asarray(picture.resize((crop_wide, crop_high), self.resample, box))
         # Both go across first, then down, with bytes between; Pillow 13 goes the other way where most of what goes is
         # height, and a picture of sharp edges would differ.
         if width >= wide and 0 <= height - high <= 2 * (width - wide):
@@ -151,6 +200,10 @@ class _Plan:
         else:
             resized = np.asarray(picture.resize((wide, high), self.resample))
         return np.ascontiguousarray(resized[top : top + crop_high, left : left + crop_wide])
+
+    def _offset(self, surplus: int) -> int:
+        """Rows or columns cut off before a centre crop, of `surplus` that are too many."""
+        return round(surplus / 2) if self.half_to_even else surplus // 2
 
     def _shrunk(self, picture: PIL.Image.Image, wide: int, high: int) -> NDArray[np.uint8]:
         """Bytes [high, wide, 3] of a picture that is larger both ways; of a large one, strip after strip."""
@@ -163,8 +216,8 @@ class _Plan:
                 strip = _in_torch(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
                 strips.append(self._resized(strip, strip.shape[2], wide))
             resized = self._resized(torch.cat(strips, dim=2), high, wide)
-        found: NDArray[np.uint8] = resized[0, :3].permute(1, 2, 0).numpy()
-        return found
+        pixels: NDArray[np.uint8] = resized[0, :3].permute(1, 2, 0).numpy()
+        return pixels
 
     def _resized(self, pixels: Tensor, high: int, wide: int) -> Tensor:
         return F.interpolate(pixels, (high, wide), mode=self.mode, antialias=True)
@@ -175,6 +228,25 @@ class _Plan:
         for channel in range(3):
             np.take(self.table[channel], pixels[:, :, channel], out=out[channel], mode="clip")
         return out
+
+
+def _scaled_to(shortest: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of a picture whose shorter edge gets this length."""
+    longer = int(shortest * max(width, height) / min(width, height))
+    return (shortest, longer) if width <= height else (longer, shortest)
+
+
+def _whole_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that a stock processor scales a picture to before it crops; its own size where not known."""
+    wanted = getattr(processor, "size", None)
+    shortest = None if wanted is None or not hasattr(wanted, "get") else wanted.get("shortest_edge")
+    return _scaled_to(int(shortest), *size) if shortest and getattr(processor, "do_resize", False) else size
+
+
+def _centre_of(picture: PIL.Image.Image, high: int, wide: int) -> PIL.Image.Image:
+    """The centre of a picture as torchvision crops it, rounding half to even."""
+    left, top = round((picture.width - wide) / 2), round((picture.height - high) / 2)
+    return picture.crop((left, top, left + wide, top + high))
 
 
 def _in_torch(picture: PIL.Image.Image) -> Tensor:

@@ -6,13 +6,16 @@ shipped with the library can be opened the same way.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +23,36 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from ..data.labelled import LabelledImages
 from ..data.sources import load_splits
-from ..errors import ConfigurationError, DataError
+from ..demo import demo_dataset, demo_styles, demo_tasks
+from ..errors import ArtifactError, ConfigurationError, DataError, ImageError
 from ..pictures import IMAGE_EXTENSIONS
 from ..storage import read_json
 
-_DEMO = Path(__file__).parents[1] / "demo_data"
+_KEYS = {"train": "train", "validation": "val", "test": "test"}  # what split files call the splits
 
 
 @cache
 def suite_datasets() -> dict[str, dict[str, Any]]:
     """Name to description of every dataset: the paper's, its variants, and the shipped tasks."""
     text = resources.files("taskres_hf").joinpath("paper/datasets.json").read_text(encoding="utf-8")
-    found = {name: value for name, value in json.loads(text).items() if not name.startswith("_")}
-    for task, spec in json.loads((_DEMO / "tasks.json").read_text(encoding="utf-8")).items():
-        found[task] = {
+    known = {name: value for name, value in json.loads(text).items() if not name.startswith("_")}
+    for task, spec in demo_tasks().items():
+        known[task] = {
             "title": f"{task} (shipped)", "alpha": 0.5, "template": spec["template"], "class_names": spec["classes"],
             "sizes": spec["sizes"], "sizes_are": "official", "layout": {"kind": "shipped"}, "hub": None, "traps": [],
         }  # fmt: skip
-    found["all-categories"]["targets"] = []
-    for file in sorted((_DEMO / "dg").glob("*.parquet")):
-        found["all-categories"]["targets"].append(file.stem)
-        found[file.stem] = {
-            "title": f"all-categories in the style {file.stem} (shipped)", "source": "all-categories",
+    known["all-categories"]["targets"] = demo_styles()
+    for style in demo_styles():
+        known[style] = {
+            "title": f"all-categories in the style {style} (shipped)", "source": "all-categories",
             "layout": {"kind": "shipped_target"}, "hub": None, "traps": [],
         }  # fmt: skip
-    return found
+    return known
 
 
 @dataclass(frozen=True)
-class SuiteData:
-    """An opened dataset of the suite.
+class PaperData:
+    """An opened dataset of the paper.
 
     Attributes:
         splits: `train`, `validation`, `test` as `LabelledImages`, with the classes in the paper's order.
@@ -72,7 +75,7 @@ def describe_dataset(name: str) -> dict[str, Any]:
     """
     known = suite_datasets()
     if name not in known:
-        raise ConfigurationError(f"There is no dataset {name!r} in the suite: {', '.join(known)}.")
+        raise ConfigurationError(f"There is no dataset {name!r}; those described are {', '.join(known)}.")
     spec = known[name]
     if "source" in spec:
         source = known[spec["source"]]
@@ -95,62 +98,94 @@ def unique_names(names: Sequence[str], wnids: Sequence[str] | None) -> tuple[lis
 
 def open_dataset(
     name: str, root: str | os.PathLike[str] | None = None, *, allow_other_split: bool = False
-) -> SuiteData:
-    """Open a dataset of the suite and check it before anything expensive.
+) -> PaperData:
+    """Open a dataset of the paper and check it before anything expensive.
 
     Args:
         name: such as `"oxford_pets"`, `"imagenet_r"` or a shipped task.
         root: folder that holds the datasets' folders as CoOp lays them out (`root/oxford_pets/images`,
             `root/oxford_pets/split_zhou_OxfordPets.json`), or that dataset's own folder; None opens the Hub copy.
-        allow_other_split: accept a copy whose split or sizes are not the published ones.
+        allow_other_split: accept a copy whose split or sizes are not the published ones, or in which a picture is in
+            two splits.
 
     Raises:
-        DataError: files are missing, classes differ, or sizes differ and `allow_other_split` is not set.
+        DataError: files are missing, a row of a split file cannot be read, classes differ, or the split differs and
+            `allow_other_split` is not set.
     """
     spec = describe_dataset(name)
     names, prompts = unique_names(spec["class_names"], spec["all_wnids"])
     kind = spec["layout"]["kind"]
+    folder: Path | None = None
     notes: list[str] = []
+    problems: list[str] = []
     if kind == "shipped":
-        splits = {split: LabelledImages(part) for split, part in load_splits(_DEMO / name).items()}
+        splits = {split: LabelledImages(part) for split, part in demo_dataset(name).items()}
     elif kind == "shipped_target":
-        splits = {"test": LabelledImages(load_splits(_DEMO / "dg" / f"{name}.parquet")["train"])}
+        splits = {"test": LabelledImages(demo_dataset("dg")[name])}
     else:
         folder = None if root is None else _dataset_folder(Path(root).expanduser(), name, spec)
         if folder is not None and _has_layout(folder, spec):
-            splits = _READERS[kind](folder, spec, names)
+            splits, problems = _READERS[kind](folder, spec, names)
         else:
             splits, notes = _open_copy(name, folder, spec, names)
-    problems = _compare(splits, spec, names)
+    problems += _compare(splits, spec, names)
     if problems and not allow_other_split:
+        missing = "" if folder is None or _has_layout(folder, spec) else f" ({folder / _mark(spec)} is not there)"
         raise DataError(
-            f"This copy of {name} is not the published split: {'; '.join(problems)}. Results would not compare. "
-            "Use the published split files, or accept it with allow_other_split=True (--allow-other-split)."
+            f"This copy of {name} is not the published split: {'; '.join(problems)}. Results would not compare. Use "
+            f"the published split files{missing}, or accept it with allow_other_split=True (--allow-other-split)."
         )
-    return SuiteData(name, splits, names, prompts, notes + problems)
+    return PaperData(name, splits, names, prompts, notes + problems)
+
+
+def overlaps(splits: Mapping[str, LabelledImages]) -> list[str]:
+    """Pictures that are in two splits, by content: a line for each pair of splits, with the first few of them.
+
+    Reads every picture; a picture that cannot be read is left out.
+    """
+    rows: dict[str, dict[str, int]] = {split: {} for split in _KEYS if split in splits}
+    for split, seen in rows.items():
+        for row in range(len(splits[split])):
+            with suppress(ImageError):
+                seen.setdefault(splits[split].digest(row), row)
+    lines = []
+    for one, other in combinations(rows, 2):
+        if both := [digest for digest in rows[one] if digest in rows[other]]:
+            shown = ", ".join(f"{one} row {rows[one][d]} and {other} row {rows[other][d]}" for d in both[:3])
+            more, are = " ..." if len(both) > 3 else "", "s are" if len(both) > 1 else " is"
+            lines.append(f"{len(both)} picture{are} in {one} and in {other}: {shown}{more}")
+    return lines
 
 
 def _dataset_folder(root: Path, name: str, spec: Mapping[str, Any]) -> Path:
-    for folder in (root / spec["layout"]["folder"], root / name, root):
+    """The dataset's folder: below `root`, or `root` itself."""
+    below: list[Path] = [root / spec["layout"]["folder"], root / name]
+    for folder in below:
         if folder.is_dir():
             return folder
-    raise DataError(f"There is no folder {root}.")
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}.")
+    return root
+
+
+def _mark(spec: Mapping[str, Any]) -> str:
+    """The file or folder that the published layout has and no other."""
+    layout = spec["layout"]
+    marks = {"split_file": layout.get("split_file"), "variant_lists": "images_variant_train.txt"}
+    return str(marks.get(layout["kind"], layout.get("test")))
 
 
 def _has_layout(folder: Path, spec: Mapping[str, Any]) -> bool:
-    layout = spec["layout"]
-    marks = {"split_file": layout.get("split_file"), "variant_lists": "images_variant_train.txt"}
-    mark = marks.get(layout["kind"], layout.get("test"))
-    return (folder / str(mark)).exists()
+    return (folder / _mark(spec)).exists()
 
 
 def _compare(splits: Mapping[str, LabelledImages], spec: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     problems = []
     for split, expected in spec.get("sizes", {}).items():
-        found = len(splits[split]) if split in splits else 0
+        count = len(splits[split]) if split in splits else 0
         shared_test = spec["title"] == "ImageNet" and split == "validation"  # its validation set is the test set
-        if found != expected and not shared_test:
-            problems.append(f"{split} has {found} pictures, published {expected}")
+        if count != expected and not shared_test:
+            problems.append(f"{split} has {count} pictures, published {expected}")
     if "train" in splits and (absent := len(names) - len(set(splits["train"].labels))):
         problems.append(f"{absent} of {len(names)} classes have no training picture")
     return problems
@@ -170,40 +205,107 @@ def _from_paths(paths: Sequence[Path], labels: Sequence[int], names: Sequence[st
     return LabelledImages(data.cast_column("image", Image()))
 
 
-def _read_split_file(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> dict[str, LabelledImages]:
+_Opened = tuple[dict[str, LabelledImages], list[str]]  # the splits, and how they differ from the published ones
+
+
+def _read_split_file(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> _Opened:
     """CoOp's `split_zhou_*.json`: lists of [path, label, class name] for train, val and test."""
-    layout = spec["layout"]
-    content = read_json(folder / layout["split_file"])
-    splits = {}
-    for split, key in (("train", "train"), ("validation", "val"), ("test", "test")):
-        rows = content.get(key)
-        if not isinstance(rows, list):
-            raise DataError(f"{folder / layout['split_file']} has no list {key!r}.")
-        wrong = {(label, found) for _, label, found in rows if not 0 <= label < len(names) or names[label] != found}
-        if wrong:
-            label, found = sorted(wrong)[0]
-            raise DataError(f"{folder / layout['split_file']}: label {label} is called {found!r}, not as published.")
-        paths = [folder / layout["images"] / path for path, _, _ in rows]
-        splits[split] = _from_paths(paths, [label for _, label, _ in rows], names, folder)
-    return splits
+    file = folder / spec["layout"]["split_file"]
+    try:
+        content = read_json(file)
+    except ArtifactError as error:
+        raise DataError(str(error)) from None
+    rows: dict[str, list[Any]] = {}
+    for split, key in _KEYS.items():
+        part = content.get(key)
+        if not isinstance(part, list):
+            raise DataError(f"{file} has no list {key!r}; it must hold the lists train, val and test.")
+        rows[split] = part
+        for number, row in enumerate(part):
+            if problem := _row_problem(row, names):
+                raise DataError(f"{file}: row {number} of {key!r} {problem}.")
+    pictures = folder / spec["layout"]["images"]
+    problems = _path_overlaps({split: [path for path, _, _ in part] for split, part in rows.items()})
+    digest = hashlib.sha256(json.dumps(list(rows.values()), ensure_ascii=False, separators=(",", ":")).encode())
+    if spec.get("split_sha256") not in (None, digest.hexdigest()):
+        problems.append(f"the rows of {file.name} are not those of the published file")
+    splits = {
+        split: _from_paths([pictures / path for path, _, _ in part], [label for _, label, _ in part], names, folder)
+        for split, part in rows.items()
+    }
+    return splits, problems
 
 
-def _read_variant_lists(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> dict[str, LabelledImages]:
+def _row_problem(row: Any, names: Sequence[str]) -> str | None:
+    """What is wrong with a row of a split file, or None."""
+    shown = repr(row)[:200]
+    if not isinstance(row, list) or len(row) != 3:
+        return f"must be [path, label, class name]; it is {shown}"
+    path, label, name = row
+    if isinstance(label, bool) or not isinstance(label, int):
+        return f"has the label {label!r}, a {type(label).__name__}; labels are whole numbers from 0: {shown}"
+    if not isinstance(path, str) or not path or Path(path).is_absolute() or ".." in Path(path).parts:
+        return f"must name a picture by its path below the folder of pictures: {shown}"
+    if not 0 <= label < len(names):
+        return f"has the label {label}; there are {len(names)} classes: {shown}"
+    if names[label] != name:
+        return f"says that label {label} is called {name!r}, not {names[label]!r} as published"
+    return None
+
+
+def _path_overlaps(paths: Mapping[str, Sequence[str]]) -> list[str]:
+    """Files that the lists name twice, within a split or across two."""
+    problems = []
+    for split, part in paths.items():
+        if len(set(part)) < len(part):
+            path, count = Counter(part).most_common(1)[0]
+            problems.append(
+                f"{split} names {len(part) - len(set(part))} pictures again, such as {path} ({count} times)"
+            )
+    for one, other in combinations(paths, 2):
+        known = set(paths[one])
+        if both := [row for row, path in enumerate(paths[other]) if path in known]:
+            shown = ", ".join(f"row {row} of {other} ({paths[other][row]})" for row in both[:3])
+            problems.append(f"{len(both)} pictures of {other} are also in {one}: {shown}")
+    return problems
+
+
+def _read_variant_lists(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> _Opened:
     """FGVC Aircraft's own lists: `<number> <variant>` per line."""
     position = {name: index for index, name in enumerate(names)}
-    splits = {}
-    for split, key in (("train", "train"), ("validation", "val"), ("test", "test")):
-        lines = (folder / f"images_variant_{key}.txt").read_text(encoding="utf-8").splitlines()
-        rows = [line.strip().split(" ", 1) for line in lines if line.strip()]
-        unknown = sorted({variant for _, variant in rows} - set(position))
-        if unknown:
-            raise DataError(f"{folder}: unknown variants {unknown[:5]}; these are not the variant lists.")
-        paths = [folder / spec["layout"]["images"] / f"{number}.jpg" for number, _ in rows]
-        splits[split] = _from_paths(paths, [position[variant] for _, variant in rows], names, folder)
-    return splits
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for split, key in _KEYS.items():
+        file = folder / f"images_variant_{key}.txt"
+        rows[split] = []
+        for number, line in enumerate(_lines(file), start=1):
+            picture, _, variant = line.strip().partition(" ")
+            if variant not in position:
+                raise DataError(
+                    f"{file}: line {number} must be `<number> <variant>` with a known variant; it is {line[:200]!r}."
+                )
+            rows[split].append((f"{picture}.jpg", position[variant]))
+    pictures = folder / spec["layout"]["images"]
+    splits = {
+        split: _from_paths([pictures / path for path, _ in part], [label for _, label in part], names, folder)
+        for split, part in rows.items()
+    }
+    return splits, _path_overlaps({split: [path for path, _ in part] for split, part in rows.items()})
 
 
-def _read_wnid_folders(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> dict[str, LabelledImages]:
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}). The published split needs it.") from None
+
+
+def _folders(top: Path) -> set[str]:
+    if not top.is_dir():
+        raise DataError(f"There is no folder {top}. Check that the archives are unpacked as the layout asks.")
+    return {path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
+def _read_wnid_folders(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> _Opened:
     """One folder per WordNet id, as ImageNet and its variants come."""
     order = {wnid: index for index, wnid in enumerate(spec["all_wnids"])}
     expected = set(spec.get("wnids") or order)
@@ -212,33 +314,37 @@ def _read_wnid_folders(folder: Path, spec: Mapping[str, Any], names: Sequence[st
         if split not in spec["layout"]:
             continue
         top = folder / spec["layout"][split]
-        found = {path.name for path in top.iterdir() if path.is_dir()} if top.is_dir() else set()
-        if found != expected:
-            missing, extra = sorted(expected - found), sorted(found - expected)
+        present = _folders(top)
+        if present != expected:
+            missing, extra = sorted(expected - present), sorted(present - expected)
             raise DataError(f"{top}: {len(missing)} classes missing {missing[:3]}, {len(extra)} unknown {extra[:3]}.")
-        splits[split] = _read_class_folders(top, {wnid: order[wnid] for wnid in sorted(found)}, names)
-    return splits
+        splits[split] = _read_class_folders(top, {wnid: order[wnid] for wnid in sorted(present)}, names)
+    return splits, []
 
 
-def _read_numbered_folders(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> dict[str, LabelledImages]:
+def _read_numbered_folders(folder: Path, spec: Mapping[str, Any], names: Sequence[str]) -> _Opened:
     """ImageNet-V2: folders `0` to `999`; their number is the label, whatever the sorting."""
     top = folder / spec["layout"]["test"]
-    found = {path.name for path in top.iterdir() if path.is_dir()}
-    if found != {str(index) for index in range(len(names))}:
-        raise DataError(f"{top} must hold the folders 0 to {len(names) - 1}; it holds {len(found)} folders.")
-    return {"test": _read_class_folders(top, {str(index): index for index in range(len(names))}, names)}
+    present = _folders(top)
+    if present != {str(index) for index in range(len(names))}:
+        raise DataError(f"{top} must hold the folders 0 to {len(names) - 1}; it holds {len(present)} folders.")
+    return {"test": _read_class_folders(top, {str(index): index for index in range(len(names))}, names)}, []
 
 
 def _read_class_folders(top: Path, labels: Mapping[str, int], names: Sequence[str]) -> LabelledImages:
     paths, ids = [], []
     for name, label in labels.items():
-        inside = sorted(path for path in (top / name).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+        inside = sorted(
+            path
+            for path in (top / name).iterdir()
+            if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+        )
         paths += inside
         ids += [label] * len(inside)
     return _from_paths(paths, ids, names, top)
 
 
-_READERS: dict[str, Callable[[Path, Mapping[str, Any], Sequence[str]], dict[str, LabelledImages]]] = {
+_READERS: dict[str, Callable[[Path, Mapping[str, Any], Sequence[str]], _Opened]] = {
     "split_file": _read_split_file,
     "variant_lists": _read_variant_lists,
     "wnid_folders": _read_wnid_folders,
@@ -246,14 +352,22 @@ _READERS: dict[str, Callable[[Path, Mapping[str, Any], Sequence[str]], dict[str,
 }
 
 
-def _open_copy(
-    name: str, folder: Path | None, spec: Mapping[str, Any], names: Sequence[str]
-) -> tuple[dict[str, LabelledImages], list[str]]:
+def _open_copy(name: str, folder: Path | None, spec: Mapping[str, Any], names: Sequence[str]) -> _Opened:
     """A Hub copy, or a local copy in a form `load_splits` knows; classes are matched by normalised name."""
     hub = spec["hub"]
     if folder is None and hub is None:
         raise DataError(f"{name} has no known copy on the Hub: pass root= (--root) with the official files.")
-    splits = load_splits(folder) if folder is not None else load_splits(hub["id"], revision=hub["revision"])
+    if folder is None:
+        splits = load_splits(hub["id"], revision=hub["revision"])
+    else:
+        _refuse_half_of_the_layout(folder, name, spec)
+        try:
+            splits = load_splits(folder)
+        except DataError as error:
+            raise DataError(
+                f"{folder} is neither the published layout of {name} ({folder / _mark(spec)} is not there) nor a copy "
+                f"in another form: {error}"
+            ) from error
     present = next(iter(splits.values())).column_names
     columns: dict[str, Any] = {
         key: hub[key] if hub and hub[key] in present else None for key in ("image_column", "label_column")
@@ -274,6 +388,16 @@ def _open_copy(
         mapping = {text: names[position[_plain(text)]] for text in pictures.class_names}
         opened[renamed.get(split, split)] = pictures.aligned(names, mapping)
     return opened, notes
+
+
+def _refuse_half_of_the_layout(folder: Path, name: str, spec: Mapping[str, Any]) -> None:
+    """Pictures unpacked as published, without what says which of them is in which split."""
+    images = spec["layout"].get("images", ".")
+    if spec["layout"]["kind"] in ("split_file", "variant_lists") and images != "." and (folder / images).is_dir():
+        raise DataError(
+            f"{folder / _mark(spec)} is not there: {folder / images} holds the pictures of {name}, and that file says "
+            "which belong to which split. Download it as docs/reproduce.md says."
+        )
 
 
 def _plain(text: str) -> str:

@@ -1,43 +1,34 @@
-"""The runner of the paper's experiments: datasets x shots x seeds x recipes with resume, and what is reported of them.
+"""The runner: tasks x shots x seeds x recipes, each drawn, trained and measured once, with resume.
 
-`paper/published.json` holds published accuracies with their sources and how certain they are; they are shown
-beside ours only where backbone and dataset are the same.
+`few_shot_runs` is the loop itself, over embeddings; `run_benchmark` runs it on described datasets, with a file a run.
+What is reported of the results stands in `paper.reports`.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
-from ..artifact import library_versions
+from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import read_json, write_bytes, write_json
+from ..storage import library_versions, read_json, write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
-from .datasets import SuiteData, describe_dataset, open_dataset, suite_datasets
+from .datasets import PaperData, describe_dataset, open_dataset
 
-
-def published_results() -> list[dict[str, Any]]:
-    """Published accuracies in percent: method, backbone, dataset, accuracy by shots, source, certainty."""
-    text = resources.files("taskres_hf").joinpath("paper/published.json").read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text)["rows"]
-    return rows
+PAPER_VIEWS = 10  # cached augmented views for recipe "paper"; the published code draws a fresh one every epoch
+_CHANGE_NOTHING = ("embed_batch_size", "cache_dir", "buffer_mb", "use_cpu")  # settings that only cost or save time
 
 
 @dataclass(frozen=True)
@@ -54,19 +45,68 @@ class Cell:
         return f"{self.dataset}-{self.shots}shots-seed{self.seed}-{self.recipe}.json"
 
 
+def grid(dataset: str, shots: Iterable[int], seeds: Sequence[int], recipes: Sequence[str] = ("auto",)) -> list[Cell]:
+    """All runs of a dataset, in the order in which tables show them."""
+    return [Cell(dataset, count, seed, recipe) for count in shots for recipe in recipes for seed in seeds]
+
+
+# Test pictures, and the classes that compete on them (None: all).
+Tests = Mapping[str, tuple[ImageFeatures, Sequence[int] | None]]
+
+
+def few_shot_runs(
+    model: TaskResCLIPForImageClassification,
+    cells: Iterable[Cell],
+    train: Callable[[Cell], ImageFeatures | LabelledImages],
+    tests: Callable[[Cell], Tests],
+    settings: Callable[[Cell], Mapping[str, Any]],
+) -> Iterator[tuple[Cell, dict[str, tuple[float, float]]]]:
+    """Train and measure one run after the other.
+
+    Args:
+        model: the classifier; each run starts at zero-shot and leaves its own residual in it.
+        train: what a run is trained on: the pictures drawn for it, or their embeddings.
+        tests: name to test pictures of a run. settings: of `TaskResTrainingArguments`, besides the seed.
+
+    Yields:
+        Each run with zero-shot and trained accuracy, from 0 to 1, on each of its tests.
+    """
+    for cell in cells:
+        model.classifier.reset()
+        options = {"seed": cell.seed, "on_short": "ignore", "disable_tqdm": True, **settings(cell)}
+        TaskResTrainer(model, TaskResTrainingArguments(**options), train(cell)).train()
+        yield cell, {name: accuracies(model, test, rows) for name, (test, rows) in tests(cell).items()}
+
+
+@torch.no_grad()
+def accuracies(
+    model: TaskResCLIPForImageClassification, test: ImageFeatures, rows: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """Zero-shot and trained accuracy; with `rows`, only those classes compete (ImageNet-A and -R)."""
+    head, pair = model.classifier, []
+    for logits in (head.zero_shot_logits(test.image_embeds[0]), head(test.image_embeds[0])):
+        if rows is not None:
+            allowed = torch.full_like(logits, float("-inf"))
+            allowed[:, list(rows)] = 0.0
+            logits = logits + allowed
+        pair.append(accuracy(logits, test.labels))
+    return pair[0], pair[1]
+
+
 def run_benchmark(
     base_model: str,
     datasets: Sequence[str],
-    output_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None = None,
     *,
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     seeds: Sequence[int] = (1, 2, 3),
     recipes: Sequence[str] = ("paper", "auto"),
     root: str | os.PathLike[str] | None = None,
     revision: str | None = None,
-    views: int = 0,
+    views: int | None = None,
+    augment_online: bool = False,
     enhanced_base: bool = False,
-    keep_underscores: bool = False,
+    keep_underscores: bool | None = None,
     targets: Sequence[str] | None = None,
     allow_other_split: bool = False,
     arguments: Mapping[str, Any] | None = None,
@@ -75,149 +115,221 @@ def run_benchmark(
     """Train and measure every dataset x shots x seed x recipe; what is finished is not run again.
 
     Each finished cell is a small JSON file in `output_dir/cells`, written in one step; the drawn pictures are in
-    `output_dir/few_shot`. Every picture is embedded once.
+    `output_dir/few_shot`. Every picture is embedded once for each way of embedding.
+
+    Recipe `"paper"` is the published whole: augmented pictures, class names with their underscores, the dataset's own
+    alpha and learning rate, epochs by the shots asked for, and embeddings in fp32 by torch. Recipe `"auto"` takes plain
+    pictures and names with spaces. What ran is in each cell.
 
     Args:
         base_model: Hub id or folder. root: see `open_dataset`. revision: of the base model.
-        recipes: of `TaskResTrainingArguments`. views: augmented views cached per picture.
-        keep_underscores: prompts with the underscores of class names, as the published code writes them.
+        output_dir: None writes nothing and resumes nothing.
+        recipes: of `TaskResTrainingArguments`.
+        views: augmented views cached per picture, for all recipes; None for 10 with `"paper"` and none with `"auto"`.
+        augment_online: recipe `"paper"` augments and embeds afresh every epoch, exactly as published, and slowly.
+        keep_underscores: whether prompts have the underscores of class names, for all recipes; None as said above.
         targets: further datasets with the same classes to evaluate each run on; None for the ones the dataset names.
         arguments: further settings of `TaskResTrainingArguments`.
         on_cell: called with each cell, its result and whether it was already finished.
 
     Returns:
         One dict per cell: dataset, shots, seed, recipe, zero_shot_accuracy, accuracy (from 0 to 1), num_images,
-        train_images, `targets` with both accuracies each, and the settings.
+        train_images, `seen_in_training` (test pictures that were drawn, by content), `targets` with both accuracies
+        each, the settings, and what ran: `base` (the base's fingerprint), `engine`, `training`.
 
     Raises:
         DataError: before the first run, if a dataset is not complete.
-        ConfigurationError: `output_dir` holds cells of other settings.
+        ConfigurationError: `output_dir` holds cells of other settings, another base or another engine.
     """
-    folder = Path(output_dir)
+    options = dict(arguments or {})
     settings: dict[str, Any] = {
-        "base_model": base_model, "revision": revision, "views": views, "enhanced_base": enhanced_base,
-        "keep_underscores": keep_underscores, "arguments": dict(arguments or {}),
+        "base_model": base_model, "revision": revision, "views": views, "augment_online": augment_online,
+        "enhanced_base": enhanced_base, "keep_underscores": keep_underscores,
+        "arguments": {key: value for key, value in options.items() if key not in _CHANGE_NOTHING},
     }  # fmt: skip
     results = []
     opened = {name: open_dataset(name, root, allow_other_split=allow_other_split) for name in datasets}
     for name, data in opened.items():
         wanted = describe_dataset(name).get("targets", []) if targets is None else list(targets)
-        cells = [Cell(name, count, seed, recipe) for count in shots for recipe in recipes for seed in seeds]
-        done = {cell: _read_cell(folder / "cells" / cell.file_name, settings, wanted) for cell in cells}
-        run = None
+        cells = grid(name, shots, seeds, recipes)
+        folder = None if output_dir is None else Path(output_dir)
+        run = _DatasetRun(data, settings, options, wanted, cells, root, allow_other_split)
+        done = {} if folder is None else {cell: run.stored(folder / "cells" / cell.file_name, cell) for cell in cells}
         for cell in cells:
-            result = done[cell]
-            if result is None:
-                run = run or _DatasetRun(data, settings, wanted, cells, root, allow_other_split)
-                result = run.cell(cell, folder)
-                write_json(folder / "cells" / cell.file_name, result)
+            result = done.get(cell) or run.cell(cell, folder)
             results.append(result)
             if on_cell is not None:
-                on_cell(cell, result, done[cell] is not None)
+                on_cell(cell, result, done.get(cell) is not None)
     return results
 
 
-def _read_cell(path: Path, settings: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    if result.get("settings") != json.loads(json.dumps(settings)) or set(result.get("targets", {})) != set(targets):
-        raise ConfigurationError(
-            f"{path} was run with other settings ({result.get('settings')}). Choose another output folder."
-        )
-    return result
-
-
 class _DatasetRun:
-    """Everything one dataset needs, made once: model, embeddings of all splits and targets."""
+    """Everything the runs of one dataset share, made when first needed: models, draws, embeddings."""
 
     def __init__(
         self,
-        data: SuiteData,
+        data: PaperData,
         settings: Mapping[str, Any],
+        options: Mapping[str, Any],
         targets: Sequence[str],
         cells: Sequence[Cell],
         root: Any,
         allow_other_split: bool,
     ) -> None:
-        spec = describe_dataset(data.name)
-        self.data, self.settings, self.spec = data, settings, spec
-        self.model = TaskResCLIPForImageClassification.from_base(
-            settings["base_model"],
-            data.class_names,
-            spec.get("template") or spec["template_set"],
-            spec["alpha"],
-            prompt_names=data.prompt_names or None,
-            underscores="keep" if settings["keep_underscores"] else "replace",
-            revision=settings["revision"],
-        )
+        self.data, self.settings, self.options = data, settings, options
+        self.spec = describe_dataset(data.name)
+        self.has_underscores = any("_" in data.prompt_names.get(name, name) for name in data.class_names)
+        self.target_names, self.root, self.allow_other_split = list(targets), root, allow_other_split
         labels = data.splits["train"].labels
         self.draws = {
             (cell.shots, cell.seed): few_shot_indices(labels, cell.shots, cell.seed, on_short="ignore")
             for cell in cells
         }
-        self.pools: dict[int, tuple[ImageFeatures, dict[int, int]]] = {}
-        self.test = self._embed(data.splits["test"], 0)
-        self.targets: dict[str, tuple[ImageFeatures, list[int]]] = {}
-        for name in targets:
-            target = open_dataset(name, root, allow_other_split=allow_other_split)
-            if target.class_names != data.class_names:
-                raise DataError(f"{name} does not have the classes of {data.name}.")
-            wnids = describe_dataset(name).get("wnids")
-            order = {wnid: index for index, wnid in enumerate(spec["all_wnids"] or [])}
-            rows = sorted(order[wnid] for wnid in wnids) if wnids else sorted(set(target.splits["test"].labels))
-            self.targets[name] = (self._embed(target.splits["test"], 0), rows)
+        self._models: dict[bool, TaskResCLIPForImageClassification] = {}
+        self._embedded: dict[Any, ImageFeatures] = {}
+        self._engines: dict[str, tuple[str, str]] = {}
 
-    def _embed(self, pictures: LabelledImages, views: int, seed: int = 1) -> ImageFeatures:
-        arguments = TaskResTrainingArguments(views=views, seed=seed, disable_tqdm=True, **self.settings["arguments"])
-        return TaskResTrainer(self.model, arguments).embed(pictures, views=views)
+    # ------------------------------------------------------------------ what a recipe means here
 
-    def cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        rows = self.draws[cell.shots, cell.seed]
-        self._write_draw(cell, folder, rows)
-        pool, position = self._pool(cell.seed)
-        embedded = pool.select([position[row] for row in rows])
-        self.model.classifier.reset()
-        options = dict(self.settings["arguments"])
-        if cell.recipe == "paper" and "learning_rate" in self.spec:
-            options.setdefault("learning_rate", self.spec["learning_rate"])
-        arguments = TaskResTrainingArguments(
-            recipe=cell.recipe, seed=cell.seed, on_short="ignore", views=self.settings["views"],
-            enhanced_base=self.settings["enhanced_base"], disable_tqdm=True, **options,
-        )  # fmt: skip
-        TaskResTrainer(self.model, arguments, embedded).train()
-        zero_shot, trained = self._accuracies(self.test, None)
-        scores = {name: self._accuracies(test, rows) for name, (test, rows) in self.targets.items()}
-        return {
-            **asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "num_images": len(self.test),
-            "train_images": len(rows), "settings": json.loads(json.dumps(self.settings)), "notes": self.data.notes,
-            "targets": {name: {"zero_shot_accuracy": pair[0], "accuracy": pair[1]} for name, pair in scores.items()},
-            "base_model_type": self.model.config.base_model_type, "library_versions": library_versions(),
-        }  # fmt: skip
+    def arguments(self, recipe: str, views: int = 0) -> dict[str, Any]:
+        """Settings of a run of this recipe, besides its seed and epochs."""
+        online = self.settings["augment_online"] and recipe == "paper"
+        values = {"recipe": recipe, "views": 0 if online else views, "augment_online": online, **self.options}
+        if recipe == "paper" and "learning_rate" in self.spec:
+            values.setdefault("learning_rate", self.spec["learning_rate"])
+        return {**values, "enhanced_base": self.settings["enhanced_base"]}
 
-    def _pool(self, seed: int) -> tuple[ImageFeatures, dict[int, int]]:
-        """Embeddings of every picture that any draw needs, each embedded once (once per seed for augmented views)."""
+    def views(self, recipe: str) -> int:
+        if recipe == "paper" and self.settings["augment_online"]:
+            return 0
         views = self.settings["views"]
-        key = seed if views else 0
-        if key not in self.pools:
-            draws = [rows for (_, drawn), rows in self.draws.items() if not views or drawn == seed]
-            needed = sorted({row for rows in draws for row in rows})
-            embedded = self._embed(self.data.splits["train"].select(needed), views, seed)
-            self.pools[key] = (embedded, {row: place for place, row in enumerate(needed)})
-        return self.pools[key]
+        return int(views) if views is not None else PAPER_VIEWS if recipe == "paper" else 0
 
-    @torch.no_grad()
-    def _accuracies(self, test: ImageFeatures, rows: Sequence[int] | None) -> tuple[float, float]:
-        """Zero-shot and trained; with `rows`, only those classes compete (ImageNet-A and -R)."""
-        head = self.model.classifier
-        pair = []
-        for logits in (head.zero_shot_logits(test.image_embeds[0]), head(test.image_embeds[0])):
-            if rows is not None:
-                allowed = torch.full_like(logits, float("-inf"))
-                allowed[:, list(rows)] = 0.0
-                logits = logits + allowed
-            pair.append(accuracy(logits, test.labels))
-        return pair[0], pair[1]
+    def model(self, recipe: str) -> TaskResCLIPForImageClassification:
+        """The classifier of a recipe; recipes with the same prompts share it, and all share the base."""
+        keep = self.settings["keep_underscores"]
+        keep = recipe == "paper" if keep is None else keep
+        keep = keep and self.has_underscores
+        if keep not in self._models:
+            first = next(iter(self._models.values()), None)
+            self._models[keep] = TaskResCLIPForImageClassification.from_base(
+                self.settings["base_model"] if first is None else first.clip,
+                self.data.class_names,
+                self.spec.get("template") or self.spec["template_set"],
+                self.spec["alpha"],
+                prompt_names=self.data.prompt_names or None,
+                underscores="keep" if keep else "replace",
+                revision=self.settings["revision"],
+                tokenizer=None if first is None else first.tokenizer,
+                image_processor=None if first is None else first.image_processor,
+            )
+        return self._models[keep]
+
+    def engine(self, recipe: str) -> tuple[str, str]:
+        """Name of the engine that embeds for a recipe, and a digest of all that its embeddings depend on."""
+        if recipe not in self._engines:
+            embedder = self._trainer(recipe, 0, 1).embedder
+            self._engines[recipe] = (embedder.engine.name, json.dumps(embedder.key))
+        return self._engines[recipe]
+
+    # ------------------------------------------------------------------ runs
+
+    def stored(self, path: Path, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell, if it was run on this base, with this engine and these settings.
+
+        Raises:
+            ConfigurationError: it was not; says what differs.
+        """
+        if not path.is_file():
+            return None
+        result = read_json(path)
+        now = {
+            "settings": json.loads(json.dumps(self.settings)), "targets": sorted(self.target_names),
+            "engine": self.engine(cell.recipe)[0], "notes": self.data.notes,
+        }  # fmt: skip
+        then = {**result, "targets": sorted(result.get("targets", {}))}
+        different = [key for key, value in now.items() if then.get(key) != value]
+        if not same_base(result.get("base") or {}, self.model(cell.recipe).config.base_fingerprint or {}):
+            different.append("base")
+        if different:
+            shown = "; ".join(f"{key} was {json.dumps(then.get(key))[:300]}" for key in different if key != "base")
+            base = "the base's weights, tokenizer or prompts were others" if "base" in different else ""
+            raise ConfigurationError(
+                f"{path} was run otherwise ({'; '.join(filter(None, (base, shown)))}), so its numbers do not belong "
+                "beside new ones. Choose another output folder, or remove that one."
+            )
+        return result
+
+    def cell(self, cell: Cell, folder: Path | None) -> dict[str, Any]:
+        """Run a cell and, with a folder, store its draw and its result."""
+        rows, model = self.draws[cell.shots, cell.seed], self.model(cell.recipe)
+        if folder is not None:
+            self._write_draw(cell, folder, rows)
+        ((_, scores),) = few_shot_runs(model, [cell], self._train, self._tests, self._settings)
+        zero_shot, trained = scores.pop("")
+        test = self._test(self.data.name, cell.recipe)[0]
+        drawn = {self.data.splits["train"].digest(row) for row in rows}
+        result = {
+            **asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "num_images": len(test),
+            "train_images": len(rows), "seen_in_training": sum(digest in drawn for digest in test.digests),
+            "settings": json.loads(json.dumps(self.settings)), "notes": self.data.notes,
+            "targets": {name: {"zero_shot_accuracy": pair[0], "accuracy": pair[1]} for name, pair in scores.items()},
+            "base": model.config.base_fingerprint, "base_model_type": model.config.base_model_type,
+            "engine": self.engine(cell.recipe)[0],
+            "training": {
+                **(model.config.training or {}), "engine": self.engine(cell.recipe)[0], "alpha": model.config.alpha,
+                "views": self.views(cell.recipe),
+                "underscores": model.config.underscores if self.has_underscores else "none",
+            },
+            "library_versions": library_versions(),
+        }  # fmt: skip
+        if folder is not None:
+            write_json(folder / "cells" / cell.file_name, result)
+        return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        values = self.arguments(cell.recipe, self.views(cell.recipe))
+        if cell.recipe == "paper":  # what was asked for decides, not what short classes have
+            values.setdefault("num_train_epochs", 200 if cell.shots >= 8 else 100)
+        return values
+
+    def _train(self, cell: Cell) -> ImageFeatures | LabelledImages:
+        """The drawn pictures' embeddings, out of those of every picture that any draw needs."""
+        rows, train = self.draws[cell.shots, cell.seed], self.data.splits["train"]
+        if self.arguments(cell.recipe)["augment_online"]:
+            return train.select(rows)
+        views = self.views(cell.recipe)
+        drawn = [part for (_, seed), part in self.draws.items() if not views or seed == cell.seed]
+        needed = sorted({row for part in drawn for row in part})
+        key = ("train", views, cell.seed if views else 0, self.engine(cell.recipe)[1])
+        if key not in self._embedded:
+            self._embedded[key] = self._trainer(cell.recipe, views, cell.seed).embed(train.select(needed), views=views)
+        place = {row: position for position, row in enumerate(needed)}
+        return self._embedded[key].select([place[row] for row in rows])
+
+    def _tests(self, cell: Cell) -> Tests:
+        """The dataset's test split under the name "", and its targets under their own."""
+        tests = {"": self._test(self.data.name, cell.recipe)}
+        return tests | {name: self._test(name, cell.recipe) for name in self.target_names}
+
+    def _test(self, name: str, recipe: str) -> tuple[ImageFeatures, list[int] | None]:
+        data, rows = self.data, None
+        if name != data.name:
+            data = open_dataset(name, self.root, allow_other_split=self.allow_other_split)
+            if data.class_names != self.data.class_names:
+                raise DataError(f"{name} does not have the classes of {self.data.name}.")
+            wnids = describe_dataset(name).get("wnids")
+            order = {wnid: index for index, wnid in enumerate(self.spec["all_wnids"] or [])}
+            rows = sorted(order[wnid] for wnid in wnids) if wnids else sorted(set(data.splits["test"].labels))
+        key = (name, self.engine(recipe)[1])
+        if key not in self._embedded:
+            self._embedded[key] = self._trainer(recipe, 0, 1).embed(data.splits["test"])
+        return self._embedded[key], rows
+
+    def _trainer(self, recipe: str, views: int, seed: int) -> TaskResTrainer:
+        """A trainer that only embeds."""
+        values = {**self.arguments(recipe, views), "augment_online": False, "seed": seed, "disable_tqdm": True}
+        return TaskResTrainer(self.model(recipe), TaskResTrainingArguments(**values))
 
     def _write_draw(self, cell: Cell, folder: Path, rows: Sequence[int]) -> None:
         """Which pictures were drawn, by row, label and file, to replay it elsewhere."""
@@ -230,151 +342,5 @@ class _DatasetRun:
             source = train.source(row)
             place = source.get("path") if isinstance(source, Mapping) else source
             files.append("/".join(Path(str(place)).parts[-2:]) if place else train.digest(row))
-        labels = [train.labels[row] for row in rows]
-        write_json(
-            path,
-            {
-                "dataset": cell.dataset,
-                "shots": cell.shots,
-                "seed": cell.seed,
-                "indices": list(rows),
-                "labels": labels,
-                "files": files,
-            },
-        )
-
-
-# ---------------------------------------------------------------------- tables
-
-
-def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean accuracy over seeds in percent per dataset, recipe and shots, and over datasets as `mean`.
-
-    Returns:
-        Rows with `dataset`, `recipe`, `zero_shot` and `accuracy` {shots: percent}; targets as `dataset -> target`.
-    """
-    table: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        measured = {result["dataset"]: result}
-        measured |= {f"{result['dataset']} -> {name}": pair for name, pair in result["targets"].items()}
-        for name, pair in measured.items():
-            row = table.setdefault(
-                (name, result["recipe"]), {"zero_shot": 100 * pair["zero_shot_accuracy"], "runs": {}}
-            )
-            row["runs"].setdefault(result["shots"], []).append(100 * pair["accuracy"])
-    rows = []
-    for (name, recipe), row in table.items():
-        scores = {count: mean(values) for count, values in sorted(row["runs"].items())}
-        rows.append({"dataset": name, "recipe": recipe, "zero_shot": row["zero_shot"], "accuracy": scores})
-    sources = [row for row in rows if " -> " not in row["dataset"]]
-    for recipe in dict.fromkeys(row["recipe"] for row in sources):
-        same = [row for row in sources if row["recipe"] == recipe]
-        if len(same) > 1:
-            counts = sorted(set.intersection(*(set(row["accuracy"]) for row in same)))
-            scores = {count: mean(row["accuracy"][count] for row in same) for count in counts}
-            zero_shot = mean(row["zero_shot"] for row in same)
-            rows.append({"dataset": "mean", "recipe": recipe, "zero_shot": zero_shot, "accuracy": scores})
-    return rows
-
-
-def comparable_results(base_model: str, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Published rows for the same backbone and datasets, to print beside ours; none for other backbones."""
-    backbones = {
-        "clip-vit-base-patch16": "ViT-B/16",
-        "clip-vit-base-patch32": "ViT-B/32",
-        "clip-vit-large-patch14": "ViT-L/14",
-    }
-    backbone = backbones.get(base_model.rstrip("/").split("/")[-1])
-    names = {result["dataset"] for result in results}
-    eleven = {name for name, spec in suite_datasets().items() if "template_set" in spec}
-    return [
-        row
-        for row in published_results()
-        if row["backbone"] == backbone
-        and (row["dataset"] in names or (row["dataset"] == "mean of 11" and names >= eleven))
-    ]
-
-
-def write_reports(
-    results: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike[str], base_model: str
-) -> list[Path]:
-    """Write `results.csv` (a row per run), `results.md` (means) and, with matplotlib, `accuracy.svg`.
-
-    Returns:
-        The files written.
-    """
-    folder = Path(output_dir)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "target", "recipe", "shots", "seed", "zero_shot_accuracy", "accuracy"])
-    for result in results:
-        key = [result["recipe"], result["shots"], result["seed"]]
-        writer.writerow([result["dataset"], "", *key, result["zero_shot_accuracy"], result["accuracy"]])
-        for name, pair in result["targets"].items():
-            writer.writerow([result["dataset"], name, *key, pair["zero_shot_accuracy"], pair["accuracy"]])
-    write_bytes(folder / "results.csv", text.getvalue().encode("utf-8"))
-    write_bytes(folder / "results.md", (as_markdown(results, base_model) + "\n").encode("utf-8"))
-    files = [folder / "results.csv", folder / "results.md"]
-    figure = _figure(summarise(results))
-    if figure is not None:
-        write_bytes(folder / "accuracy.svg", figure)
-        files.append(folder / "accuracy.svg")
-    return files
-
-
-def as_markdown(results: Sequence[Mapping[str, Any]], base_model: str) -> str:
-    """The means as a Markdown table, published figures below where they compare, and notes on the copies."""
-    counts = sorted({result["shots"] for result in results})
-    lines = ["Accuracy in percent, mean over seeds.", ""]
-    lines.append("| dataset | recipe | zero-shot | " + " | ".join(f"{n} shot{'s' * (n > 1)}" for n in counts) + " |")
-    lines.append("|---|---|" + "---:|" * (len(counts) + 1))
-    for row in summarise(results):
-        cells = [f"{row['accuracy'][n]:.1f}" if n in row["accuracy"] else "" for n in counts]
-        lines.append(f"| {row['dataset']} | {row['recipe']} | {row['zero_shot']:.1f} | " + " | ".join(cells) + " |")
-    for row in comparable_results(base_model, results):
-        cells = [f"{row['accuracy'][str(n)]:.1f}" if str(n) in row["accuracy"] else "" for n in counts]
-        zero = f"{row['accuracy']['0']:.1f}" if "0" in row["accuracy"] else ""
-        lines.append(
-            f"| {row['dataset']} | published {row['method']} ({row['certainty']}) | {zero} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    notes = sorted({f"{result['dataset']}: {note}" for result in results for note in result["notes"]})
-    return "\n".join(lines + ([""] + [f"- {note}" for note in notes] if notes else []))
-
-
-def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Accuracy against shots, one panel per dataset; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = hashlib.sha256(b"taskres").hexdigest()  # the same file for the same numbers
-    names = list(dict.fromkeys(row["dataset"] for row in rows))
-    colours = {recipe: f"C{number}" for number, recipe in enumerate(sorted({row["recipe"] for row in rows}))}
-    columns = min(4, len(names))
-    height = -(-len(names) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * height), layout="constrained")
-    for number, name in enumerate(names, start=1):
-        axes = figure.add_subplot(height, columns, number)
-        axes.set_title(name.replace(" -> ", "\n-> "), fontsize=9)
-        same = [row for row in rows if row["dataset"] == name]
-        for row in same:
-            shots, scores = list(row["accuracy"]), list(row["accuracy"].values())
-            axes.plot(
-                shots, scores, marker="o", markersize=3, label=row["recipe"], color=colours[row["recipe"]]
-            )  # fmt: skip
-        axes.axhline(same[0]["zero_shot"], color="grey", linestyle="--", linewidth=1, label="zero-shot")
-        axes.set_xscale("log", base=2)
-        shots = list(same[0]["accuracy"])
-        axes.set_xticks(shots, [str(count) for count in shots])
-        axes.set_xlabel("shots per class", fontsize=8)
-        axes.set_ylabel("accuracy (%)", fontsize=8)
-        axes.tick_params(labelsize=8)
-        if number == 1:
-            axes.legend(fontsize=7)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()
+        draw = {"dataset": cell.dataset, "shots": cell.shots, "seed": cell.seed, "indices": list(rows)}
+        write_json(path, {**draw, "labels": [train.labels[row] for row in rows], "files": files})

@@ -19,10 +19,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..embedding.features import ImageFeatures
+from ..embedding.stored import StoredFeatures
 from ..encoders import encode_texts
-from ..errors import BaseModelError
+from ..errors import BaseModelError, ConfigurationError
+from ..families import family_of
+from ..modeling_taskres import TaskResCLIPForImageClassification
+from ..residual import TaskResClassifier
 
-_PROJECTIONS = ("text_projection", "text_proj", "text_model.head")
+EPOCHS = 50  # as the paper is reported to use
+
+
+def enhance(
+    model: TaskResCLIPForImageClassification, head: TaskResClassifier, data: ImageFeatures | StoredFeatures, seed: int
+) -> None:
+    """Put the enhanced base under a head's residual; the same data and seed give the same base on every process.
+
+    Args:
+        model: whose text tower and prompts are used. head: its classifier, or one of the same classes.
+        data: few-shot embeddings.
+
+    Raises:
+        ConfigurationError: embeddings on disk.
+    """
+    if isinstance(data, StoredFeatures):
+        raise ConfigurationError("enhanced_base needs embeddings in memory; these are on disk.")
+    inputs, projection = projection_inputs(model.clip, model.tokenizer, model.class_prompts())
+    shift = tune_projection(
+        inputs, projection, head.base.cpu(), data, logit_scale=head.logit_scale, logit_bias=head.logit_bias,
+        shots=len(data) / len(head.base), seed=seed,
+    )  # fmt: skip
+    head.shift = shift.to(head.base)
 
 
 def projection_inputs(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
@@ -34,9 +60,8 @@ def projection_inputs(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[S
     Raises:
         BaseModelError: the base has no single linear text projection.
     """
-    modules = dict(base.named_modules())
-    projection = next((modules[name] for name in _PROJECTIONS if isinstance(modules.get(name), nn.Linear)), None)
-    if projection is None:
+    projection = dict(base.named_modules()).get(family_of(base).text_projection)
+    if not isinstance(projection, nn.Linear):
         raise BaseModelError(
             f"{type(base).__name__} has no linear text projection to enhance. Train without enhanced_base."
         )
@@ -62,7 +87,7 @@ def tune_projection(
     logit_scale: float,
     logit_bias: float = 0.0,
     shots: float,
-    epochs: int = 50,
+    epochs: int = EPOCHS,
     step: float = 0.03,
     penalty: float = 3.0,
     seed: int = 1,
@@ -76,7 +101,7 @@ def tune_projection(
         inputs: `h` [K, width]. projection: `P` [D, width]. base: `t` [K, D].
         data: few-shot embeddings; a random view of each picture an epoch.
         shots: mean training pictures per class.
-        epochs: 50, as the paper is reported to use.
+        epochs: passes over the pictures.
         step, penalty: chosen on pictures outside the shots over many tasks, see the documentation on recipes.
     """
     delta = torch.zeros_like(projection, requires_grad=True)

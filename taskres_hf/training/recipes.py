@@ -9,14 +9,19 @@ so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base_model import has_text_tower
 from ..errors import ConfigurationError
+from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
+from .arguments import TaskResTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,59 @@ class Recipe:
     penalty: float = 0.0
 
 
-def make_recipe(name: str, head: TaskResClassifier, shots: float, count: int = 0) -> Recipe:
+# What the published scripts set per dataset besides the one setting for all (train_regular.sh, train_enhance.sh).
+PUBLISHED_CONSTANTS: dict[str, dict[str, float]] = {
+    "imagenet": {"learning_rate": 2e-4},
+    "oxford_flowers": {"alpha": 1.0},
+}
+_OTHER_NAMES = {
+    "imagenet1k": "imagenet", "imagenet2012": "imagenet", "ilsvrc2012": "imagenet", "wdsimagenet1k": "imagenet",
+    "flowers102": "oxford_flowers", "oxfordflowers102": "oxford_flowers", "oxford102flowers": "oxford_flowers",
+    "wdsvtabflowers": "oxford_flowers",
+}  # fmt: skip
+_PUBLISHED_ALPHA = 0.5
+
+
+def published_constants(dataset_name: str | None) -> dict[str, float]:
+    """What the published scripts set for a dataset: `learning_rate` for ImageNet, `alpha` for Flowers102, else nothing.
+
+    Args:
+        dataset_name: as in the paper, in `paper.datasets`, or a Hub id such as `"ILSVRC/imagenet-1k"`.
+    """
+    name = re.sub(r"[^a-z0-9]", "", str(dataset_name or "").rstrip("/").split("/")[-1].lower())
+    return next(
+        (
+            values
+            for known, values in PUBLISHED_CONSTANTS.items()
+            if name == known.replace("_", "") or _OTHER_NAMES.get(name) == known
+        ),
+        {},
+    )
+
+
+def published_alpha(alpha: float, dataset_name: str | None) -> float:
+    """The published `alpha` of a dataset; another one than the library's default is the user's own and stays."""
+    return published_constants(dataset_name).get("alpha", alpha) if alpha == _PUBLISHED_ALPHA else alpha
+
+
+def make_recipe(
+    name: str, head: TaskResClassifier, shots: float, count: int = 0, dataset_name: str | None = None
+) -> Recipe:
     """The recipe of that name for a head.
 
     Args:
-        shots: mean training pictures per class. count: training pictures; `auto` takes four steps an epoch where there
-            are more than 1,024, in batches of at most 4,096: fewer, larger products are faster.
+        shots: training pictures per class: `auto` takes what there is on average, `paper` what was asked for.
+        count: training pictures; `auto` takes four steps an epoch where there are more than 1,024, in batches of at
+            most 4,096: fewer, larger products are faster.
+        dataset_name: `paper` has another learning rate for ImageNet, see `published_constants`.
 
     Raises:
         ConfigurationError: unknown name.
     """
-    epochs = 200 if shots >= 8 else 100  # published: 100 epochs for 1, 2 and 4 shots, 200 for 8 and 16
+    epochs = 200 if round(shots) >= 8 else 100  # published: 100 epochs for 1, 2 and 4 shots, 200 for 8 and 16
     if name == "paper":
-        return Recipe("paper", learning_rate=2e-3, weight_decay=5e-4, num_train_epochs=epochs)
+        rate = published_constants(dataset_name).get("learning_rate", 2e-3)
+        return Recipe("paper", learning_rate=rate, weight_decay=5e-4, num_train_epochs=epochs)
     if name == "auto":
         rms = float(head.base.pow(2).mean().sqrt())
         rate = 0.035 * rms / max(abs(head.alpha), 1e-3)
@@ -61,6 +106,43 @@ def make_recipe(name: str, head: TaskResClassifier, shots: float, count: int = 0
         penalty = 3.0 / max(shots, 1.0)
         return Recipe("auto", rate, 0.0, epochs, train_batch_size=batch, penalty=penalty)
     raise ConfigurationError(f"`recipe` must be 'auto' or 'paper'; got {name!r}.")
+
+
+def recipe_for(args: TaskResTrainingArguments, head: TaskResClassifier, labels: Tensor, fit_buffer: bool) -> Recipe:
+    """The recipe of a run, with what the settings override.
+
+    Args:
+        labels: [N] class ids of the training pictures. How many a class has decides; of those asked for, only
+            recipe `paper` knows, whose epochs go by the shots of its protocol.
+        fit_buffer: keep a batch and its logits within `buffer_mb`, for embeddings read from disk.
+    """
+    classes, dim = head.base.shape
+    if args.recipe == "paper":
+        shots: float = args.shots or int(torch.bincount(labels).max())
+    else:
+        shots = len(labels) / classes
+    recipe = make_recipe(args.recipe, head, shots, len(labels), args.dataset_name)
+    if fit_buffer and recipe.name == "auto":
+        fitting = args.buffer_mb * 1_000_000 // (4 * (dim + 3 * classes))
+        recipe = replace(recipe, train_batch_size=max(256, min(recipe.train_batch_size, fitting)))
+    names = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
+    return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
+def published_base(model: TaskResCLIPForImageClassification) -> tuple[Tensor, dict[str, Any] | None] | None:
+    """`t` [K, D] with the underscores of class names kept, and its fingerprint; None where nothing differs."""
+    config = model.config
+    if config.underscores == "keep" or not any("_" in name for name in model.class_names):
+        return None
+    # Made by the one function that makes base classifiers; from the name where this base lacks a text tower or fp32.
+    reusable = has_text_tower(model.clip) and model.clip.dtype == torch.float32
+    source: Any = model.clip if reusable else config.base_model_name_or_path
+    options = {"tokenizer": model.tokenizer} if reusable else {"revision": config.base_model_revision}
+    made = type(model).from_base(
+        source, model.class_names, config.templates or None, class_descriptions=config.class_descriptions,
+        prompt_names=config.prompt_names, underscores="keep", prompt_average=config.prompt_average, **options,
+    )  # fmt: skip
+    return made.classifier.base, made.config.base_fingerprint
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:

@@ -1,41 +1,49 @@
-"""`TaskResTrainer`: frozen embeddings once, then epochs over them in an Accelerate loop."""
+"""`TaskResTrainer`: frozen embeddings once, then epochs over them; and an honest number for the outcome."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import copy
 import os
-import random
-import shutil
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
-from tqdm.auto import tqdm
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from ..data.labelled import LabelledImages, class_counts
-from ..embedding.augmentation import augment, crop_size
+from ..data.labelled import LabelledImages
 from ..embedding.embedder import Embedder
-from ..embedding.features import ImageFeatures, embed_images
+from ..embedding.features import ImageFeatures
 from ..embedding.stored import StoredFeatures
-from ..errors import ArtifactError, ConfigurationError, DataError, FewShotError
-from ..evaluation import accuracy, metrics_from_logits
-from ..few_shot import few_shot_indices
+from ..errors import DataError
+from ..evaluation import loss_to_zero_shot, metrics_from_logits
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import cache_root, read_json, read_tensors, write_json, write_tensors
+from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
-from .checkpoints import OPTIMIZER, STATE, EarlyStopping, list_checkpoints
-from .enhanced_base import projection_inputs, tune_projection
-from .gradient import loss_and_gradient, penalty_factor
-from .recipes import Recipe, epoch_batches, learning_rate, make_recipe
+from .callbacks import EpochBar, EpochFlow, Trackers, check_epoch_choice
+from .cross_validation import cross_validate
+from .embeddings import DatasetEmbeddings
+from .enhanced_base import EPOCHS, enhance
+from .known_pictures import remember, warn_of_conflicts
+from .measuring import (
+    ComputeMetrics,
+    Metrics,
+    OnlyTrainingPicturesError,
+    both_logits,
+    epoch_metrics,
+    full_metrics,
+    prefixed,
+    split_name,
+    without_training_pictures,
+)
+from .recipes import Recipe, published_alpha, published_base, recipe_for
+from .run import Events, TrainingRun, describe_run
+from .shots import TrainingPictures, training_pictures
+from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, fit, make_step
 
 
 class TaskResTrainer:
@@ -47,9 +55,14 @@ class TaskResTrainer:
         train_dataset, eval_dataset: a `datasets.Dataset` with pictures and labels (matched to the model's classes by
             name), a `LabelledImages`, or `ImageFeatures` already computed.
         image_processor: found by the model when None.
+        callbacks: `transformers.TrainerCallback` classes or objects. They get the usual events, `TrainerState` and
+            `TrainerControl`; `should_training_stop` ends the run at once, checkpoints are written at ends of epochs.
+        compute_metrics: `transformers.EvalPrediction` (logits [N, K], labels [N]) to a dict, added to every
+            measurement.
 
     Attributes:
-        log_history: one dict per epoch: epoch, loss, accuracy, learning_rate, and eval_accuracy if evaluated.
+        log_history: one dict per epoch: epoch, loss, accuracy, learning_rate, and eval_accuracy and so on if measured.
+        state, control: as in `transformers.Trainer`.
     """
 
     def __init__(
@@ -59,21 +72,26 @@ class TaskResTrainer:
         train_dataset: Dataset | LabelledImages | ImageFeatures | StoredFeatures | None = None,
         eval_dataset: Dataset | LabelledImages | ImageFeatures | None = None,
         image_processor: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         self.model = model
         self.args = args or TaskResTrainingArguments()
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
+        self.compute_metrics = compute_metrics
         if image_processor is not None:
             model.image_processor = image_processor
         self.accelerator = Accelerator(
-            cpu=self.args.use_cpu, log_with=self.args.report_to, project_dir=self.args.output_dir
+            cpu=self.args.use_cpu, log_with=self.args.report_to or None, project_dir=self.args.output_dir
         )
         if getattr(model, "hf_device_map", None) is None and getattr(model.clip, "hf_device_map", None) is None:
             model.to(self.accelerator.device)
-        self.log_history: list[dict[str, Any]] = []
-        self._embedder: Embedder | None = None
-        self._features: dict[tuple[int, int], tuple[Any, ImageFeatures]] = {}
+        own: list[Any] = [EpochFlow(), EpochBar()] + ([Trackers(self.accelerator)] if self.args.report_to else [])
+        self._events = Events(self.args, model, own + list(callbacks or []))
+        self._embeddings = DatasetEmbeddings(model, self.args, self.accelerator)
+        self._chosen: tuple[Any, TrainingPictures] | None = None
+        self._events("on_init_end")
 
     # ------------------------------------------------------------------ training
 
@@ -81,221 +99,239 @@ class TaskResTrainer:
         """Train the residual.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir`. The settings and the
-                data must be those of the interrupted run; the result then equals an uninterrupted run, bit for bit
-                in one process on a CPU.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir` that is whole. The
+                settings, the base and the data must be those of the interrupted run; the result then equals an
+                uninterrupted run, bit for bit in one process on a CPU.
 
         Returns:
             `TrainOutput` with the number of steps, the last epoch's loss and its metrics.
 
         Raises:
             DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture.
-            ConfigurationError: the checkpoint is of another run, or training diverged.
+            ConfigurationError: the checkpoint is of another run, training diverged, or the epoch would be chosen on
+                a test split.
         """
-        if self.train_dataset is None:
-            raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
-        images, data = self._training_data()
+        events = self._events
+        check_epoch_choice(self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks)
+        chosen, held_out = self._training_pictures(), None
         head = self.model.classifier
-        recipe = self._recipe(data)
-        self._record(recipe, data.digest, len(data.labels))
+        if self.args.recipe == "paper":
+            self._write_as_published(head)
+        recipe = self._recipe(head, chosen.data)
+        self._record(recipe, chosen)
         if self.args.enhanced_base:
-            self._enhance(data)
-        head.residual.grad = None  # whatever a caller or an earlier run left there
-        optimizer = torch.optim.Adam(
-            [head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        run = {"recipe": asdict(recipe), "data": data.digest, "seed": self.args.seed, "alpha": head.alpha}
-        run |= {"views": self.args.views, "augment_online": self.args.augment_online}
-        run |= {"enhanced_base": self.args.enhanced_base}
-        start = self._resume(resume_from_checkpoint, optimizer, run)
-        if self.args.report_to:
-            self.accelerator.init_trackers("taskres", config=recipe.__dict__)
-        step = self._make_step(recipe, optimizer, data, images)
-        stopper = EarlyStopping(self.args.early_stopping_patience)
-        steps, log = 0, self.log_history[-1] if self.log_history else {}
-        bar = tqdm(
-            total=recipe.num_train_epochs, initial=start, desc="Training", unit="epoch",
-            disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+            enhance(self.model, head, chosen.data, self.args.seed)
+            stamp = {"epochs": EPOCHS, "data_digest": chosen.data.digest, "seed": self.args.seed}
+            self.model.config.enhanced_base = stamp
+        if self.eval_dataset is not None and self.args.evaluates_epochs:
+            held_out = self._new_pictures(self.eval_dataset)
+
+        def measure() -> Metrics:
+            return epoch_metrics(head, held_out or self._new_pictures(self.eval_dataset), self.compute_metrics)
+
+        embedder = None if chosen.images is None else self.embedder
+        description = describe_run(self.model, self.args, recipe, chosen, embedder, held_out)
+        run = TrainingRun(
+            self.model, self.args, recipe, chosen, description, events, self.accelerator,
+            None if self.eval_dataset is None else measure,
         )  # fmt: skip
-        for epoch in range(start, recipe.num_train_epochs):
-            rate = learning_rate(recipe, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
-            for batch in self._batches(data, recipe, epoch):
-                totals += step(epoch, *batch)
-                steps += 1
-            loss, correct = (totals[:2] / totals[2]).tolist()
-            log = {"epoch": epoch + 1, "loss": loss, "accuracy": correct, "learning_rate": rate}
-            if not math.isfinite(loss):
-                raise ConfigurationError(
-                    f"Training diverged in epoch {epoch + 1} (loss {loss}): lower learning_rate ({rate:g}) and check "
-                    "the pictures. The model on disk is untouched."
-                )
-            if self.args.early_stopping_patience is not None:
-                log["eval_accuracy"] = self._eval_accuracy()
-            self.log_history.append(log)
-            bar.set_postfix(
-                {key: f"{log[key]:.3f}" for key in ("loss", "accuracy", "eval_accuracy") if key in log}, refresh=False
-            )
-            bar.update()
-            if self.args.report_to:
-                self.accelerator.log(log, step=epoch + 1)
-            if self.args.save_epochs and (epoch + 1) % self.args.save_epochs == 0:
-                self._checkpoint(epoch + 1, optimizer, run)
-            if stopper.stop(log.get("eval_accuracy"), head.residual):
-                break
-        bar.close()
-        stopper.restore(head.residual)
-        head.residual.grad = None
-        if self.args.report_to:
-            self.accelerator.end_training()
+        if resume_from_checkpoint:
+            run.resume(resume_from_checkpoint)
+        step = make_step(head, run.optimizer, recipe, self.args.closed_form, self.accelerator)
+        run.train(self._batches(chosen, recipe), step)
+        if run.best.residual is not None and self.model.config.training is not None:
+            self.model.config.training |= {"epochs_run": run.epoch, "best_epoch": run.best.epoch}
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
-        return TrainOutput(
-            steps, float(log.get("loss", float("nan"))), {key: float(value) for key, value in log.items()}
-        )
+        log = self.log_history[-1] if self.log_history else {}
+        return TrainOutput(self.state.global_step, float(log.get("loss", float("nan"))), dict(log))
 
-    def _batches(self, data: ImageFeatures | StoredFeatures, recipe: Recipe, epoch: int) -> Any:
-        if isinstance(data, StoredFeatures):
-            return data.batches(recipe.train_batch_size, self.args.seed, epoch, self.args.buffer_mb)
-        return epoch_batches(len(data), len(data.image_embeds), recipe.train_batch_size, self.args.seed, epoch)
+    @property
+    def state(self) -> TrainerState:
+        """As in `transformers.Trainer`."""
+        return self._events.state
 
-    def _enhance(self, data: ImageFeatures | StoredFeatures) -> None:
-        """Put the enhanced base under the residual; the same data and seed give the same base on every process."""
-        if isinstance(data, StoredFeatures) or not data.image_embeds.shape[-1]:
-            raise ConfigurationError("enhanced_base needs cached embeddings: use views=V instead of augment_online.")
-        head, config = self.model.classifier, self.model.config
-        inputs, projection = projection_inputs(self.model.clip, self.model.tokenizer, self.model.class_prompts())
-        shots = len(data) / len(self.model.class_names)
-        shift = tune_projection(
-            inputs, projection, head.base.cpu(), data,
-            logit_scale=head.logit_scale, logit_bias=head.logit_bias, shots=shots, seed=self.args.seed,
-        )  # fmt: skip
-        head.shift = shift.to(head.base)
-        config.enhanced_base = {"epochs": 50, "data_digest": data.digest, "seed": self.args.seed}
+    @property
+    def control(self) -> TrainerControl:
+        """As in `transformers.Trainer`."""
+        return self._events.control
 
-    def _make_step(
-        self, recipe: Recipe, optimizer: torch.optim.Optimizer, data: ImageFeatures | StoredFeatures, images: Any
-    ) -> Any:
-        """A function of (epoch, rows, views) that makes one step and returns sums: loss, correct, examples.
+    @property
+    def callback_handler(self) -> CallbackHandler:
+        """As in `transformers.Trainer`."""
+        return self._events.handler
 
-        For embeddings on disk it takes (epoch, labels, embeddings) instead.
-        """
-        head = self.model.classifier
-        factor = penalty_factor(recipe, head)
-        device = head.residual.device
-        dtype = head.residual.dtype
-        labels = data.labels.to(device)
-        one_process = self.accelerator.num_processes == 1
-        embeds = None
+    def add_callback(self, callback: Any) -> None:
+        """Add a `transformers.TrainerCallback`, as in `transformers.Trainer`."""
+        self._events.handler.add_callback(callback)
 
-        def stored(epoch: int, ids: Tensor, batch: Tensor) -> Tensor:
-            batch = F.normalize(batch.to(device=device, dtype=dtype), dim=-1)
-            loss, correct, head.residual.grad = loss_and_gradient(head, batch, ids.to(device), factor)
-            optimizer.step()
-            return torch.tensor([float(loss) * len(ids), float(correct), len(ids)], dtype=torch.float64)
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, by object or class, as in `transformers.Trainer`."""
+        self._events.handler.remove_callback(callback)
 
-        if isinstance(data, StoredFeatures):
-            if not one_process or head.side != "text":
-                raise ConfigurationError("Embeddings on disk are trained in one process, on the text side.")
-            return stored
-        if images is None:
-            embeds = data.image_embeds.to(device=device, dtype=dtype)
-            if head.side == "text":  # there the length of an image embedding does not matter
-                embeds = F.normalize(embeds, dim=-1)
+    @property
+    def log_history(self) -> list[Metrics]:
+        """One dict per epoch."""
+        return self.state.log_history
 
-        def closed_form(epoch: int, rows: Tensor, views: Tensor) -> Tensor:
-            assert embeds is not None
-            batch = embeds[0].index_select(0, rows) if len(embeds) == 1 else embeds[views, rows]
-            loss, correct, head.residual.grad = loss_and_gradient(head, batch, labels[rows], factor)
-            optimizer.step()
-            return torch.tensor([float(loss) * len(rows), float(correct), len(rows)], dtype=torch.float64)
+    def _batches(self, chosen: TrainingPictures, recipe: Recipe) -> Batches:
+        head, args = self.model.classifier, self.args
+        share = (self.accelerator.num_processes, self.accelerator.process_index)
+        if isinstance(chosen.data, StoredFeatures):
+            return batches_from_disk(chosen.data, head, recipe, args.seed, args.buffer_mb, *share)
+        if chosen.online and chosen.images is not None:
+            digests, turn = chosen.data.digests, args.embed_batch_size
+            return batches_augmented(chosen.images, digests, self.embedder, head, recipe, args.seed, turn, *share)
+        return batches_in_memory(chosen.data, head, recipe, args.seed, *share)
 
-        if images is None and one_process and self.args.closed_form and head.side == "text":
-            return closed_form
+    def _recipe(self, head: TaskResClassifier, data: ImageFeatures | StoredFeatures) -> Recipe:
+        return recipe_for(self.args, head, data.labels, isinstance(data, StoredFeatures))
 
-        wrapped, prepared = self.accelerator.prepare(head, optimizer)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+    def _write_as_published(self, head: TaskResClassifier) -> None:
+        """Underscores of class names in prompts and the dataset's `alpha`, as in the published code."""
+        made = published_base(self.model)
+        head.alpha = published_alpha(head.alpha, self.args.dataset_name)
+        if made is not None:
+            head.base.copy_(made[0].to(head.base))
+        if head is self.model.classifier:
+            self.model.config.alpha = head.alpha
+            if made is not None:
+                self.model.config.underscores, self.model.config.base_fingerprint = "keep", made[1]
 
-        def autograd(epoch: int, rows: Tensor, views: Tensor) -> Tensor:
-            mine = rows[rank::world].to(device)
-            if embeds is None:
-                batch = self._augmented(images, mine.tolist(), epoch).to(device=device, dtype=dtype)
-            else:
-                batch = embeds[views[rank::world].to(device), mine]
-            logits = wrapped(batch)
-            # Sums over the whole batch: gradients of the processes are averaged, whatever share each one has.
-            local = F.cross_entropy(logits, labels[mine], reduction="sum")
-            regulariser = factor * head.residual.pow(2).sum()
-            self.accelerator.backward(local * (world / len(rows)) + regulariser)
-            prepared.step()
-            prepared.zero_grad()
-            correct = (logits.argmax(dim=1) == labels[mine]).sum()
-            sums = torch.stack([local.detach() + regulariser.detach() * len(mine), correct.to(local.dtype)])
-            sums = self.accelerator.reduce(sums, reduction="sum").double().cpu()
-            return torch.cat([sums, torch.tensor([float(len(rows))], dtype=torch.float64)])
+    # ------------------------------------------------------------------ measuring
 
-        return autograd
-
-    def _augmented(self, images: LabelledImages, rows: Sequence[int], epoch: int) -> Tensor:
-        """Embeddings [B, D] of freshly augmented pictures."""
-        if not rows:
-            return torch.zeros(0, self.model.classifier.base.shape[1])
-        processor = self.model.image_processor
-        size = crop_size(processor)
-        parts = []
-        batch_size = self.args.embed_batch_size or self.embedder.batch_size
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            pictures = [
-                augment(images.image(row), size, random.Random(f"{self.args.seed} {images.digest(row)} {epoch}"))
-                for row in chunk
-            ]
-            parts.append(self.embedder(pictures, augmented=True))
-        return torch.cat(parts)
-
-    # ------------------------------------------------------------------ evaluation
-
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "") -> dict[str, Any]:
+    def evaluate(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "", include_train_pictures: bool = False
+    ) -> Metrics:
         """Metrics on the evaluation set, zero-shot beside trained.
 
+        Pictures that the residual was trained on, recognised by their content, are left out with a warning.
+
+        Args:
+            eval_dataset: by default the trainer's own, whose metrics are recorded in the model's config, for the card.
+            include_train_pictures: measure on those pictures too; nothing is recorded then.
+
         Returns:
-            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images` and `per_class`; shares from 0 to 1.
-            Those of the trainer's own evaluation set are recorded in the model's config, for the card.
+            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images`, `accuracy_interval` (95 %) and
+            `per_class`, shares from 0 to 1; `method` (`"held-out"`, or `"validation"` where the epoch was chosen on
+            these pictures) and `split`, the name that came with the data; `train_pictures_left_out` if any were.
+
+        Raises:
+            DataError: no evaluation set, or none of its pictures is new to the residual.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise DataError("There is nothing to evaluate on: pass eval_dataset.")
-        data = self.embed(dataset)
-        logits, zero_shot = self._logits(data)
-        metrics = metrics_from_logits(logits, data.labels, self.model.class_names)
-        metrics["zero_shot_accuracy"] = accuracy(zero_shot, data.labels)
-        if eval_dataset is None:
-            split = getattr(dataset, "split", None)
-            self.model.config.metrics = {
-                **metrics,
-                **({"split": str(split)} if split else {}),
-                "data_digest": data.digest,
-            }
-        return {f"{metric_key_prefix}_{key}" if metric_key_prefix else key: value for key, value in metrics.items()}
+            raise DataError(
+                "There is nothing to evaluate on: pass eval_dataset; without one, measure() or cross_validate() give "
+                "an honest number from the training pictures."
+            )
+        metrics = self._measure_held_out(dataset, include_train_pictures)
+        if eval_dataset is None and not include_train_pictures:
+            self.model.config.metrics = metrics
+        return self._announced(metrics, metric_key_prefix)
+
+    def cross_validate(self, folds: int = 5) -> Metrics:
+        """Metrics by stratified cross-validation on the cached embeddings of the training pictures.
+
+        Each fold is trained with the same recipe from a zero residual, on all its epochs (or up to the epoch that a
+        validation set chose in `train`); the trainer's own residual stays as it is. Equal pictures are in the same
+        fold. Augmentation afresh each epoch would embed everything once a fold and epoch: folds train on plain
+        pictures instead.
+
+        Args:
+            folds: at least 2; fewer are made where no class has so many pictures, and classes with fewer pictures than
+                folds are tested one picture at a time. A class with one picture cannot be tested.
+
+        Returns:
+            As `evaluate`, with `method` `"cross-validation"`, `folds` and `untested_classes`.
+
+        Raises:
+            DataError: nothing to train on, embeddings on disk, or no class with two pictures.
+        """
+        chosen = self._training_pictures()
+        data = chosen.data
+        if isinstance(data, StoredFeatures):
+            raise DataError("Embeddings on disk are too many to cross-validate: hold some out as eval_dataset.")
+        plain = self._embeddings.of_pictures(chosen.images, 0) if self.args.views and chosen.images else data
+        head = copy.deepcopy(self.model.classifier)
+        if self.args.recipe == "paper":
+            self._write_as_published(head)
+        epochs = int((self.model.config.training or {}).get("best_epoch", 0))
+
+        def train_fold(apart: TaskResClassifier, part: ImageFeatures) -> None:
+            recipe = self._recipe(apart, part)
+            if self.args.enhanced_base:
+                enhance(self.model, apart, part, self.args.seed)
+            fit(apart, part, recipe, self.args.seed, closed_form=self.args.closed_form, epochs=epochs)
+
+        metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
+        split = split_name(self.train_dataset)
+        return {**metrics, "method": "cross-validation", **({"split": split} if split else {})}
+
+    def measure(self, eval_dataset: Any = None, folds: int = 5) -> Metrics:
+        """An honest number always, recorded in the model's config: on held-out pictures, else by cross-validation.
+
+        Held out are the pictures of `eval_dataset` (by default the trainer's own) unless the epoch was chosen on them
+        or the residual was trained on them.
+
+        Returns:
+            As `evaluate` or `cross_validate`, with `method` saying which it was. Empty, with a warning, where nothing
+            can be measured: one picture in each class and no other.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: Metrics | None = None
+        if dataset is not None and not (self.args.keeps_best and dataset is self.eval_dataset):
+            try:
+                metrics = self._measure_held_out(dataset, False)
+            except OnlyTrainingPicturesError as error:
+                if self.train_dataset is None:
+                    raise
+                warnings.warn(f"{error} Cross-validation takes its place.", stacklevel=2)
+        if metrics is None:
+            try:
+                metrics = self.cross_validate(folds)
+            except DataError as error:
+                if self.train_dataset is None:
+                    raise
+                warnings.warn(f"Nothing was measured. {error}", stacklevel=2)
+                self.model.config.metrics = None
+                return {}
+        self.model.config.metrics = metrics
+        return self._announced(metrics)
+
+    def _announced(self, metrics: Metrics, prefix: str = "") -> Metrics:
+        """The metrics, after a warning where training did harm, and the event."""
+        if warning := loss_to_zero_shot(metrics):
+            warnings.warn(warning, stacklevel=3)
+        self._events("on_evaluate", metrics=prefixed(metrics, prefix or "eval"))
+        return prefixed(metrics, prefix) if prefix else dict(metrics)
 
     def predict(self, test_dataset: Any) -> PredictionOutput:
         """Logits [N, K], labels [N] and metrics for a labelled dataset."""
         data = self.embed(test_dataset)
-        logits, _ = self._logits(data)
-        return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics_from_logits(logits, data.labels))
+        logits, _ = both_logits(self.model.classifier, data)
+        metrics = metrics_from_logits(logits, data.labels)
+        self._events("on_predict", metrics=metrics)
+        return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics)
 
-    @torch.no_grad()
-    def _logits(self, data: ImageFeatures) -> tuple[Tensor, Tensor]:
-        head, embeds = self.model.classifier, data.image_embeds[0]
-        return head(embeds).cpu(), head.zero_shot_logits(embeds).cpu()
+    def _measure_held_out(self, dataset: Any, include_train_pictures: bool) -> Metrics:
+        data, head = self.embed(dataset), self.model.classifier
+        untrained = head.shift is None and not bool(head.residual.any())
+        new = data if include_train_pictures or untrained else self._new_pictures(dataset)
+        logits, zero_shot = both_logits(head, new)
+        metrics = full_metrics(logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics)
+        chosen_here = self.args.keeps_best and dataset is self.eval_dataset and self.train_dataset is not None
+        metrics["method"] = "validation" if chosen_here else "held-out"
+        if split := split_name(dataset):
+            metrics["split"] = split
+        if len(new) < len(data):
+            metrics["train_pictures_left_out"] = len(data) - len(new)
+        if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
+            metrics["conflicting_pictures"] = conflicting
+        return {**metrics, "data_digest": new.digest}
 
-    def _eval_accuracy(self) -> float:
-        if self.eval_dataset is None:
-            raise ConfigurationError("early_stopping_patience needs an eval_dataset: give a validation split.")
-        data = self.embed(self.eval_dataset)
-        return accuracy(self._logits(data)[0], data.labels)
+    def _new_pictures(self, dataset: Any) -> ImageFeatures:
+        return without_training_pictures(self.model, self.embed(dataset), self._embeddings.names(dataset))
 
     # ------------------------------------------------------------------ saving
 
@@ -306,126 +342,35 @@ class TaskResTrainer:
 
     def push_to_hub(self, **kwargs: Any) -> Any:
         """Upload the artifact to `hub_model_id` (default: the name of `output_dir`)."""
-        options = {"token": self.args.hub_token, "private": self.args.hub_private_repo, **kwargs}
+        options = {"token": self.args.token, "private": self.args.hub_private_repo, **kwargs}
         return self.model.push_to_hub(self.args.hub_model_id or Path(self.args.output_dir).name, **options)
 
-    def _checkpoint(self, epoch: int, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
-        """`checkpoint-<epoch>`: the artifact, Adam's moments and the run's description; whole or absent."""
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{epoch}"
-            staging = folder.with_name(f".{folder.name}.tmp")
-            shutil.rmtree(staging, ignore_errors=True)
-            self.model.save_pretrained(staging)
-            state = optimizer.state[self.model.classifier.residual]
-            write_tensors(staging / OPTIMIZER, {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step")})
-            write_json(staging / STATE, {"epoch": epoch, "run": run, "log_history": self.log_history})
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(staging, folder)
-            if self.args.save_total_limit:
-                for old in list_checkpoints(self.args.output_dir)[: -self.args.save_total_limit]:
-                    shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self, source: Any, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
-        """Restore a checkpoint; the epoch to go on with."""
-        if not source:
-            self.log_history = []
-            return 0
-        if source is True:
-            found = list_checkpoints(self.args.output_dir)
-            if not found:
-                raise ConfigurationError(
-                    f"There is no checkpoint in {self.args.output_dir} to resume from. Train with save_epochs=N to "
-                    "have some."
-                )
-            source = found[-1]
-        folder = Path(source)
-        state = read_json(folder / STATE)
-        run = json.loads(json.dumps(run))
-        different = [key for key in run if state.get("run", {}).get(key) != run[key]]
-        if different:
-            raise ConfigurationError(
-                f"{folder} is a checkpoint of another run: {', '.join(different)} differ. Resume with the same "
-                "settings and data, or start anew without resume_from_checkpoint."
-            )
-        residual = read_tensors(folder / "model.safetensors")[0]["residual"]
-        moments = read_tensors(folder / OPTIMIZER)[0]
-        parameter = self.model.classifier.residual
-        if residual.shape != parameter.shape:
-            raise ArtifactError(f"{folder} holds a residual {list(residual.shape)}, the model {list(parameter.shape)}.")
-        with torch.no_grad():
-            parameter.copy_(residual)
-        optimizer.state[parameter] = {
-            name: tensor.to(parameter.device if name != "step" else "cpu") for name, tensor in moments.items()
-        }
-        self.log_history = list(state["log_history"])
-        return int(state["epoch"])
+    def _record(self, recipe: Recipe, chosen: TrainingPictures) -> None:
+        """Provenance in the config: what `taskres info` and the card show."""
+        config, data = self.model.config, chosen.data
+        values = asdict(recipe)
+        values["recipe"] = values.pop("name")
+        config.training = {
+            **values, "seed": self.args.seed, "views": self.args.views, "augment_online": chosen.online,
+            "underscores": config.underscores,
+            "engine": None if chosen.images is None else self.embedder.engine.name,
+        }  # fmt: skip
+        config.few_shot = chosen.few_shot
+        config.data = {"train_digest": data.digest, "train_images": len(data)}
+        if isinstance(data, ImageFeatures) and data.digests:
+            config.data["train_pictures"] = remember(data.digests)
+        if chosen.conflicting:
+            config.data["conflicting_pictures"] = chosen.conflicting
+        if split := split_name(self.train_dataset):
+            config.data["split"] = split
+        account = getattr(self.train_dataset, "account", None)
+        if account is not None:
+            config.data["account"] = account.as_dict()
+        if self.args.dataset_name:
+            config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
+        config.metrics = None  # they spoke of the residual before this run
 
     # ------------------------------------------------------------------ data
-
-    def _training_data(self) -> tuple[LabelledImages | None, ImageFeatures | StoredFeatures]:
-        """The drawn pictures (for online augmentation) and their embeddings or, online, just their labels."""
-        dataset = self.train_dataset
-        names = self.model.class_names
-        if isinstance(dataset, StoredFeatures):
-            return None, self._stored(dataset)
-        source = dataset if isinstance(dataset, ImageFeatures) else self._labelled(dataset)
-        labels = source.labels.tolist() if isinstance(source, ImageFeatures) else source.labels
-        counts = class_counts(labels, names)
-        absent = [name for name, count in counts.items() if count == 0]
-        if absent and self.args.on_short != "ignore":
-            raise FewShotError(
-                f"{len(absent)} of {len(names)} classes have no training picture: {absent[:5]}. Add at least one each, "
-                "leave the classes out of the model, or accept it with on_short='ignore'."
-            )
-        if self.args.shots is not None:
-            indices = few_shot_indices(
-                labels, self.args.shots, self.args.seed, on_short=self.args.on_short, class_names=names
-            )
-            source = source.select(indices)
-            rows = [source.indices[i] for i in range(len(source))] if isinstance(source, LabelledImages) else indices
-            self.model.config.few_shot = {
-                "shots": self.args.shots, "seed": self.args.seed, "num_images": len(indices), "indices": rows,
-            }  # fmt: skip
-        else:
-            self.model.config.few_shot = {"shots": None, "seed": self.args.seed, "num_images": len(labels)}
-        if isinstance(source, ImageFeatures):
-            if self.args.augment_online:
-                raise ConfigurationError("augment_online needs pictures; train_dataset holds embeddings.")
-            return None, source
-        if self.args.augment_online:
-            crop_size(self.model.image_processor)
-            digests = [source.digest(index) for index in range(len(source))]
-            digest = hashlib.sha256(json.dumps([digests, source.labels, names]).encode()).hexdigest()
-            blank = torch.zeros(1, len(source), 0)
-            return source, ImageFeatures(blank, torch.tensor(source.labels), names, digest)
-        return None, self._embed(source, self.args.views)
-
-    def _stored(self, data: StoredFeatures) -> StoredFeatures:
-        head, args = self.model.classifier, self.args
-        if args.shots is not None or args.augment_online or args.views:
-            raise ConfigurationError(
-                "Embeddings on disk are taken as they are: shots, views and augment_online do not apply."
-            )
-        if data.class_names != self.model.class_names or data.shape[2] != head.base.shape[1]:
-            raise DataError(
-                f"{data.path} has {len(data.class_names)} classes and length {data.shape[2]}; the model has "
-                f"{head.base.shape[0]} and {head.base.shape[1]}, or names or order differ."
-            )
-        self.model.config.few_shot = {"shots": None, "seed": args.seed, "num_images": len(data)}
-        return data
-
-    def _labelled(self, dataset: Any) -> LabelledImages:
-        if not isinstance(dataset, LabelledImages):
-            dataset = LabelledImages(
-                dataset,
-                image_column=self.args.image_column,
-                label_column=self.args.label_column,
-                default_names=self.model.class_names,
-                drop_unlabelled=self.args.drop_unlabelled,
-            )
-        aligned: LabelledImages = dataset.aligned(self.model.class_names, self.args.label_map)
-        return aligned
 
     def embed(self, dataset: Any, views: int = 0) -> ImageFeatures:
         """Embeddings of a dataset with the model's classes, which other trainers of the same model can train on.
@@ -433,70 +378,23 @@ class TaskResTrainer:
         Args:
             dataset: as for `train_dataset`. views: 0 for the plain picture, V for V augmented views.
         """
-        if isinstance(dataset, ImageFeatures):
-            return dataset
-        kept = self._features.get((id(dataset), views))
-        if kept is None:  # the dataset is kept beside its embeddings, or its id could come back as another's
-            kept = self._features[id(dataset), views] = (dataset, self._embed(self._labelled(dataset), views))
-        return kept[1]
+        return self._embeddings.of(dataset, views)
 
     @property
     def embedder(self) -> Embedder:
         """Base, processor and engine; made when first needed."""
-        if self._embedder is None:
-            engine, precision = self.args.engine, self.args.precision
-            if self.args.recipe == "paper":  # as published unless asked otherwise
-                engine = "torch" if engine == "auto" else engine
-                precision = "fp32" if precision == "auto" else precision
-            processor = self.model.image_processor
-            options = (self.args.exact_preprocessing, self.args.draft_decoding)
-            self._embedder = Embedder(self.model.clip, processor, engine, precision, *options)
-        return self._embedder
+        return self._embeddings.embedder
 
-    def _embed(self, images: LabelledImages, views: int) -> ImageFeatures:
-        cache_dir = self.args.cache_dir
-        if cache_dir is None or cache_dir is True:
-            cache_dir = str(cache_root() / "features")
-        return embed_images(
-            self.embedder,
-            images,
-            views=views,
-            seed=self.args.seed,
-            batch_size=self.args.embed_batch_size,
-            cache_dir=cache_dir or None,
-            on_error=self.args.on_error,
-            progress=not self.args.disable_tqdm,
-            accelerator=self.accelerator,
-        )
-
-    def _recipe(self, data: ImageFeatures | StoredFeatures) -> Recipe:
-        count = len(data)
-        shots = self.args.shots or count / len(self.model.class_names)
-        recipe = make_recipe(self.args.recipe, self.model.classifier, shots, count)
-        if isinstance(data, StoredFeatures) and recipe.name == "auto":  # a batch and its logits fit the buffer too
-            classes, dim = self.model.classifier.base.shape
-            fitting = self.args.buffer_mb * 1_000_000 // (4 * (dim + 3 * classes))
-            recipe = replace(recipe, train_batch_size=max(256, min(recipe.train_batch_size, fitting)))
-        names = (
-            "num_train_epochs",
-            "learning_rate",
-            "weight_decay",
-            "warmup_lr",
-            "train_batch_size",
-            "penalty",
-        )
-        given = {name: getattr(self.args, name) for name in names if getattr(self.args, name) is not None}
-        return replace(recipe, **given)
-
-    def _record(self, recipe: Recipe, digest: str, count: int) -> None:
-        """Provenance in the config: what `taskres info` and the card show."""
-        values = asdict(recipe)
-        values["recipe"] = values.pop("name")
-        self.model.config.training = {
-            **values, "seed": self.args.seed, "views": self.args.views, "augment_online": self.args.augment_online,
-            "engine": None if self._embedder is None else self._embedder.engine.name,
-        }  # fmt: skip
-        self.model.config.data = {"train_digest": digest, "train_images": count}
-        if self.args.dataset_name:
-            self.model.config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
-        self.model.config.metrics = None  # they spoke of the residual before this run
+    def _training_pictures(self) -> TrainingPictures:
+        """The drawn pictures and their embeddings; drawn once for one dataset and draw."""
+        dataset, args = self.train_dataset, self.args
+        if dataset is None:
+            raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
+        key = (id(dataset), args.shots, args.seed, args.views, args.augment_online, args.recipe, args.on_short)
+        if self._chosen is None or self._chosen[0] != key:
+            chosen = training_pictures(
+                self._embeddings.source(dataset), args, self.model.class_names, self._embeddings.of_pictures,
+                lambda: self.model.image_processor,
+            )  # fmt: skip
+            self._chosen = (key, chosen)
+        return self._chosen[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,12 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from datasets import DatasetDict
-from hub_server import HubServer
 from support import run
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.demo import check_task
 from taskres_hf.errors import ConfigurationError
-from taskres_hf.predicting import classify_files
+from taskres_hf.predicting import PredictionWriter, classify_files
 
 DATA = Path(__file__).parents[2] / "taskres_hf" / "demo_data"
 
@@ -81,7 +82,9 @@ def test_json_is_the_whole_standard_output(base: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
     assert result["train_images"] == 7
+    assert [split["name"] for split in result["account"]["splits"] if split["use"] == "train"] == ["train"]
     assert 0 < result["accuracy"] < 1
     assert done.stderr == ""
 
@@ -121,8 +124,6 @@ def test_spreadsheet_formulas_are_defused(capsys: pytest.CaptureFixture[str], tr
     folder = tmp_path / "f"
     folder.mkdir()
     (folder / "x.png").write_bytes(b"")
-    import os
-
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -131,6 +132,29 @@ def test_spreadsheet_formulas_are_defused(capsys: pytest.CaptureFixture[str], tr
     finally:
         os.chdir(here)
     assert "\n'=1+1.png," in (tmp_path / "r.csv").read_text()
+
+
+def test_an_interrupted_prediction_goes_on(
+    capsys: pytest.CaptureFixture[str], trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "r.csv", PredictionWriter.write
+    command = ["predict", trained, pictures / "deep", "-o", output, "--json", "--batch-size", 1]
+
+    def write_one(self: PredictionWriter, row: dict[str, object]) -> None:
+        write(self, row)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictionWriter, "write", write_one)
+        code, text, error = run(capsys, *command)
+    assert (code, text) == (130, "")
+    assert error.startswith("Interrupted. The rows so far are kept in")
+    assert "--resume" in error
+    assert not output.exists()
+    code, text, _ = run(capsys, *command, "--resume")
+    assert code == 0
+    assert json.loads(text) == {"output": str(output), "classified": 3, "skipped": 0, "resumed": 1}
+    assert run(capsys, "predict", trained, pictures, "--resume")[0] == 2
 
 
 def test_replaying_a_draw(capsys: pytest.CaptureFixture[str], base: str, tmp_path: Path) -> None:
@@ -159,19 +183,12 @@ def test_checkpoints_and_resume(capsys: pytest.CaptureFixture[str], base: str, t
     assert (tmp_path / "a" / "model.safetensors").read_bytes()[-6912:] == first
 
 
-def test_push(capsys: pytest.CaptureFixture[str], trained: Path, hub: HubServer) -> None:
-    code, text, _ = run(capsys, "push", trained, "tester/cli", "--json")
-    assert code == 0
-    assert json.loads(text)["repo_id"] == "tester/cli"
-    assert "model.safetensors" in hub.files("tester/cli")
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train"], 2, "Missing option"),
+        (["train"], 2, "Missing argument"),
         (["train", "--base-model", "x", "--dataset", "/no/where", "-o", "OUT"], 1, "no dataset at /no/where"),
-        (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--recipe", "best"], 1, "'auto' or 'paper'"),
+        (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--recipe", "best"], 2, "'auto', 'paper'"),
         (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--shots", "0"], 2, "shots"),
         (["train", "--base-model", "BASE", "--dataset", "DATA", "-o", "OUT", "--template", "no place"], 1, "{}"),
         (
@@ -179,7 +196,7 @@ def test_push(capsys: pytest.CaptureFixture[str], trained: Path, hub: HubServer)
             1,
             "no split 'nope'",
         ),
-        (["evaluate", "/no/model", "--dataset", "DATA"], 1, "There is no folder /no/model"),
+        (["evaluate", "/no/model", "--dataset", "DATA"], 1, "/no/model"),
         (["predict", "ART", "/no/picture.png"], 3, "no file"),
         (["predict", "ART", "EMPTY"], 1, "no pictures in"),
         (["predict", "ART", "EMPTY", "-o", "x.xlsx"], 1, ".csv, .jsonl, .parquet"),

@@ -10,11 +10,15 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Features, Image, Value
 from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
 
 from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding.embedder import Embedder
-from taskres_hf.embedding.preprocessing import Preprocessor
+from taskres_hf.embedding.features import embed_images
+from taskres_hf.embedding.preprocessing import CROPS, Preprocessor
+from taskres_hf.errors import ConfigurationError, ImageError
 from taskres_hf.pictures import read_image
 
 Model = TaskResCLIPForImageClassification
@@ -93,3 +97,99 @@ def test_two_grey_levels_whatever_the_size_and_the_edges(processor: Any) -> None
         found = prepare([picture])["pixel_values"]
         assert found.dtype == torch.uint8
         assert (found.float() - expected.float()).abs().max() <= 2, size
+
+
+# ---------------------------------------------------------------------- long pictures, and where the crop is
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (30_000, 7), (3, 60_000)])
+def test_a_long_thin_picture_takes_no_more_than_the_crop(size: tuple[int, int], monkeypatch: Any) -> None:
+    made: list[int] = []
+    real = PIL.Image.Image.resize
+
+    def resize(self: PIL.Image.Image, target: Any, *rest: Any, **options: Any) -> PIL.Image.Image:
+        made.append(target[0] * target[1])
+        return real(self, target, *rest, **options)
+
+    generator = np.random.default_rng(0)
+    picture = PIL.Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    prepare = Preprocessor(CLIPImageProcessor())
+    monkeypatch.setattr(PIL.Image.Image, "resize", resize)
+    values = prepare([picture])["pixel_values"]
+    assert values.shape == (1, 3, 224, 224)
+    assert max(made) <= 224 * 224
+    # The same as the middle of the whole: cut first, with more than the filter reaches, then scaled.
+    side, middle = min(size), max(size) // 2
+    reach = 4 * side + 8 + (middle - side // 2) % 2
+    box = (middle - reach, 0, middle + reach, side) if size[0] > size[1] else (0, middle - reach, side, middle + reach)
+    expected = prepare([picture.crop(box)])["pixel_values"]
+    assert (values - expected).abs().mean() < 0.35
+
+
+def test_resizing_only_what_the_crop_keeps_changes_nothing(splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskres_hf.embedding import preprocessing
+
+    prepare = Preprocessor(CLIPImageProcessor())
+    prepare.in_bytes = True
+    pictures = [splits["test"][0]["image"].convert("RGB").resize(size) for size in ((90, 40), (31, 120), (200, 199))]
+    whole = prepare(pictures)["pixel_values"].int()
+    monkeypatch.setattr(preprocessing, "_LARGEST_WHOLE", 0)
+    assert (prepare(pictures)["pixel_values"].int() - whole).abs().max() <= 2  # grey levels
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"exact": True, "crop": "torchvision"}])
+def test_the_stock_processor_is_not_given_what_would_take_gigabytes(options: Any) -> None:
+    prepare = Preprocessor(CLIPImageProcessor(), **options)
+    with pytest.raises(ImageError, match=r"100000x1 would be scaled to 22400000x224.*Crop it"):
+        prepare([PIL.Image.new("RGB", (100_000, 1))])
+    assert prepare([PIL.Image.new("RGB", (300, 20))])["pixel_values"].shape == (1, 3, 224, 224)
+    uncropped = Preprocessor(CLIPImageProcessor(do_center_crop=False))
+    with pytest.raises(ImageError, match="gigabytes"):
+        uncropped.check(PIL.Image.new("RGB", (100_000, 1)))
+
+
+def test_a_picture_that_is_too_long_is_named_and_skipped(model: Model, splits: Any) -> None:
+    pictures = [splits["test"][0]["image"].convert("RGB"), PIL.Image.new("RGB", (100_000, 1))]
+    images = LabelledImages(
+        Dataset.from_dict(
+            {"image": pictures, "label": ["a", "b"]}, Features({"image": Image(), "label": Value("string")})
+        )
+    )
+    embedder = Embedder(model.clip, model.image_processor, exact_preprocessing=True)
+    with pytest.warns(UserWarning, match=r"(?s)1 of 2 .*Row 1: .*100000x1"):
+        assert embed_images(embedder, images, on_error="skip", progress=False).skipped == (1,)
+
+
+def _torchvision_crop(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """`Resize(side)` and `CenterCrop(side)` of torchvision's transforms, from its source: round() is half to even."""
+    short, long = sorted(picture.size)
+    longer = int(side * long / short)
+    size = (side, longer) if picture.width <= picture.height else (longer, side)
+    resized = picture.resize(size, PIL.Image.Resampling.BICUBIC)
+    left, top = round((resized.width - side) / 2.0), round((resized.height - side) / 2.0)
+    return resized.crop((left, top, left + side, top + side))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("surplus", [0, 1, 2, 3, 5, 7, 11])
+def test_the_crop_of_torchvision(exact: bool, surplus: int, splits: Any) -> None:
+    """One pixel off transformers' where (long side - 224) mod 4 is 3."""
+    side = 32
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    picture = splits["test"][0]["image"].convert("RGB").resize((side + surplus, side))
+    expected = processor(images=[_torchvision_crop(picture, side)], return_tensors="pt")["pixel_values"]
+    found = {crop: Preprocessor(processor, exact, crop)([picture])["pixel_values"] for crop in CROPS}
+    assert (found["torchvision"] - expected).abs().max() * 0.28 <= 2.01 / 255
+    assert torch.equal(found["torchvision"], found["processor"]) == (surplus % 4 != 3)
+    fast = Preprocessor(processor, crop="torchvision")
+    assert fast.fast
+    view = [picture.resize((side, side))]  # has the tower's size: nothing is cropped
+    both = [Preprocessor(processor, exact, crop)(view, augmented=True)["pixel_values"] for crop in CROPS]
+    assert torch.equal(*both)
+
+
+def test_the_crop_is_part_of_the_key(model: Model) -> None:
+    keys = [Embedder(model.clip, model.image_processor, crop=crop).key for crop in CROPS]
+    assert keys[0] != keys[1]
+    with pytest.raises(ConfigurationError, match="`crop` must be one of"):
+        Embedder(model.clip, model.image_processor, crop="centre")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from taskres_hf import TaskResClassifier
+from taskres_hf import TaskResClassifier, TaskResTrainingArguments
 from taskres_hf.embedding.engines import onednn as linear
 from taskres_hf.errors import ConfigurationError
+from taskres_hf.paper.datasets import suite_datasets
 from taskres_hf.training.gradient import loss_and_gradient, penalty_factor
-from taskres_hf.training.recipes import epoch_batches, learning_rate, make_recipe
+from taskres_hf.training.recipes import (
+    epoch_batches,
+    learning_rate,
+    make_recipe,
+    published_alpha,
+    published_constants,
+    recipe_for,
+)
 
 
 def _head(dtype: torch.dtype = torch.float64) -> TaskResClassifier:
@@ -102,3 +111,53 @@ def test_ragged_end_is_dropped_as_published() -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(ConfigurationError, match="'auto' or 'paper'"):
         make_recipe("best", _head(), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("imagenet", {"learning_rate": 2e-4}), ("ILSVRC/imagenet-1k", {"learning_rate": 2e-4}),
+        ("ImageNet", {"learning_rate": 2e-4}), ("oxford_flowers", {"alpha": 1.0}), ("OxfordFlowers", {"alpha": 1.0}),
+        ("nelorth/oxford-flowers", {"alpha": 1.0}), ("Flowers102", {"alpha": 1.0}), ("oxford_pets", {}),
+        ("my-flowers", {}), ("imagenet_sketch", {}), ("tiny-imagenet", {}), (None, {}), ("", {}),
+    ],
+)  # fmt: skip
+def test_constants_of_the_papers_datasets(name: str | None, expected: dict[str, float]) -> None:
+    assert published_constants(name) == expected
+
+
+def test_constants_agree_with_the_datasets_descriptions() -> None:
+    for name, spec in suite_datasets().items():
+        if "template_set" in spec:
+            described = {key: spec[key] for key in ("learning_rate", "alpha") if key in spec}
+            assert described == {"alpha": 0.5, **published_constants(name)}, name
+
+
+def test_an_alpha_of_ones_own_stays() -> None:
+    assert published_alpha(0.5, "oxford_flowers") == 1.0
+    assert published_alpha(0.7, "oxford_flowers") == 0.7
+    assert published_alpha(0.5, "oxford_pets") == 0.5
+
+
+def _run(recipe: str, counts: list[int], **options: Any) -> Any:
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    return recipe_for(TaskResTrainingArguments(recipe=recipe, **options), _head(), labels, fit_buffer=False)
+
+
+@pytest.mark.parametrize("counts", [[8] * 5 + [1], [8] + [1] * 5, [7] * 6])
+def test_the_shots_asked_for_decide_the_published_epochs(counts: list[int]) -> None:
+    assert _run("paper", counts, shots=8).num_train_epochs == 200
+    assert _run("paper", [4] * 6, shots=4).num_train_epochs == 100
+    assert _run("paper", [8] * 5 + [1]).num_train_epochs == 200  # drawn elsewhere: the fullest class tells
+
+
+def test_what_there_is_decides_under_auto() -> None:
+    assert _run("auto", [10] * 6, shots=30) == _run("auto", [10] * 6)
+    assert _run("auto", [10] * 6).penalty == pytest.approx(0.3)
+    assert _run("auto", [8] * 5 + [7]).num_train_epochs == 200
+
+
+def test_settings_override_the_recipe() -> None:
+    recipe = _run("paper", [4] * 6, dataset_name="imagenet")
+    assert recipe.learning_rate == 2e-4
+    assert _run("paper", [4] * 6, dataset_name="imagenet", learning_rate=0.0).learning_rate == 0.0

@@ -9,6 +9,7 @@ it is the user's explicit choice. What ran is recorded.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -19,11 +20,12 @@ from transformers import PreTrainedModel
 from ...base_model import cpu_has_bf16
 from ...encoders import encode_images
 from ...errors import ConfigurationError
+from ...families import family_of
 from .engine import ImageEngine
 from .onednn import onednn
 from .onnxruntime import onnxruntime_engine
 from .openvino import openvino_engine
-from .rewriting import REWRITABLE, best_batch_size, int8_obstacle, rewritten, takes_bytes
+from .rewriting import best_batch_size, int8_obstacle, rewritten, takes_bytes, watched_module
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 
@@ -31,7 +33,7 @@ ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
-_LARGEST_KEPT = 31 << 20  # bytes; glibc's limit is 32 MiB
+_LARGEST_REUSED = 31 << 20  # bytes; glibc's limit is 32 MiB
 
 
 _LARGE = 512  # width of a tower from which bf16 pays
@@ -62,33 +64,60 @@ def make_engine(
     parameter = next(tower.parameters())
     on_cpu = parameter.device.type == "cpu"
     half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
-    plain = base.config.model_type in REWRITABLE
+    clip_like = family_of(base).clip_layers
     wide = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE
     if precision == "auto" and engine != "onnxruntime":
         precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
     precision = "fp32" if precision == "auto" else precision
     if engine == "auto":  # with oneDNN torch is as fast in fp32; OpenVINO's bf16 moves accuracies more than torch's
-        found = importlib.util.find_spec("openvino") is not None and onednn(torch.float32) is None
-        engine = "openvino" if found and on_cpu and not half and plain and wide and precision == "fp32" else "torch"
+        needed = onednn(torch.float32) is None and importlib.util.find_spec("openvino") is not None
+        fits = on_cpu and not half and clip_like and wide and precision == "fp32"
+        engine = "openvino" if needed and fits else "torch"
     if precision == "int8":
         _check_int8(base, engine, on_cpu and not half)
-    if engine == "torch":
-        convert = not half and (on_cpu or precision == "bf16")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-        normalisation = normalisation if convert and precision != "fp32" and on_cpu and takes_bytes(base) else None
-        return ImageEngine(
-            "torch",
-            str(parameter.dtype).removeprefix("torch.") if half else precision,
-            best_batch_size(base) if on_cpu else 32,
-            lambda: _torch_tower(base, dtype if convert else None, normalisation),
-            normalisation is not None,
-        )
-    if not plain or not on_cpu or half:
+    if engine == "torch" and (half or not (on_cpu or precision == "bf16")):
+        return stock_engine(base)
+    if engine != "torch" and (half or not clip_like or not on_cpu):
         raise ConfigurationError(
             f"engine={engine!r} runs fp32 CLIP-like towers on the CPU; this base is {base.config.model_type!r}, "
             f"{parameter.dtype}, on {parameter.device}. Use engine='torch'."
         )
+    watched = engine_of_watched(base, f"{engine}-{precision}")
+    if watched is not None:
+        return watched
+    if engine == "torch":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
+        normalisation = normalisation if precision != "fp32" and on_cpu and takes_bytes(base) else None
+        return ImageEngine(
+            "torch",
+            precision,
+            best_batch_size(base) if on_cpu else 32,
+            lambda: _torch_tower(base, dtype, normalisation),
+            normalisation is not None,
+        )
     return openvino_engine(base, precision) if engine == "openvino" else onnxruntime_engine(base, precision)
+
+
+def engine_of_watched(base: PreTrainedModel, instead_of: str) -> ImageEngine | None:
+    """The tower as it is, with a warning, where a hook takes part in it, which another form would not run; or None."""
+    name = watched_module(base)
+    if name is None:
+        return None
+    if not hasattr(base.get_submodule(name), "_hf_hook"):  # Accelerate's own, for placing a model
+        warnings.warn(
+            f"A hook or a replaced forward on {name} takes part in the image tower: the tower runs as it is instead "
+            f"of in {instead_of}.",
+            stacklevel=4,
+        )
+    return stock_engine(base)
+
+
+def stock_engine(base: PreTrainedModel) -> ImageEngine:
+    """The tower as it is, in its own dtype."""
+    parameter = next(getattr(base, "vision_model", base).parameters())
+    name = {torch.float32: "fp32"}.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
+    size = best_batch_size(base) if parameter.device.type == "cpu" else 32
+    return ImageEngine("torch", name, size, lambda: _torch_tower(base, None, None), is_stock=True)
 
 
 def _check_int8(base: PreTrainedModel, engine: str, fp32_on_cpu: bool) -> None:
@@ -106,7 +135,7 @@ def _torch_tower(
     base: PreTrainedModel, dtype: torch.dtype | None, normalisation: tuple[Tensor, Tensor] | None
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     # glibc keeps pieces as large as the largest that was given back, and asks the system anew for larger ones: slow.
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+    torch.empty(_LARGEST_REUSED, dtype=torch.uint8)
     return partial(_torch, base if dtype is None else rewritten(base, dtype, normalisation))
 
 

@@ -1,8 +1,8 @@
 """The large products of a frozen tower in int8, without pictures to calibrate on.
 
-Bytes are too coarse for what layers read as they are: a few channels are far larger than all others. Turned by an
+Bytes are too coarse for what layers read as they are: a few channels are far larger than all others. Rotated by an
 orthogonal, symmetric Q with Q 1 = 1, none is. LN(h Q) = LN(h) Q, since means and lengths stay, so the whole residual
-stream can be turned by turning weights: at no cost, and exactly (as QuaRot, arXiv 2404.00456, does for language
+stream can be rotated by rotating weights: at no cost, and exactly (as QuaRot, arXiv 2404.00456, does for language
 models). What a layer then reads has variance one and no outliers, and one fixed range fits it. What the second product
 of an MLP reads has outliers, so every token has its own range. No picture's embedding depends on another's.
 """
@@ -21,10 +21,10 @@ from .onednn import ACTIVATIONS, LINEAR, Int8Linear, factored, frozen_linear, pr
 
 _RANGE = 4.0  # standard deviations that bytes reach to: the error of coarser steps and of clipping are least there
 _ZERO = 128  # the byte for 0
-_WIDE = 512  # values of a token from which turning them at once would take long
+_WIDE = 512  # values of a token from which rotating them at once would take long
 
 
-class Turn(nn.Module):
+class Rotation(nn.Module):
     """Vectors [..., D] times Q [D, D], symmetric and orthogonal, whose rows sum to one and have no large entry.
 
     Q of a wide tower is the Kronecker product of a matrix of halves [4, 4] and a mixing one [D / 4, D / 4]: as even,
@@ -51,44 +51,44 @@ def _mixing(width: int) -> Tensor:
     return ((waves.T * signs.double()) @ waves).float()
 
 
-def turn_layer(layer: Any, turn: Turn, enter: bool, leave: bool) -> None:
+def rotate_layer(layer: Any, rotation: Rotation, enter: bool, leave: bool) -> None:
     """Let a `towers.Layer` work on a residual stream times Q, in place; what it shares with others stays as it is.
 
     Args:
-        layer: the layer. enter, leave: whether what comes in is not yet turned, and what goes out no longer.
+        layer: the layer. enter, leave: whether what comes in is not yet rotated, and what goes out no longer.
     """
     for name, module in list(layer.named_children()):
         if name == "out_proj":
-            layer.out_proj = _writes(module, turn)
+            layer.out_proj = _writes(module, rotation)
         elif type(module) in LINEAR:
-            setattr(layer, name, _reads(module, layer.layer_norm1, turn))
+            setattr(layer, name, _reads(module, layer.layer_norm1, rotation))
     mlp = copy.copy(layer.mlp)
-    parts = {"fc1": _reads(mlp.fc1, layer.layer_norm2, turn), "fc2": _writes(mlp.fc2, turn)}
+    parts = {"fc1": _reads(mlp.fc1, layer.layer_norm2, rotation), "fc2": _writes(mlp.fc2, rotation)}
     mlp._modules = {**mlp._modules, **parts}
     layer.mlp = mlp
     for name in ("layer_norm1", "layer_norm2"):
         norm = getattr(layer, name)
         setattr(layer, name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
-    layer.turn_in, layer.turn_out = turn if enter else None, turn if leave else None
+    layer.rotate_in, layer.rotate_out = rotation if enter else None, rotation if leave else None
 
 
-def _reads(layer: Any, norm: Any, turn: Turn) -> nn.Linear:
+def _reads(layer: Any, norm: Any, rotation: Rotation) -> nn.Linear:
     """The linear layer, with scale and shift of the norm before it, for inputs times Q."""
     weight = layer.weight.detach()
     bias = weight @ norm.bias.detach()
     if layer.bias is not None:
         bias = bias + layer.bias.detach()
-    return frozen_linear(turn(weight * norm.weight.detach()), bias)
+    return frozen_linear(rotation(weight * norm.weight.detach()), bias)
 
 
-def _writes(layer: Any, turn: Turn) -> nn.Linear:
+def _writes(layer: Any, rotation: Rotation) -> nn.Linear:
     """The linear layer, for outputs times Q."""
-    bias = None if layer.bias is None else turn(layer.bias.detach())
-    return frozen_linear(turn(layer.weight.detach().T).T.contiguous(), bias)
+    bias = None if layer.bias is None else rotation(layer.bias.detach())
+    return frozen_linear(rotation(layer.weight.detach().T).T.contiguous(), bias)
 
 
 def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """What takes the place of a turned `towers.Layer`'s children: norms that give bytes, products that take them.
+    """What takes the place of a rotated `towers.Layer`'s children: norms that give bytes, products that take them.
 
     `dtype` is that of queries, keys and values.
     """

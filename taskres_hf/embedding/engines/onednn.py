@@ -23,10 +23,10 @@ def onednn(dtype: torch.dtype) -> tuple[Any, Any] | None:
     inputs, weight = torch.ones(3, 5, 8, dtype=dtype), torch.eye(8, dtype=dtype)[:4]
     try:
         layout, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-        found = multiply(inputs, layout(weight, 15), None, "none", [], "")
+        result = multiply(inputs, layout(weight, 15), None, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError):
         return None
-    return (layout, multiply) if torch.equal(found, F.linear(inputs, weight)) else None
+    return (layout, multiply) if torch.equal(result, F.linear(inputs, weight)) else None
 
 
 @cache
@@ -41,12 +41,12 @@ def onednn_int8() -> tuple[Any, Any] | None:
     try:
         layout, multiply = torch.ops.onednn.qlinear_prepack, torch.ops.onednn.qlinear_pointwise
         laid_out = layout(weight, [2, 64])
-        found = multiply(
+        sums = multiply(
             inputs, 1.0, 0, laid_out, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )  # fmt: skip
     except (AttributeError, NotImplementedError, RuntimeError):
         return None
-    return (layout, multiply) if supported() and bool((found == 64 * 255 * 127).all()) else None
+    return (layout, multiply) if supported() and bool((sums == 64 * 255 * 127).all()) else None
 
 
 @cache
@@ -66,8 +66,8 @@ def product(rows: Tensor, columns: Tensor) -> Tensor:
     operators = onednn(torch.float32) if mkl_is_slow() else None
     if operators is None or not rows.dtype == columns.dtype == torch.float32 or not (rows.is_cpu and columns.is_cpu):
         return torch.mm(rows, columns.T)
-    found: Tensor = operators[1](rows, columns, None, "none", [], "")
-    return found
+    result: Tensor = operators[1](rows, columns, None, "none", [], "")
+    return result
 
 
 LINEAR = (nn.Linear,)  # exactly this: a subclass (LoRA, 8 bit) is more than its weight
@@ -110,10 +110,10 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.dtype)
         if self.multiply is None:
-            found = F.linear(inputs, self.weight, self.bias)
+            outputs = F.linear(inputs, self.weight, self.bias)
         else:
-            found = self.multiply(inputs, self.weight, self.bias, self.activation[0], [], self.activation[1])
-        return found if self.inner else found.float()
+            outputs = self.multiply(inputs, self.weight, self.bias, self.activation[0], [], self.activation[1])
+        return outputs if self.inner else outputs.float()
 
 
 def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,12 +147,12 @@ class Int8Linear(nn.Module):
         rounded, steps = in_bytes(weight)
         self.weight = layout(rounded, [rows, weight.shape[1]])
         zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.given = (step, zero, self.weight, steps.flatten(), zeros, bias, 1.0, 0, dtype)
+        self.quantisation = (step, zero, self.weight, steps.flatten(), zeros, bias, 1.0, 0, dtype)
         self.activation: tuple[str, list[Any], str] = (activation[0], [], activation[1])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found: Tensor = self.multiply(inputs, *self.given, *self.activation)
-        return found
+        outputs: Tensor = self.multiply(inputs, *self.quantisation, *self.activation)
+        return outputs
 
 
 # What oneDNN can apply within a product: its name and variant, the factor its input needs and its output has, and the

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...encoders import image_weights_digest
 from ...errors import ConfigurationError, MissingExtraError
-from ...storage import cache_root
-from .engine import FORMAT, ImageEngine, Tower, picture_size
+from .engine import ImageEngine, Tower, converted_tower, picture_size
 from .rewriting import best_batch_size
 
 
@@ -32,19 +31,18 @@ def onnxruntime_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
 
 def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = picture_size(base)
-    file = cache_root() / "onnx" / f"{image_weights_digest(base)[:24]}-{FORMAT}.onnx"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f".{file.name}.tmp")
+
+    def convert(file: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it misses
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                Tower(base), (torch.zeros(2, 3, height, width),), str(staging), input_names=["pixel_values"],
+                Tower(base), (torch.zeros(2, 3, height, width),), str(file), input_names=["pixel_values"],
                 output_names=["image_embeds"], dynamo=True, external_data=False, verbose=False,
                 dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}},
             )  # fmt: skip
-        staging.replace(file)
+
+    file = converted_tower("onnx", "tower.onnx", base, convert)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

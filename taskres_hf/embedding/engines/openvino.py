@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...encoders import image_weights_digest
 from ...errors import MissingExtraError
-from ...storage import cache_root
-from .engine import FORMAT, ImageEngine, Tower, picture_size
+from .engine import ImageEngine, Tower, converted_tower, picture_size
 from .rewriting import best_batch_size
 
 
@@ -33,15 +32,15 @@ def openvino_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
 def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = picture_size(base)
     core = openvino.Core()
-    file = cache_root() / "openvino" / f"{image_weights_digest(base)[:24]}-{FORMAT}.xml"
-    if file.is_file():
-        model = core.read_model(file)
-    else:
+
+    def convert(file: Path) -> None:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
             model = openvino.convert_model(Tower(base), example_input=torch.zeros(1, 3, height, width))
         model.reshape([-1, 3, height, width])
-        _keep(openvino, model, file)
+        openvino.save_model(model, file, compress_to_fp16=False)
+
+    model = core.read_model(converted_tower("openvino", "tower.xml", base, convert))
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     compiled = core.compile_model(
         model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -51,15 +50,3 @@ def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Cal
         return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
 
     return run
-
-
-def _keep(openvino: Any, model: Any, file: Any) -> None:
-    """Save the converted tower for the next time; a cache that cannot be written only costs time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f".{file.stem}.tmp.xml")
-        openvino.save_model(model, staging, compress_to_fp16=False)
-        staging.with_suffix(".bin").replace(file.with_suffix(".bin"))
-        staging.replace(file)
-    except OSError:
-        return

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base_model import cpu_has_bf16
-from .int8 import Turn, int8_parts, turn_layer
+from ...families import family_of
+from .int8 import Rotation, int8_parts, rotate_layer
 from .onednn import (
     ACTIVATIONS,
     LINEAR,
@@ -32,13 +33,11 @@ from .onednn import (
     onednn_int8,
 )
 
-READS_FIRST_TOKEN = ("clip", "metaclip_2", "chinese_clip", "altclip")  # families whose embedding is that token's
-REWRITABLE = (*READS_FIRST_TOKEN, "siglip")  # families whose layers have CLIP's parts and no mask
 _CAPTURE = "transformers.utils.output_capturing"
 _FEW_TOKENS = 64  # up to here two small products beat the fused attention in bf16
 
 
-def tokens(base: PreTrainedModel) -> int:
+def num_patches(base: PreTrainedModel) -> int:
     """Patches of a picture."""
     config = getattr(base.config, "vision_config", None)
     size, patch = getattr(config, "image_size", 224), getattr(config, "patch_size", 32)
@@ -48,7 +47,7 @@ def tokens(base: PreTrainedModel) -> int:
 def best_batch_size(base: PreTrainedModel, cores: int = 1) -> int:
     """Pictures a pass at which one core, or several together, are fastest."""
     rows = 1600 if cores > 1 else 800
-    return max(4, rows // max(tokens(base), 50), min(cores, 64))
+    return max(4, rows // max(num_patches(base), 50), min(cores, 64))
 
 
 def rewritten(
@@ -62,34 +61,37 @@ def rewritten(
             model. normalisation: let the tower take pictures as bytes, uint8 [B, 3, H, W], and multiply and add these
             numbers per channel, [3] each (the base must be one that `takes_bytes`).
     """
-    rows = best_batch_size(base) * tokens(base)
+    rows = best_batch_size(base) * num_patches(base)
     layers = _layers(base)
-    last = layers[-1] if len(layers) and base.config.model_type in READS_FIRST_TOKEN else None
-    turn = Turn(base.config.vision_config.hidden_size) if dtype is torch.int8 else None
-    plain = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
+    last = layers[-1] if len(layers) and family_of(base).reads_first_token else None
+    rotation = Rotation(base.config.vision_config.hidden_size) if dtype is torch.int8 else None
+    inner_dtype = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
 
     def convert(module: nn.Module, name: str) -> nn.Module:
         if name in _WHOLE:
             return module
-        if plain is not None and type(module) in LINEAR:
-            own = torch.float32 if name.endswith("_projection") and module.weight.is_cpu else plain  # one small product
-            return PackedLinear(module.weight, module.bias, own, rows, name in _INNER)  # type: ignore[arg-type]
-        if plain is not None and PackedPatches.fits(module):
+        if inner_dtype is not None and type(module) in LINEAR:
+            small = name.endswith("_projection") and module.weight.is_cpu  # one small product
+            dtype_here = torch.float32 if small else inner_dtype
+            return PackedLinear(module.weight, module.bias, dtype_here, rows, name in _INNER)  # type: ignore[arg-type]
+        if inner_dtype is not None and PackedPatches.fits(module):
             patches: Any = module
             if normalisation is not None:
                 return BytePatches(patches, rows, normalisation)
             return PackedPatches(patches, rows)
-        done: dict[str, nn.Module] = {}
+        replaced: dict[str, nn.Module] = {}
         if module in layers and Layer.fits(module):
             clone: Any = Layer(module, first_only=module is last)
-            if turn is not None and plain is not None:
-                turn_layer(clone, turn, enter=module is layers[0], leave=module is layers[-1])
-                done = {} if clone.first_only else int8_parts(clone, rows, plain)
+            if rotation is not None and inner_dtype is not None:
+                rotate_layer(clone, rotation, enter=module is layers[0], leave=module is layers[-1])
+                replaced = {} if clone.first_only else int8_parts(clone, rows, inner_dtype)
         else:
             clone = copy.copy(module)
-        children = None if plain is None else packed_mlp(clone, plain, rows)
+        children = None if inner_dtype is None else packed_mlp(clone, inner_dtype, rows)
         if children is None:
-            children = {key: done.get(key) or (child and convert(child, key)) for key, child in clone._modules.items()}
+            children = {}
+            for key, child in clone._modules.items():
+                children[key] = replaced.get(key) or (child and convert(child, key))
         clone._modules = children
         return clone  # type: ignore[no-any-return]
 
@@ -106,7 +108,19 @@ _WHOLE = ("keys", "values")  # whose weights are read as they are
 
 def _layers(base: PreTrainedModel) -> Any:
     """The layers of an image tower of a family whose layers can be rewritten."""
-    return base.vision_model.encoder.layers if base.config.model_type in REWRITABLE else ()  # type: ignore[union-attr]
+    return base.vision_model.encoder.layers if family_of(base).clip_layers else ()  # type: ignore[union-attr]
+
+
+def watched_module(base: PreTrainedModel) -> str | None:
+    """Name of a module of the image side that something from outside takes part in (a hook), or None.
+
+    A rewritten tower would not run it, or not on everything it sees in the tower itself.
+    """
+    for side, part in base.named_children():
+        for name, module in () if side.startswith("text") else part.named_modules():
+            if _watched(module):
+                return f"{side}.{name}".rstrip(".")
+    return None
 
 
 def int8_obstacle(base: PreTrainedModel) -> str | None:
@@ -138,8 +152,8 @@ class Layer(nn.Module):
         self.heads, self.first_only = attention.num_heads, first_only
         self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
         self.out_proj = attention.out_proj
-        self.turn_in: nn.Module | None = None
-        self.turn_out: nn.Module | None = None
+        self.rotate_in: nn.Module | None = None
+        self.rotate_out: nn.Module | None = None
         query = (attention.q_proj, attention.scale)
         if first_only:
             self.first_query, self.keys, self.values = _joined(query), attention.k_proj, attention.v_proj
@@ -160,12 +174,12 @@ class Layer(nn.Module):
             and all(type(part) in LINEAR for part in attention.children())
             and hasattr(attention, "num_heads")
             and hasattr(attention, "scale")
-            and not any(map(_watched, (layer, *attention.modules())))
+            and not any(map(_watched, layer.modules()))
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.turn_in is not None:
-            hidden_states = self.turn_in(hidden_states)
+        if self.rotate_in is not None:
+            hidden_states = self.rotate_in(hidden_states)
         normed = self.layer_norm1(hidden_states)
         if self.first_only:
             hidden_states = hidden_states[:, :1]
@@ -174,7 +188,7 @@ class Layer(nn.Module):
             mixed = self._mixed(normed)
         hidden_states = self.out_proj(mixed).add_(hidden_states)  # in place: asking for memory takes longer than adding
         hidden_states = self.mlp(self.layer_norm2(hidden_states)).add_(hidden_states)
-        return hidden_states if self.turn_out is None else self.turn_out(hidden_states)
+        return hidden_states if self.rotate_out is None else self.rotate_out(hidden_states)
 
     def _mixed(self, normed: Tensor) -> Tensor:
         parts = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
@@ -234,8 +248,8 @@ def _activation(module: Any) -> tuple[str, str, float, float] | None:
     """The activation of a plain MLP as oneDNN knows it; None for anything else."""
     if set(module._modules) != {"fc1", "activation_fn", "fc2"}:
         return None
-    plain = type(module.fc1) in LINEAR and type(module.fc2) in LINEAR
-    return ACTIVATIONS.get(type(module.activation_fn).__name__) if plain else None
+    linear = type(module.fc1) in LINEAR and type(module.fc2) in LINEAR
+    return ACTIVATIONS.get(type(module.activation_fn).__name__) if linear else None
 
 
 class PackedPatches(nn.Module):
@@ -271,8 +285,8 @@ class PackedPatches(nn.Module):
         return patches.permute(0, 2, 4, 3, 5, 1), (down, across)
 
     def _as_convolved(self, embeds: Tensor, grid: tuple[int, int]) -> Tensor:
-        found: Tensor = embeds.transpose(1, 2).unflatten(2, grid)
-        return found
+        grid_of_embeds: Tensor = embeds.transpose(1, 2).unflatten(2, grid)
+        return grid_of_embeds
 
 
 class BytePatches(PackedPatches):
@@ -304,7 +318,7 @@ class BytePatches(PackedPatches):
 
 def takes_bytes(base: PreTrainedModel) -> bool:
     """Whether `rewritten` can let an image tower take bytes instead of normalised values."""
-    if base.config.model_type not in REWRITABLE or onednn_int8() is None:
+    if not family_of(base).clip_layers or onednn_int8() is None:
         return False
     embeddings = getattr(getattr(base, "vision_model", None), "embeddings", None)
     convolution = getattr(embeddings, "patch_embedding", None)

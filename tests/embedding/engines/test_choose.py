@@ -19,7 +19,7 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose as engines
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.embedding.engines.rewriting import REWRITABLE, int8_obstacle
+from taskres_hf.embedding.engines.rewriting import int8_obstacle
 from taskres_hf.encoders import encode_images
 from taskres_hf.errors import ConfigurationError, MissingExtraError
 from taskres_hf.families import FAMILIES
@@ -79,7 +79,7 @@ def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
     with torch.no_grad():
         expected = encode_images(base, inputs)
         for engine, precision in (("torch", "fp32"), *COMBINATIONS):
-            if engine != "torch" and (family not in REWRITABLE or not importlib.util.find_spec(engine)):
+            if engine != "torch" and (not FAMILIES[family].clip_layers or not importlib.util.find_spec(engine)):
                 continue
             if precision == "int8" and int8_obstacle(base):
                 continue
@@ -162,3 +162,37 @@ def test_what_does_not_exist(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"taskres_hf\[openvino\]"):
         make_engine(model.clip, "openvino", "fp32")
+
+
+@pytest.mark.parametrize("change", ["a byte", "no checksums", "half of it"])
+def test_a_damaged_converted_tower_is_made_again(
+    model: Model, pixel_values: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    _needs("openvino")
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))
+    expected = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    file = next(tmp_path.rglob("*.bin"))
+    content = file.read_bytes()
+    if change == "no checksums":
+        (file.parent / "sha256.json").unlink()
+    else:
+        middle = len(content) // 2
+        rest = content[middle + 1 :] if change == "a byte" else b""
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + rest)
+    with pytest.warns(UserWarning, match="damaged"):
+        found = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    assert torch.equal(found, expected)
+    assert file.read_bytes() == content
+    assert len(list(file.parent.parent.iterdir())) == 1  # nothing left over
+
+
+def test_a_converted_tower_that_cannot_be_kept_runs(
+    model: Model, pixel_values: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _needs("openvino")
+    expected = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="not kept"):
+        found = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    assert torch.equal(found, expected)

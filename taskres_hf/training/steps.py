@@ -1,0 +1,185 @@
+"""Batches of image embeddings, whatever they come from, and the step that learns from one, with one signature each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.labelled import LabelledImages
+from ..embedding.augmentation import augment, crop_size
+from ..embedding.embedder import Embedder
+from ..embedding.features import ImageFeatures
+from ..embedding.stored import StoredFeatures
+from ..residual import TaskResClassifier
+from .gradient import loss_and_gradient, penalty_factor
+from .recipes import Recipe, epoch_batches, learning_rate
+
+# Image embeddings [b, D] and labels [b] of one process's share, and the number of examples B of all processes.
+Batch = tuple[Tensor, Tensor, int]
+# The batches of an epoch.
+Batches = Callable[[int], Iterator[Batch]]
+# Learns from a batch; sums [3] over all processes: loss, correct, examples.
+Step = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def batches_in_memory(
+    data: ImageFeatures, head: TaskResClassifier, recipe: Recipe, seed: int, world: int = 1, rank: int = 0
+) -> Batches:
+    """Embeddings already computed, a random view of each picture."""
+    embeds = _ready(data.image_embeds, head)
+    labels = data.labels.to(embeds.device)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for rows, views in epoch_batches(len(data), len(embeds), recipe.train_batch_size, seed, epoch):
+            rows, views, count = rows[rank::world].to(embeds.device), views[rank::world].to(embeds.device), len(rows)
+            images = embeds[0].index_select(0, rows) if len(embeds) == 1 else embeds[views, rows]
+            yield images, labels[rows], count
+
+    return batches
+
+
+def batches_from_disk(
+    data: StoredFeatures, head: TaskResClassifier, recipe: Recipe, seed: int, buffer_mb: int, world: int, rank: int
+) -> Batches:
+    """Embeddings too many for memory."""
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for labels, images in data.batches(recipe.train_batch_size, seed, epoch, buffer_mb):
+            ready = _ready(images[rank::world], head)
+            yield ready, labels[rank::world].to(ready.device), len(labels)
+
+    return batches
+
+
+def batches_augmented(
+    images: LabelledImages,
+    digests: Sequence[str],
+    embedder: Embedder,
+    head: TaskResClassifier,
+    recipe: Recipe,
+    seed: int,
+    batch_size: int | None = None,
+    world: int = 1,
+    rank: int = 0,
+) -> Batches:
+    """Pictures augmented and embedded afresh; a view is a function of the seed, the picture and the epoch."""
+    size = crop_size(embedder.image_processor)
+    all_labels = torch.tensor(images.labels)
+    turn = batch_size or embedder.batch_size
+
+    def embed(rows: list[int], epoch: int) -> Tensor:
+        parts = [torch.zeros(0, head.base.shape[1])]
+        for start in range(0, len(rows), turn):
+            pictures = [
+                augment(images.image(row), size, random.Random(f"{seed} {digests[row]} {epoch}"))
+                for row in rows[start : start + turn]
+            ]
+            parts.append(embedder(pictures, augmented=True))
+        return torch.cat(parts)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for rows, _ in epoch_batches(len(images), 1, recipe.train_batch_size, seed, epoch):
+            mine = rows[rank::world]
+            ready = _ready(embed(mine.tolist(), epoch), head)
+            yield ready, all_labels[mine].to(ready.device), len(rows)
+
+    return batches
+
+
+def _ready(images: Tensor, head: TaskResClassifier) -> Tensor:
+    images = images.to(device=head.residual.device, dtype=head.residual.dtype)
+    # On the text side the length of an image embedding does not matter.
+    return F.normalize(images, dim=-1) if head.side == "text" else images
+
+
+def make_optimizer(head: TaskResClassifier, recipe: Recipe) -> torch.optim.Optimizer:
+    """The published optimizer over the residual, which starts without a gradient."""
+    head.residual.grad = None  # whatever a caller or an earlier run left there
+    return torch.optim.Adam([head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> float:
+    rate = learning_rate(recipe, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def make_step(
+    head: TaskResClassifier,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    closed_form: bool = True,
+    accelerator: Any = None,
+) -> Step:
+    """The step of a run: the gradient by hand where one process trains the text side, else autograd.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`, or None within one process.
+    """
+    factor = penalty_factor(recipe, head)
+    several = accelerator is not None and accelerator.num_processes > 1
+    if closed_form and not several and head.side == "text":
+        return _closed_form_step(head, optimizer, factor)
+    return _autograd_step(head, optimizer, factor, accelerator)
+
+
+def _closed_form_step(head: TaskResClassifier, optimizer: torch.optim.Optimizer, factor: float) -> Step:
+    def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
+        loss, correct, head.residual.grad = loss_and_gradient(head, images, labels, factor)
+        optimizer.step()
+        return torch.tensor([float(loss) * count, float(correct), count], dtype=torch.float64)
+
+    return step
+
+
+def _autograd_step(
+    head: TaskResClassifier, optimizer: torch.optim.Optimizer, factor: float, accelerator: Any = None
+) -> Step:
+    forward, prepared = (head, optimizer) if accelerator is None else accelerator.prepare(head, optimizer)
+    world = 1 if accelerator is None else accelerator.num_processes
+
+    def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
+        logits = forward(images)
+        # Sums over the whole batch: gradients of the processes are averaged, whatever share each one has.
+        local = F.cross_entropy(logits, labels, reduction="sum")
+        regulariser = factor * head.residual.pow(2).sum()
+        loss = local * (world / count) + regulariser
+        loss.backward() if accelerator is None else accelerator.backward(loss)
+        prepared.step()
+        prepared.zero_grad()
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums = torch.stack([local.detach() + regulariser.detach() * len(labels), correct.to(local.dtype)])
+        if accelerator is not None:
+            sums = accelerator.reduce(sums, reduction="sum")
+        return torch.cat([sums.double().cpu(), torch.tensor([float(count)], dtype=torch.float64)])
+
+    return step
+
+
+def fit(
+    head: TaskResClassifier,
+    data: ImageFeatures,
+    recipe: Recipe,
+    seed: int,
+    *,
+    closed_form: bool = True,
+    epochs: int = 0,
+) -> None:
+    """Train a head on embeddings in memory, in this process alone, without logs or files.
+
+    Args:
+        epochs: end after so many of the recipe's epochs; 0 for all.
+    """
+    optimizer = make_optimizer(head, recipe)
+    batches, step = batches_in_memory(data, head, recipe, seed), make_step(head, optimizer, recipe, closed_form)
+    for epoch in range(min(epochs or recipe.num_train_epochs, recipe.num_train_epochs)):
+        set_learning_rate(optimizer, recipe, epoch)
+        for batch in batches(epoch):
+            step(*batch)
+    head.residual.grad = None

@@ -1,0 +1,131 @@
+"""What a user sees of the options: help that fits 80 columns, what is needed first, choices that complete."""
+
+from __future__ import annotations
+
+import enum
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from support import run
+
+from taskres_hf.cli import options
+from taskres_hf.cli.app import _COMMANDS
+from taskres_hf.training import arguments
+
+FIRST = {
+    "--output-dir", "--base-model", "--shots", "--seed", "--template", "--class-names", "--device", "--config",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def _panels(text: str) -> dict[str, list[str]]:
+    """Heading to long options, in the order of the help."""
+    panels: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if heading := re.match(r"╭─ (.+?) ─", line):
+            current = panels.setdefault(heading.group(1), [])
+        elif option := re.match(r"│ \*? *(--[\w-]+)", line):
+            current.append(option.group(1))
+    return panels
+
+
+def test_train_shows_the_eight_that_people_need_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "train", "--help")
+    assert code == 0
+    panels = _panels(text)
+    assert list(panels)[:2] == ["Arguments", "Options"]
+    assert set(panels["Options"]) == FIRST | {"--help"}
+    assert len(panels) >= 7
+    assert sum(map(len, panels.values())) > 40
+    assert "openai/clip-vit-base-patch16" in " ".join(re.sub(r"[│\s]+", " ", text).split())
+    assert "TASKRES_BASE_MODEL" in text
+
+
+@pytest.mark.parametrize("command", ["", *_COMMANDS])
+def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, text, error = run(capsys, *filter(None, [command]), "--help")
+    assert code == 0
+    assert error == ""
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert len(text) > 500
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_one_spelling_of_the_device(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    panels = _panels(run(capsys, command, "--help")[1])
+    assert "--device" in panels["Options"]
+    assert not any("--cpu" in names for names in panels.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("--recipe", options.Recipe), ("--engine", options.EngineName), ("--precision", options.PrecisionName),
+        ("--on-short", options.ShortClass), ("--on-error", options.BrokenPicture), ("--dtype", options.DtypeName),
+        ("--prompt-average", options.Average), ("--residual-side", options.Side), ("--crop", options.CropName),
+        ("--underscores", options.Underscores),
+    ],
+)  # fmt: skip
+def test_a_mistyped_choice_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], option: str, choices: type[enum.Enum]
+) -> None:
+    code, _, error = run(capsys, "train", "photos", option, "nope")
+    assert code == 2
+    assert option in error
+    for choice in choices:
+        assert f"'{choice.value}'" in error
+
+
+@pytest.mark.parametrize(
+    ("choices", "name"),
+    [
+        (options.Recipe, "RecipeName"), (options.EngineName, "EngineName"), (options.PrecisionName, "PrecisionName"),
+        (options.ShortClass, "OnShort"), (options.BrokenPicture, "OnError"), (options.CropName, "Crop"),
+    ],
+)  # fmt: skip
+def test_choices_are_those_of_the_library(choices: type[enum.Enum], name: str) -> None:
+    assert {choice.value for choice in choices} == set(typing.get_args(getattr(arguments, name)))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("taskres ev", ["evaluate"]),
+        ("taskres train --recipe ", ["auto", "paper"]),
+        ("taskres evaluate x --engine o", ["openvino", "onnxruntime"]),
+        ("taskres train --template clip-", ["clip-7", "clip-80"]),
+        ("taskres predict x --device c", ["cpu", "cuda", "cuda:0"]),
+    ],
+)
+def test_the_shell_completes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, found: list[str]
+) -> None:
+    monkeypatch.setenv("_TASKRES_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    code, text, _ = run(capsys)
+    assert code == 0
+    assert text.split() == found
+
+
+def test_completion_is_installed_for_taskres(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "taskres_hf", "--install-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"HOME": str(tmp_path), "PATH": "/"})
+    assert "bash completion installed" in done.stdout
+    assert "_TASKRES_COMPLETE" in (tmp_path / ".bash_completions" / "taskres.sh").read_text()
+
+
+def test_the_program_is_called_as_the_user_called_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "taskres_hf", "info", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: python -m taskres_hf info" in done.stdout

@@ -1,0 +1,103 @@
+"""Loading a base: its tokenizer, its dtype, its text tower left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support import random_residual
+from test_base_formats import NAMES, copied
+from transformers import AutoTokenizer, CLIPModel
+
+from taskres_hf import TaskResCLIPForImageClassification as Model
+from taskres_hf import base_model
+from taskres_hf.errors import BaseModelError, ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("without", "files"),
+    [
+        (("tokenizer.json", "tokenizer_config.json"), {}),
+        (("tokenizer.json",), {}),
+        (("tokenizer.json",), {"tokenizer__json": b"{"}),
+        (("tokenizer.json",), {"vocab__json": json.dumps({"a": 0, "<|endoftext|>": 1}).encode()}),
+    ],
+)
+def test_a_base_without_its_tokenizer(
+    base: str, tmp_path: Path, without: tuple[str, ...], files: dict[str, bytes]
+) -> None:
+    folder = copied(base, tmp_path / "base", without, **files)
+    with pytest.raises(BaseModelError, match=r"tokenizer.*save_pretrained"):
+        Model.from_base(str(folder), NAMES)
+    assert Model.from_base(str(folder), NAMES, tokenizer=AutoTokenizer.from_pretrained(base)).class_names == NAMES
+
+
+def test_a_tokenizer_that_does_not_fit(base: str, tmp_path: Path) -> None:
+    empty = AutoTokenizer.from_pretrained(str(copied(base, tmp_path / "a", ("tokenizer.json",))))
+    with pytest.raises(BaseModelError, match="same tokens of different words"):
+        Model.from_base(base, NAMES, tokenizer=empty)
+    larger = AutoTokenizer.from_pretrained(base)
+    larger.add_tokens(["zebrafish"])
+    with pytest.raises(BaseModelError, match="belongs to another model"):
+        Model.from_base(base, ["zebrafish", "cat"], tokenizer=larger)
+    without_end = AutoTokenizer.from_pretrained(base)
+    clip = CLIPModel.from_pretrained(base, dtype=torch.float32)
+    clip.text_model.eos_token_id = 7  # the tower pools where this token stands, which is nowhere
+    with pytest.raises(BaseModelError, match="same embedding for every prompt"):
+        Model.from_base(clip, NAMES, tokenizer=without_end)
+
+
+def test_dtypes_that_no_base_runs_in(base: str) -> None:
+    for dtype in (torch.float64, "int8", "nonsense"):
+        with pytest.raises(ConfigurationError, match="`dtype` must be"):
+            Model.from_base(base, NAMES, dtype=dtype)
+    with pytest.raises(BaseModelError, match="float64"):
+        Model.from_base(CLIPModel.from_pretrained(base, dtype=torch.float64), NAMES)
+
+
+def test_a_dtype_that_the_processor_lacks_is_said_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: False)
+    with pytest.warns(UserWarning, match=r"bfloat16.*several times slower.*dtype=torch.float32") as caught:
+        Model.from_base(base, NAMES, dtype=torch.bfloat16)
+    assert len(caught) == 1
+    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Model.from_base(base, NAMES, dtype=torch.bfloat16)
+        Model.from_base(base, NAMES)
+
+
+@pytest.fixture
+def light(base: str, tmp_path: Path) -> Model:
+    """A classifier whose text tower is not there."""
+    random_residual(Model.from_base(base, NAMES)).save_pretrained(tmp_path / "light")
+    return Model.from_pretrained(tmp_path / "light")
+
+
+def test_tools_walk_over_the_missing_text_tower(light: Model, pixel_values: torch.Tensor) -> None:
+    assert not hasattr(light.clip.text_model, "weight")
+    assert getattr(light.clip.text_projection, "in_features", None) is None
+    for call in (
+        lambda: light.clip.text_model.encoder,
+        lambda: light.clip.get_text_features(input_ids=torch.tensor([[1]])),
+        lambda: light.clip(input_ids=torch.tensor([[1]]), pixel_values=pixel_values),
+    ):
+        with pytest.raises(BaseModelError, match="text_tower=True"):
+            call()
+    expected = light(pixel_values=pixel_values).logits
+    clone = copy.deepcopy(light).to(torch.float32).apply(lambda module: None)
+    assert clone.classifier.facts is clone.config.facts
+    assert torch.equal(clone(pixel_values=pixel_values).logits, expected)
+    assert not [name for name in light.state_dict() if "text" in name]
+    traced = torch.jit.trace(light, pixel_values, strict=False)
+    torch.testing.assert_close(traced(pixel_values)["logits"], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        smaller = torch.ao.quantization.quantize_dynamic(copy.deepcopy(light), {torch.nn.Linear})
+    assert smaller(pixel_values=pixel_values).logits.shape == expected.shape
+    exported = torch.export.export(light, (pixel_values,))
+    torch.testing.assert_close(exported.module()(pixel_values).logits, expected)
