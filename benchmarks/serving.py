@@ -11,6 +11,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.base_formats import BaseSource
 from taskres_hf.base_model import load_image_tower
 from taskres_hf.pictures import find_images, read_image
 
@@ -90,7 +91,7 @@ def loading(report: Report) -> None:
                 "stock": lambda: [
                     CLIPVisionModelWithProjection.from_pretrained(base, dtype=torch.float32) for _ in five
                 ],
-                "tower": lambda: [load_image_tower(base, dtype=torch.float32) for _ in five],
+                "tower": lambda: [load_image_tower(BaseSource(base)) for _ in five],
                 "artifact": lambda: [TaskResCLIPForImageClassification.from_pretrained(folder) for _ in five],
             },
             rounds=15,

@@ -371,10 +371,8 @@ def find_artifact(
     if is_path(name_or_path):
         folder = Path(name, subfolder)
         if not folder.is_dir():
-            kind = "is a file" if folder.is_file() else "does not exist"
-            raise ArtifactError(
-                f"The folder {folder} {kind}. Check the path, or give a Hub id such as me/pets-taskres."
-            )
+            what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
+            raise ArtifactError(f"{what}. Check the path, or give a Hub id such as me/pets-taskres.")
         missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
         if missing:
             raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")

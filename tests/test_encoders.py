@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support import tiny_config, tiny_images
 from transformers import AutoConfig, AutoModel, CLIPModel
 
+from taskres_hf.base_formats import BaseSource
 from taskres_hf.base_model import load_image_tower
 from taskres_hf.embedding.engines import onednn as linear
 from taskres_hf.encoders import image_features, pooled, score_parameters
@@ -52,8 +53,9 @@ def test_the_image_tower_alone_is_the_same(
 ) -> None:
     monkeypatch.setattr(linear, "mkl_is_slow", lambda: False)
     whole = CLIPModel.from_pretrained(base, dtype=torch.float32)
-    tower = load_image_tower(base, revision=None, dtype=torch.float32, hub_kwargs={}, attn_implementation=None)
-    assert tower is not None
+    side = load_image_tower(BaseSource(base))
+    assert side is not None
+    tower = side.base
     with torch.no_grad():
         expected = pooled(image_features(whole, {"pixel_values": pixel_values}))
         found = pooled(image_features(tower, {"pixel_values": pixel_values}))

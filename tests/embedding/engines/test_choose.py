@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.base_formats import BaseSource
 from taskres_hf.base_model import load_image_tower
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose as engines
@@ -64,9 +65,9 @@ def test_engines_need_no_text_tower(
 ) -> None:
     _needs(engine, precision)
     monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))  # nothing converted yet
-    tower = load_image_tower(base)
+    tower = load_image_tower(BaseSource(base))
     assert tower is not None
-    found = make_engine(tower, engine, precision)({"pixel_values": pixel_values})
+    found = make_engine(tower.base, engine, precision)({"pixel_values": pixel_values})
     expected = model.get_image_features(pixel_values)
     assert F.cosine_similarity(found, expected).min() > 0.999
     assert make_engine(model.clip, engine, precision)({"pixel_values": pixel_values}).equal(found)  # kept or not
