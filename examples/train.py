@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_splits
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_training_data
 from taskres_hf.demo import demo_dataset, demo_model
 
 
@@ -21,20 +21,20 @@ def main() -> None:
     parser.add_argument("--output-dir", default="taskres-output")
     options = parser.parse_args()
 
-    splits = load_splits(options.dataset) if options.dataset else demo_dataset("people")
-    class_names = splits["train"].features["label"]
-    model = TaskResCLIPForImageClassification.from_base(options.base_model, class_names, options.template)
+    data = load_training_data(options.dataset or demo_dataset("people"))
+    model = TaskResCLIPForImageClassification.from_base(options.base_model, data.train.class_names, options.template)
     trainer = TaskResTrainer(
         model,
         TaskResTrainingArguments(options.output_dir, shots=options.shots),
-        train_dataset=splits["train"],
-        eval_dataset=splits["test"],
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
     )
     trainer.train()
-    metrics = trainer.evaluate()
+    metrics = trainer.measure()  # on the held-out split, or by cross-validation where there is none
     trainer.save_model()
     if trainer.accelerator.is_main_process:
-        print(f"zero-shot {metrics['zero_shot_accuracy']:.3f}, trained {metrics['accuracy']:.3f}")
+        print("\n".join(data.account.lines()))
+        print(f"zero-shot {metrics['zero_shot_accuracy']:.3f}, trained {metrics['accuracy']:.3f}, {metrics['method']}")
 
 
 if __name__ == "__main__":

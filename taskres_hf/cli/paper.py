@@ -34,71 +34,80 @@ from .options import (
 )
 from .screen import say, when_interrupted
 
+_Dataset = Annotated[
+    str,
+    typer.Option(help="Comma list of names; `paper` for the 11, `shipped` for the demo's.", rich_help_panel=DATA),
+]
+_Root = Annotated[
+    Path | None, typer.Option(help="Folder of the official images, as CoOp lays them out.", rich_help_panel=DATA)
+]
+_BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id or folder; the shipped one by default.", rich_help_panel=MODEL)
+]
+_BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base.", rich_help_panel=MODEL)]
+_Shots = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
+_Seeds = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
+_Recipes = Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)]
+_Views = Annotated[
+    int | None,
+    typer.Option(
+        help="Augmented views cached per picture; 10 for paper, none for auto.", min=0, rich_help_panel=TRAINING
+    ),
+]
+_AugmentOnline = Annotated[
+    bool,
+    typer.Option("--augment-online", help="paper: augment afresh each epoch, as published.", rich_help_panel=TRAINING),
+]
+_Epochs = Annotated[int | None, typer.Option(help="Override the recipes.", min=1, rich_help_panel=TRAINING)]
+_LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help="Override the recipes.", rich_help_panel=TRAINING)
+]
+_EnhancedBase = Annotated[
+    bool,
+    typer.Option("--enhanced-base", help="TaskRes*: tune the text projection first.", rich_help_panel=TRAINING),
+]
+_KeepUnderscores = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-underscores/--replace-underscores",
+        help="Of class names in prompts; kept for paper, replaced for auto.",
+        rich_help_panel=MODEL,
+    ),
+]
+_Targets = Annotated[
+    str | None,
+    typer.Option(help="Comma list of datasets with the same classes to also measure on; 'none'.", rich_help_panel=DATA),
+]
+_AllowOtherSplit = Annotated[
+    bool,
+    typer.Option("--allow-other-split", help="Accept a copy that is not the published split.", rich_help_panel=DATA),
+]
+_ListDatasets = Annotated[bool, typer.Option("--list", help="List the datasets and stop.", rich_help_panel=DATA)]
+_Check = Annotated[bool, typer.Option("--check", help="Only check that the data are complete.", rich_help_panel=DATA)]
+_OutputDir = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
+]
+
 
 def benchmark(
-    dataset: Annotated[
-        str,
-        typer.Option(help="Comma list of names; `paper` for the 11, `shipped` for the demo's.", rich_help_panel=DATA),
-    ] = "shipped",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the official images, as CoOp lays them out.", rich_help_panel=DATA)
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id or folder; the shipped one by default.", rich_help_panel=MODEL)
-    ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Commit of the base.", rich_help_panel=MODEL)] = None,
-    shots: Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)] = "1,2,4,8,16",
-    seeds: Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)] = "1,2,3",
-    recipes: Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)] = "paper,auto",
-    views: Annotated[
-        int | None,
-        typer.Option(
-            help="Augmented views cached per picture; 10 for paper, none for auto.", min=0, rich_help_panel=TRAINING
-        ),
-    ] = None,
-    augment_online: Annotated[
-        bool,
-        typer.Option(
-            "--augment-online", help="paper: augment afresh each epoch, as published.", rich_help_panel=TRAINING
-        ),
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(help="Override the recipes.", min=1, rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Override the recipes.", rich_help_panel=TRAINING)
-    ] = None,
-    enhanced_base: Annotated[
-        bool,
-        typer.Option("--enhanced-base", help="TaskRes*: tune the text projection first.", rich_help_panel=TRAINING),
-    ] = False,
-    keep_underscores: Annotated[
-        bool | None,
-        typer.Option(
-            "--keep-underscores/--replace-underscores",
-            help="Of class names in prompts; kept for paper, replaced for auto.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma list of datasets with the same classes to also measure on; 'none'.", rich_help_panel=DATA
-        ),
-    ] = None,
-    allow_other_split: Annotated[
-        bool,
-        typer.Option(
-            "--allow-other-split", help="Accept a copy that is not the published split.", rich_help_panel=DATA
-        ),
-    ] = False,
-    list_datasets: Annotated[
-        bool, typer.Option("--list", help="List the datasets and stop.", rich_help_panel=DATA)
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only check that the data are complete.", rich_help_panel=DATA)
-    ] = False,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Finished runs here are not run again.", rich_help_panel=OUTPUT)
-    ] = Path("taskres-benchmark"),
+    dataset: _Dataset = "shipped",
+    root: _Root = None,
+    base_model: _BaseModel = None,
+    base_revision: _BaseRevision = None,
+    shots: _Shots = "1,2,4,8,16",
+    seeds: _Seeds = "1,2,3",
+    recipes: _Recipes = "paper,auto",
+    views: _Views = None,
+    augment_online: _AugmentOnline = False,
+    epochs: _Epochs = None,
+    learning_rate: _LearningRate = None,
+    enhanced_base: _EnhancedBase = False,
+    keep_underscores: _KeepUnderscores = None,
+    targets: _Targets = None,
+    allow_other_split: _AllowOtherSplit = False,
+    list_datasets: _ListDatasets = False,
+    check: _Check = False,
+    output_dir: _OutputDir = Path("taskres-benchmark"),
     batch_size: BatchSize = None,
     engine: Engine = EngineName.AUTO,
     precision: Precision = PrecisionName.AUTO,
@@ -116,7 +125,7 @@ def benchmark(
     quiet_libraries(True)
     from ..demo import demo_model
     from ..paper.datasets import suite_datasets
-    from ..paper.reports import accuracy_table, comparable_results, published_table, summarise, what_ran, write_reports
+    from ..paper.reports import accuracy_table, summarise
     from ..paper.runner import run_benchmark
 
     if list_datasets:
@@ -145,6 +154,21 @@ def benchmark(
             views=views, augment_online=augment_online, enhanced_base=enhanced_base, keep_underscores=keep_underscores,
             targets=wanted, allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
         )  # fmt: skip
+    _report(results, output_dir, model, live.shown, as_json)
+
+
+def _report(results: list[dict[str, Any]], output_dir: Path, model: str, table_shown: bool, as_json: bool) -> None:
+    """Write the reports and say what they say."""
+    from ..paper.reports import (
+        accuracy_table,
+        comparable_results,
+        count_seeds,
+        published_table,
+        summarise,
+        what_ran,
+        write_reports,
+    )
+
     files = write_reports(results, output_dir, model)
     rows, published, ran = summarise(results), comparable_results(model, results), what_ran(results)
     summary = {
@@ -153,8 +177,8 @@ def benchmark(
     }  # fmt: skip
 
     def show() -> None:
-        if not live.shown:
-            console().print(accuracy_table(rows, len(draws)).rich())
+        if not table_shown:
+            console().print(accuracy_table(rows, count_seeds(results)).rich())
         if published:
             console().print(published_table(published).rich())
         say("\n".join([*ran, "Written: " + ", ".join(map(str, files))]))
@@ -253,41 +277,51 @@ def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
     emit(as_json, rows, show)
 
 
+_Checkpoint = Annotated[Path, typer.Argument(help="prompt_learner/model.pth.tar-N of the published code.")]
+_ImportedBaseModel = Annotated[
+    str, typer.Option(help="Hub id or folder of the CLIP it was trained on.", rich_help_panel=MODEL)
+]
+_ImportedOutputDir = Annotated[
+    Path, typer.Option("--output-dir", "-o", help="Folder to write.", rich_help_panel=OUTPUT)
+]
+_ImportedDataset = Annotated[
+    str | None,
+    typer.Option(help="Take names, template and alpha from this dataset; see benchmark --list.", rich_help_panel=DATA),
+]
+_ClassNames = Annotated[
+    str | None, typer.Option(help="File or comma list, in the order of training.", rich_help_panel=DATA)
+]
+_Template = Annotated[list[str] | None, typer.Option(help="As in training.", rich_help_panel=MODEL)]
+_Alpha = Annotated[float | None, typer.Option(help="As in training; not stored in the file.", rich_help_panel=MODEL)]
+_ReplaceUnderscores = Annotated[
+    bool,
+    typer.Option("--replace-underscores", help="If training did; the published code does not.", rich_help_panel=MODEL),
+]
+_ImportedEnhancedBase = Annotated[
+    bool,
+    typer.Option("--enhanced-base", help="It was trained on an enhanced base (TaskRes*).", rich_help_panel=MODEL),
+]
+_KeepBase = Annotated[
+    bool,
+    typer.Option(
+        "--keep-base",
+        help="Keep the file's own base, rounded to fp16: logits equal to 2e-5.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="prompt_learner/model.pth.tar-N of the published code.")],
-    base_model: Annotated[
-        str, typer.Option(help="Hub id or folder of the CLIP it was trained on.", rich_help_panel=MODEL)
-    ],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.", rich_help_panel=OUTPUT)],
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Take names, template and alpha from this dataset of the suite.", rich_help_panel=DATA),
-    ] = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="File or comma list, in the order of training.", rich_help_panel=DATA)
-    ] = None,
-    template: Annotated[list[str] | None, typer.Option(help="As in training.", rich_help_panel=MODEL)] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="As in training; not stored in the file.", rich_help_panel=MODEL)
-    ] = None,
-    replace_underscores: Annotated[
-        bool,
-        typer.Option(
-            "--replace-underscores", help="If training did; the published code does not.", rich_help_panel=MODEL
-        ),
-    ] = False,
-    enhanced_base: Annotated[
-        bool,
-        typer.Option("--enhanced-base", help="It was trained on an enhanced base (TaskRes*).", rich_help_panel=MODEL),
-    ] = False,
-    keep_base: Annotated[
-        bool,
-        typer.Option(
-            "--keep-base",
-            help="Keep the file's own base, rounded to fp16: logits equal to 2e-5.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
+    checkpoint: _Checkpoint,
+    base_model: _ImportedBaseModel,
+    output_dir: _ImportedOutputDir,
+    dataset: _ImportedDataset = None,
+    class_names: _ClassNames = None,
+    template: _Template = None,
+    alpha: _Alpha = None,
+    replace_underscores: _ReplaceUnderscores = False,
+    enhanced_base: _ImportedEnhancedBase = False,
+    keep_base: _KeepBase = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -103,9 +103,9 @@ class Account:
             more = f", and {len(train.classes) - 20} more" if len(train.classes) > 20 else ""
             lines.append(f"  classes: {', '.join(shown)}{more}")
         if self.class_pairs:
-            pairs = [f"{printable(label)} = {printable(name)}" for label, name in self.class_pairs.items()]
-            more = f", and {len(pairs) - 20} more" if len(pairs) > 20 else ""
-            lines.append(f"  names: {', '.join(pairs[:20])}{more}")
+            pairs = [f"{printable(label)} = {printable(name)}" for label, name in list(self.class_pairs.items())[:20]]
+            more = f", and {len(self.class_pairs) - 20} more" if len(self.class_pairs) > 20 else ""
+            lines.append(f"  names: {', '.join(pairs)}{more}")
         for row in self.left_out:
             examples = f": {', '.join(map(printable, row.examples[:5]))}" if row.examples else ""
             more = ", ..." if row.examples and row.count > len(row.examples[:5]) else ""

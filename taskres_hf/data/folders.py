@@ -266,9 +266,10 @@ def _classes(listing: Listing, top: Folder, choice: _Choice, reading: Reading) -
         raise NoClassFoldersError(
             f"{listing.name} holds {top.count} pictures and nothing that says what they show. {EXPECTED}"
         )
+    _refuse_splits_in_names(list(top.filled))
     which = choice.class_folder or _which_folder(top, choice)
     classes = _by_folder(top, which)
-    if len(classes) < 2:
+    if len(classes) < 2 and not choice.class_names & set(map(_letters, classes)):
         (name,) = classes
         inside = shorten(top.filled[name].filled) if name in top.filled else ""
         deeper = f"Folders inside it: {inside}; if those are the classes, give the folder {name}. " if inside else ""
@@ -281,6 +282,23 @@ def _classes(listing: Listing, top: Folder, choice: _Choice, reading: Reading) -
     else:
         reading.notes.append(f"The class is the folder that holds the picture, inside {shorten(top.filled)}.")
     return classes
+
+
+def _refuse_splits_in_names(names: list[str]) -> None:
+    """Refuse `train_cat, train_dog, test_cat, ...`: as classes, they would train on the test pictures."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        first, _, after = re.sub(r"[\W_]+", " ", name).strip().partition(" ")
+        before, _, last = re.sub(r"[\W_]+", " ", name).strip().rpartition(" ")
+        split, rest = (split_name(first), after) if split_name(first) else (split_name(last), before)
+        if split and rest:
+            found.setdefault(split, set()).add(_letters(rest))
+    shared = found.get("train", set()) & (found.get("test", set()) | found.get("validation", set()))
+    if shared:
+        raise DataError(
+            f"The names of {shorten(names)} hold a split and a class each; or they are {len(names)} classes. Put them "
+            "into split folders (train/cat, test/cat), so that no test picture is trained on."
+        )
 
 
 def _which_folder(top: Folder, choice: _Choice) -> str:
@@ -304,12 +322,11 @@ def _which_folder(top: Folder, choice: _Choice) -> str:
         fits = [{_letters(name) for name in names} <= choice.class_names for names in (first, last)]
         if fits[0] != fits[1]:
             return "first" if fits[0] else "last"
-    repeated = len({_letters(sub) for _, sub in inner}) < len(inner)
     telling = [
         sub for name, sub in inner
         if not (_GENERIC.fullmatch(sub) or is_wrapper(sub) or split_name(sub) or _letters(name) in _letters(sub))
     ]  # fmt: skip
-    if repeated or not telling:
+    if not telling:
         return "first"
     raise DataError(
         f"The class folders can be read in two ways: as {len(first)} classes from the first folder "

@@ -181,10 +181,18 @@ def _holds_pictures(path: Path) -> bool:
         raise DataError(f"{printable(path)} is no readable parquet file: {error}") from error
     if '"Image"' in str((schema.metadata or {}).get(b"huggingface", b"")):
         return True
-    return any(
-        pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_nested(kind)
-        for kind in schema.types
-    )
+    return any(_may_be_pictures(kind) for kind in schema.types)
+
+
+def _may_be_pictures(kind: Any) -> bool:
+    """Bytes, `{"bytes", "path"}`, or rows of pixels; a list of numbers is an embedding or several labels."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return "bytes" in [field.name for field in kind]
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return bool(types.is_nested(kind.value_type))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 # ---------------------------------------------------------------------- folders
@@ -200,6 +208,11 @@ def _read_folder(path: Path, options: SourceOptions) -> Reading:
     listing = FolderListing(path)
     parquet = [name for name in listing.files if suffix(name) == ".parquet" and name.count("/") < 2]
     parquet = [name for name in parquet if _holds_pictures(path / name)]
+    if parquet and listing.pictures():
+        raise DataError(
+            f"{printable(path)} holds pictures in parquet files ({shorten(parquet, 2)}) and {len(listing.pictures())} "
+            "picture files. Give the one or the other: a parquet file, or a folder without them."
+        )
     if parquet:
         return _read_parquet_files(path, parquet, options)
     if not listing.pictures():
@@ -238,8 +251,11 @@ def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
         if tables is None or options.label_column is None:
             raise
     if tables is None:
-        if folders is None or (trouble and options.label_column):
-            raise trouble or problem or DataError(EXPECTED)
+        if folders is None:
+            tried = f" A table could not be used: {trouble}" if trouble else ""
+            raise NoClassFoldersError(f"{problem or EXPECTED}{tried}")
+        if trouble is not None and options.label_column:
+            raise trouble
         if trouble is not None:
             folders.notes.append(f"A table is not used: {trouble}")
         return folders
@@ -306,10 +322,14 @@ def _labels_by_file(reading: Reading) -> dict[str, Any]:
 
 
 def _same_classes(one: Reading, other: Reading) -> bool:
-    """Whether two readings have the same pictures in the same groups, whatever the groups are called."""
+    """Whether two readings have the same pictures (or splits) in the same groups, whatever the groups are called."""
     first, second = _labels_by_file(one), _labels_by_file(other)
-    if first.keys() != second.keys():
+    if not first.keys() <= second.keys():
         return False
+    for split in other.splits:  # a table may speak of one split, such as train.csv, but not of a part of it
+        inside = _labels_by_file(Reading("", [split])).keys() & first.keys()
+        if inside and len(inside) < len(split):
+            return False
     pairs = {(first[name], second[name]) for name in first}
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 

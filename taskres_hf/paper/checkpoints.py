@@ -94,6 +94,9 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> bytes:
             f"{path} is refused: it has {size:,} bytes and unpacks to {unpacked:,} in {len(members):,} parts. "
             "Checkpoints are stored without compression; this is none."
         )
+    names = [member.filename.split("/", 1)[-1] for member in members]
+    if len(set(names)) < len(names):
+        raise ArtifactError(f"{path} is refused: it has two parts of one name, so what it holds cannot be told.")
     if (bad := archive.testzip()) is not None:
         raise ArtifactError(f"{path} is damaged: the checksum of its part {bad!r} is wrong. Copy it again.")
     pickles = [member for member in members if member.filename.endswith("data.pkl")]

@@ -149,8 +149,8 @@ def what_ran(results: Sequence[Mapping[str, Any]]) -> list[str]:
         if ran:
             views = "augmented afresh each epoch" if ran.get("augment_online") else f"{ran['views']} cached views"
             pictures = views if ran.get("augment_online") or ran["views"] else "plain pictures"
-            names = "kept" if ran["underscores"] == "keep" else "as spaces"
-            lines[f"recipe {result['recipe']}: {pictures}, underscores {names}, embedded by {ran['engine']}"] = None
+            names = {"keep": ", underscores kept", "replace": ", underscores as spaces"}.get(ran["underscores"], "")
+            lines[f"recipe {result['recipe']}: {pictures}{names}, embedded by {ran['engine']}"] = None
     notes = sorted({f"{result['dataset']}: {note}" for result in results for note in result["notes"]})
     seen: dict[str, int] = {}
     for result in results:

@@ -18,7 +18,6 @@ import torch
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures
-from ..encoders import image_weights_digest
 from ..errors import ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
@@ -136,7 +135,7 @@ def run_benchmark(
     Returns:
         One dict per cell: dataset, shots, seed, recipe, zero_shot_accuracy, accuracy (from 0 to 1), num_images,
         train_images, `seen_in_training` (test pictures that were drawn, by content), `targets` with both accuracies
-        each, the settings, and what ran: `base` (the base's fingerprint), `image_weights`, `engine`, `training`.
+        each, the settings, and what ran: `base` (the base's fingerprint), `engine`, `training`.
 
     Raises:
         DataError: before the first run, if a dataset is not complete.
@@ -179,6 +178,7 @@ class _DatasetRun:
     ) -> None:
         self.data, self.settings, self.options = data, settings, options
         self.spec = describe_dataset(data.name)
+        self.has_underscores = any("_" in data.prompt_names.get(name, name) for name in data.class_names)
         self.target_names, self.root, self.allow_other_split = list(targets), root, allow_other_split
         labels = data.splits["train"].labels
         self.draws = {
@@ -209,7 +209,7 @@ class _DatasetRun:
         """The classifier of a recipe; recipes with the same prompts share it, and all share the base."""
         keep = self.settings["keep_underscores"]
         keep = recipe == "paper" if keep is None else keep
-        keep = keep and any("_" in self.data.prompt_names.get(name, name) for name in self.data.class_names)
+        keep = keep and self.has_underscores
         if keep not in self._models:
             first = next(iter(self._models.values()), None)
             self._models[keep] = TaskResCLIPForImageClassification.from_base(
@@ -249,9 +249,7 @@ class _DatasetRun:
         }  # fmt: skip
         then = {**result, "targets": sorted(result.get("targets", {}))}
         different = [key for key, value in now.items() if then.get(key) != value]
-        model = self.model(cell.recipe)
-        same_images = result.get("image_weights") == image_weights_digest(model.clip)
-        if not same_images or not same_base(result.get("base") or {}, model.config.base_fingerprint or {}):
+        if not same_base(result.get("base") or {}, self.model(cell.recipe).config.base_fingerprint or {}):
             different.append("base")
         if different:
             shown = "; ".join(f"{key} was {json.dumps(then.get(key))[:300]}" for key in different if key != "base")
@@ -277,10 +275,11 @@ class _DatasetRun:
             "settings": json.loads(json.dumps(self.settings)), "notes": self.data.notes,
             "targets": {name: {"zero_shot_accuracy": pair[0], "accuracy": pair[1]} for name, pair in scores.items()},
             "base": model.config.base_fingerprint, "base_model_type": model.config.base_model_type,
-            "image_weights": image_weights_digest(model.clip), "engine": self.engine(cell.recipe)[0],
+            "engine": self.engine(cell.recipe)[0],
             "training": {
                 **(model.config.training or {}), "engine": self.engine(cell.recipe)[0], "alpha": model.config.alpha,
-                "underscores": model.config.underscores, "views": self.views(cell.recipe),
+                "views": self.views(cell.recipe),
+                "underscores": model.config.underscores if self.has_underscores else "none",
             },
             "library_versions": library_versions(),
         }  # fmt: skip

@@ -171,8 +171,8 @@ class TaskResTrainingArguments:
                 problems.append(f"`{name}` must be a finite number of at least 0; got {value!r}")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                listed = ", ".join(map(repr, get_args(kind)))
-                problems.append(f"`{name}` must be one of {listed}; got {getattr(self, name)!r}")
+                *most, last = map(repr, get_args(kind))
+                problems.append(f"`{name}` must be {', '.join(most)} or {last}; got {getattr(self, name)!r}")
         if self.augment_online and self.views:
             problems.append("choose either `views` (cached) or `augment_online` (afresh each epoch)")
         return problems

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..base_classifier import same_base
 from ..errors import ArtifactError, ConfigurationError
+from ..fingerprint import same_base
 from ..storage import read_json, read_tensors, write_json, write_tensors
 from .arguments import TaskResTrainingArguments
 
@@ -168,15 +168,11 @@ def check_same_run(folder: Path, stored: Mapping[str, Any], run: Mapping[str, An
     """
     now: dict[str, Any] = json.loads(json.dumps(run))
     different = [key for key in now if key != "base" and stored.get(key) != now[key]]
-    if not _same_base_weights(stored.get("base") or {}, now.get("base") or {}, "templates" in different):
+    # With other prompts the text sides cannot be compared: the prompts are what differs then.
+    if "templates" not in different and not same_base(stored.get("base") or {}, now.get("base") or {}):
         different.append("base model")
     if different:
         raise ConfigurationError(
             f"{folder} is a checkpoint of another run: {', '.join(different)} differ. Resume with the same settings, "
             "base model and data, or start anew without resume_from_checkpoint."
         )
-
-
-def _same_base_weights(first: Mapping[str, Any], second: Mapping[str, Any], other_prompts: bool) -> bool:
-    """With other prompts the text sides cannot be compared: the prompts are what differs then."""
-    return other_prompts or same_base(first, second)

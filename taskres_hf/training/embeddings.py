@@ -12,6 +12,7 @@ from ..errors import DataError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import cache_root
 from .arguments import TaskResTrainingArguments
+from .known_pictures import Name, picture_names
 
 
 class DatasetEmbeddings:
@@ -24,7 +25,7 @@ class DatasetEmbeddings:
     def __init__(self, model: TaskResCLIPForImageClassification, args: TaskResTrainingArguments, accelerator: Any):
         self.model, self.args, self.accelerator = model, args, accelerator
         self._embedder: Embedder | None = None
-        self._made: dict[tuple[int, int], tuple[Any, ImageFeatures]] = {}
+        self._made: dict[tuple[int, int], tuple[Any, Any, ImageFeatures]] = {}
 
     @property
     def embedder(self) -> Embedder:
@@ -75,8 +76,17 @@ class DatasetEmbeddings:
             if isinstance(source, StoredFeatures):
                 raise DataError("Embeddings on disk are for training; measure on ImageFeatures or pictures.")
             data = source if isinstance(source, ImageFeatures) else self.of_pictures(source, views)
-            made = self._made[id(dataset), views] = (dataset, data)
-        return made[1]
+            made = self._made[id(dataset), views] = (dataset, source, data)
+        return made[2]
+
+    def names(self, dataset: Any) -> Name:
+        """What to call the pictures of a dataset, by their positions in its embeddings."""
+        data = self.of(dataset)
+        source = self._made[id(dataset), 0][1]
+        if isinstance(source, ImageFeatures):
+            return picture_names(None)
+        lost = set(data.skipped)
+        return picture_names(source.select([row for row in range(len(source)) if row not in lost]) if lost else source)
 
     def of_pictures(self, images: LabelledImages, views: int) -> ImageFeatures:
         """Embeddings of pictures; see `embed_images`."""

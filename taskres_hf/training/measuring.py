@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
+from ..data.account import shorten
 from ..embedding.features import ImageFeatures
 from ..errors import DataError
 from ..evaluation import compare_with_zero_shot, metrics_from_logits
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
-from .known_pictures import known_rows
+from .known_pictures import Name, known_rows
 
 Metrics = dict[str, Any]
 ComputeMetrics = Callable[[EvalPrediction], Metrics]
@@ -54,8 +55,10 @@ def prefixed(metrics: Metrics, prefix: str = "eval") -> Metrics:
     return {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value for key, value in metrics.items()}
 
 
-def without_training_pictures(model: TaskResCLIPForImageClassification, data: ImageFeatures) -> ImageFeatures:
-    """The pictures that the residual was not trained on; leaving some out is said in a warning.
+def without_training_pictures(
+    model: TaskResCLIPForImageClassification, data: ImageFeatures, name: Name
+) -> ImageFeatures:
+    """The pictures that the residual was not trained on; leaving some out is said in a warning that names them.
 
     Raises:
         OnlyTrainingPicturesError: none is left, or of too many training pictures not all can be told.
@@ -63,7 +66,8 @@ def without_training_pictures(model: TaskResCLIPForImageClassification, data: Im
     rows, complete = known_rows(data, model.config.data)
     if not rows:
         return data
-    what = f"{len(rows)} of {len(data)} pictures are ones that this classifier was trained on"
+    listed = shorten(map(name, rows[:6]), 5) if len(rows) < 6 else f"{shorten(map(name, rows[:5]))} and so on"
+    what = f"{len(rows)} of {len(data)} pictures are ones that this classifier was trained on ({listed})"
     ask = "Pass include_train_pictures=True to evaluate() to measure on them all the same."
     if len(rows) == len(data) or not complete:
         reason = "" if complete else ", and of so many training pictures not all can be told"

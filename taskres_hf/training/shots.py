@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.account import duplicates
 from ..data.labelled import LabelledImages, class_counts
 from ..embedding.augmentation import crop_size
 from ..embedding.features import ImageFeatures
@@ -16,6 +15,7 @@ from ..embedding.stored import StoredFeatures
 from ..errors import ConfigurationError, DataError, FewShotError
 from ..few_shot import few_shot_indices
 from .arguments import TaskResTrainingArguments
+from .known_pictures import picture_names, warn_of_conflicts
 
 Embed = Callable[[LabelledImages, int], ImageFeatures]
 
@@ -70,7 +70,9 @@ def training_pictures(
         if args.augment_online:
             raise ConfigurationError("augment_online needs pictures; train_dataset holds embeddings.")
         data = source if len(rows) == len(source) else source.select(rows)
-        return TrainingPictures(data, None, False, _few_shot(args, rows, len(rows)), _warn_of_conflicts(data, None))
+        return TrainingPictures(
+            data, None, False, _few_shot(args, rows, len(rows)), warn_of_conflicts(data, picture_names(None))
+        )
     online = _augments_online(args, image_processor)
     data, rows, replaced = _embed_readable(source, rows, args, embed)
     check_classes(data.labels.tolist(), class_names, args.on_short, "that can be read")
@@ -84,7 +86,7 @@ def training_pictures(
         few_shot["unreadable"] = len(lost)
     if replaced:
         few_shot["replaced"] = replaced
-    return TrainingPictures(data, images, online, few_shot, _warn_of_conflicts(data, images))
+    return TrainingPictures(data, images, online, few_shot, warn_of_conflicts(data, picture_names(images)))
 
 
 def check_classes(labels: Sequence[int], class_names: Sequence[str], on_short: str, which: str = "") -> None:
@@ -168,29 +170,3 @@ def _unreadable(images: LabelledImages, views: int, embed: Embed) -> set[int]:
         return set(embed(images, views).skipped)
     except DataError:  # none of them can be read
         return set(range(len(images)))
-
-
-def _warn_of_conflicts(data: ImageFeatures, images: LabelledImages | None) -> int:
-    """Name pictures that are there under several labels; their number."""
-    groups = duplicates(data.digests, data.labels.tolist()).conflicting if data.digests else []
-    if groups:
-        listed = "; ".join(
-            " and ".join(f"{_name(images, row)} as {data.class_names[int(data.labels[row])]!r}" for row in group)
-            for group in groups[:5]
-        )
-        more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
-        warnings.warn(
-            f"{len(groups)} pictures are there under more than one label: {listed}{more}. Decide what each is, or "
-            "leave it out; with both labels it only blurs the classes.",
-            stacklevel=5,
-        )
-    return len(groups)
-
-
-def _name(images: LabelledImages | None, row: int) -> str:
-    """A picture's file, or its row."""
-    if images is None:
-        return f"row {row}"
-    cell = images.source(row)
-    path = cell.get("path") if isinstance(cell, Mapping) else cell
-    return str(path) if isinstance(path, str) and path else f"row {images.indices[row]}"

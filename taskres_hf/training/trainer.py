@@ -28,7 +28,7 @@ from .callbacks import EpochBar, EpochFlow, Trackers, check_epoch_choice
 from .cross_validation import cross_validate
 from .embeddings import DatasetEmbeddings
 from .enhanced_base import EPOCHS, enhance
-from .known_pictures import remember
+from .known_pictures import remember, warn_of_conflicts
 from .measuring import (
     ComputeMetrics,
     Metrics,
@@ -111,9 +111,10 @@ class TaskResTrainer:
             ConfigurationError: the checkpoint is of another run, training diverged, or the epoch would be chosen on
                 a test split.
         """
-        chosen, events = self._training_pictures(), self._events
+        events = self._events
         check_epoch_choice(self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks)
-        head, held_out = self.model.classifier, None
+        chosen, held_out = self._training_pictures(), None
+        head = self.model.classifier
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
@@ -123,11 +124,10 @@ class TaskResTrainer:
             stamp = {"epochs": EPOCHS, "data_digest": chosen.data.digest, "seed": self.args.seed}
             self.model.config.enhanced_base = stamp
         if self.eval_dataset is not None and self.args.evaluates_epochs:
-            held_out = without_training_pictures(self.model, self.embed(self.eval_dataset))
+            held_out = self._new_pictures(self.eval_dataset)
 
         def measure() -> Metrics:
-            data = held_out or without_training_pictures(self.model, self.embed(self.eval_dataset))
-            return epoch_metrics(head, data, self.compute_metrics)
+            return epoch_metrics(head, held_out or self._new_pictures(self.eval_dataset), self.compute_metrics)
 
         embedder = None if chosen.images is None else self.embedder
         description = describe_run(self.model, self.args, recipe, chosen, embedder, held_out)
@@ -165,6 +165,10 @@ class TaskResTrainer:
         """Add a `transformers.TrainerCallback`, as in `transformers.Trainer`."""
         self._events.handler.add_callback(callback)
 
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, by object or class, as in `transformers.Trainer`."""
+        self._events.handler.remove_callback(callback)
+
     @property
     def log_history(self) -> list[Metrics]:
         """One dict per epoch."""
@@ -176,16 +180,8 @@ class TaskResTrainer:
         if isinstance(chosen.data, StoredFeatures):
             return batches_from_disk(chosen.data, head, recipe, args.seed, args.buffer_mb, *share)
         if chosen.online and chosen.images is not None:
-            return batches_augmented(
-                chosen.images,
-                chosen.data.digests,
-                self.embedder,
-                head,
-                recipe,
-                args.seed,
-                args.embed_batch_size,
-                *share,
-            )
+            digests, turn = chosen.data.digests, args.embed_batch_size
+            return batches_augmented(chosen.images, digests, self.embedder, head, recipe, args.seed, turn, *share)
         return batches_in_memory(chosen.data, head, recipe, args.seed, *share)
 
     def _recipe(self, head: TaskResClassifier, data: ImageFeatures | StoredFeatures) -> Recipe:
@@ -321,7 +317,7 @@ class TaskResTrainer:
     def _measure_held_out(self, dataset: Any, include_train_pictures: bool) -> Metrics:
         data, head = self.embed(dataset), self.model.classifier
         untrained = head.shift is None and not bool(head.residual.any())
-        new = data if include_train_pictures or untrained else without_training_pictures(self.model, data)
+        new = data if include_train_pictures or untrained else self._new_pictures(dataset)
         logits, zero_shot = both_logits(head, new)
         metrics = full_metrics(logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics)
         chosen_here = self.args.keeps_best and dataset is self.eval_dataset and self.train_dataset is not None
@@ -330,7 +326,12 @@ class TaskResTrainer:
             metrics["split"] = split
         if len(new) < len(data):
             metrics["train_pictures_left_out"] = len(data) - len(new)
+        if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
+            metrics["conflicting_pictures"] = conflicting
         return {**metrics, "data_digest": new.digest}
+
+    def _new_pictures(self, dataset: Any) -> ImageFeatures:
+        return without_training_pictures(self.model, self.embed(dataset), self._embeddings.names(dataset))
 
     # ------------------------------------------------------------------ saving
 

@@ -144,6 +144,16 @@ def test_a_test_folder_inside_one_class_only_is_refused(lay: Lay) -> None:
         load_training_data(lay("cat/train/1.png", "cat/test/2.png", "dog/3.png"))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train_cat", "train_dog", "test_cat", "test_dog"), ("cat-train", "dog-train", "cat-valid", "dog-valid")],
+)
+def test_splits_in_the_names_of_class_folders_are_refused(lay: Lay, names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="hold a split and a class each"):
+        load_training_data(lay(*(f"{name}/1.png" for name in names)))
+    assert len(load_training_data(lay("train car/1.png", "train bus/2.png", root="toys")).train.class_names) == 2
+
+
 @pytest.mark.parametrize("names", [("images/train", "images/test", "masks/train", "masks/test")])
 def test_pictures_and_masks_are_no_classes(lay: Lay, names: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match="images, masks holds split folders"):
@@ -186,6 +196,13 @@ def test_the_class_is_the_first_folder_below_the_split(lay: Lay) -> None:
 )
 def test_folders_that_only_divide_a_class(lay: Lay, names: tuple[str, ...]) -> None:
     assert load_training_data(lay(*names)).train.class_names == ["cat", "dog"]
+
+
+def test_folds_with_the_same_folders_inside_are_no_classes(lay: Lay) -> None:
+    root = lay(*_under("fold1", "fold2"))
+    with pytest.raises(DataError, match=r"2 classes from the first folder \(fold1, fold2\), or as 2 .*\(cat, dog\)"):
+        load_training_data(root)
+    assert len(load_training_data(root, class_folder="last").train) == 8
 
 
 def test_classes_at_two_depths_are_refused_with_both_readings(lay: Lay) -> None:
@@ -343,10 +360,10 @@ def test_links_are_followed_and_loops_are_not(lay: Lay, tmp_path: Path) -> None:
 
 def test_names_that_are_not_text(lay: Lay, photos: list[bytes]) -> None:
     root = lay(*PAIR, "cat/two\nlines.png", "a; b/1.png")
-    raw = os.fsencode(root) + b"/dog/caf\xe9.png"
+    raw = os.fsencode(root) + b"/dog/cow\xe9.png"
     Path(os.fsdecode(raw)).write_bytes(photos[5])
-    os.mkdir(os.fsencode(root) + b"/caf\xe9")
-    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9/1.png")).write_bytes(photos[6])
+    os.mkdir(os.fsencode(root) + b"/cow\xe9")
+    Path(os.fsdecode(os.fsencode(root) + b"/cow\xe9/1.png")).write_bytes(photos[6])
     data = load_training_data(root)
     assert len(data.train) == 8
     assert all(data.train.image(row).width for row in range(8))

@@ -87,7 +87,7 @@ def test_what_cannot_be_opened(tmp_path: Path, splits: DatasetDict) -> None:
 
 def test_files_as_datasets(lay: Callable[..., Path]) -> None:
     root = lay("train/cat/1.png", "train/dog/2.png", "test/3.png")
-    raw = Path(os.fsdecode(os.fsencode(root / "train" / "dog") + b"/caf\xe9.png"))
+    raw = Path(os.fsdecode(os.fsencode(root / "train" / "dog") + b"/cow\xe9.png"))
     raw.write_bytes((root / "test" / "3.png").read_bytes())
     splits = load_splits(root)
     assert splits["train"].features["label"] == ClassLabel(names=["cat", "dog"])
@@ -115,6 +115,13 @@ def test_a_hub_id_that_is_not_there_is_named(hub: HubServer, monkeypatch: pytest
     monkeypatch.setattr(sources, "load_dataset", offline)
     with pytest.raises(OfflineModeIsEnabled, match=r"dataset 'tester/nothing' \(source, --dataset\)"):
         load_splits("tester/nothing")
+
+
+def test_parquet_files_beside_pictures(lay: Callable[..., Path], splits: DatasetDict) -> None:
+    root = lay("cat/1.png", "dog/2.png")
+    splits["test"].select(range(4)).to_parquet(root / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet.* and 2 picture files"):
+        load_splits(root)
 
 
 def test_a_damaged_saved_dataset(tmp_path: Path, splits: DatasetDict) -> None:

@@ -237,6 +237,33 @@ def test_a_table_that_says_what_the_folders_say(lay: Lay) -> None:
     assert "labels.csv says the same." in data.account.notes
 
 
+def test_a_table_of_one_of_the_splits(lay: Lay) -> None:
+    root = lay("train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "test/dog/4.png")
+    _csv(root, "path,label\ntrain/cat/1.png,0\ntrain/dog/2.png,1\n", "train.csv")
+    data = load_training_data(root)
+    assert len(data.held_out or []) == 2
+    _csv(root, "path,label\ntrain/cat/1.png,0\n", "train.csv")
+    with pytest.raises(DataError, match="two ways"):
+        load_training_data(root)
+
+
+def test_a_table_of_something_else(lay: Lay) -> None:
+    root = lay("cat/1.png", "dog/2.png")
+    (root / "coco.json").write_text('{"images": [], "annotations": []}')
+    pandas.DataFrame({"embedding": [[0.5, 0.1], [0.2, 0.3]]}).to_parquet(root / "embeddings.parquet")
+    assert load_training_data(root).train.class_names == ["cat", "dog"]
+    flat = lay("1.png", root="flat")
+    (flat / "coco.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(DataError, match=r"class folders.*A table could not be used: coco.json is no table"):
+        load_training_data(flat)
+
+
+def test_a_list_of_paths_and_numbers(lay: Lay) -> None:
+    """As Caffe and many benchmarks have it."""
+    table = _csv(lay(*FILES), "img/1.png 1\nimg/2.png 0\nimg/3.png 1\n", "train.txt")
+    assert _labels(load_training_data(table, class_names=["dog", "cat"]).train) == EXPECTED
+
+
 def test_a_table_that_contradicts_the_folders(lay: Lay) -> None:
     """Pictures in part_1/ and part_2/ are no two classes."""
     root = lay("part_1/1.png", "part_1/2.png", "part_2/3.png")

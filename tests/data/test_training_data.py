@@ -110,6 +110,9 @@ def test_a_test_split_without_labels(splits: DatasetDict) -> None:
     assert held_out.split == "validation"
     with pytest.raises(DataError, match="'test' has no labels"):
         load_training_data(DatasetDict(parts), eval_split="test")
+    del parts["validation"]
+    parts["test"] = parts["test"].remove_columns("label")
+    assert load_training_data(DatasetDict(parts)).held_out is None
 
 
 def test_rows_without_a_label_are_counted(splits: DatasetDict) -> None:
@@ -144,6 +147,13 @@ def test_the_split_to_measure_on(lay: Lay) -> None:
     assert images.account.splits[0].use == "held out"
     with pytest.raises(DataError, match="no split 'test'"):
         load_evaluation_data(flat, "test")
+
+
+def test_pictures_of_one_class(lay: Lay) -> None:
+    root = lay("cat/1.png", "cat/2.png")
+    assert load_evaluation_data(root, default_names=["dog", "cat"]).class_names == ["cat"]
+    with pytest.raises(DataError, match="one class folder only, 'cat'"):
+        load_evaluation_data(root)
 
 
 def test_an_unlabelled_split_is_not_measured_on(lay: Lay, splits: DatasetDict) -> None:

@@ -134,6 +134,13 @@ def test_paper_is_the_published_whole(base: str, monkeypatch: pytest.MonkeyPatch
     assert "augmented afresh each epoch" in as_markdown([online], base)
 
 
+def test_the_shots_asked_for_decide_the_epochs(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "few_shot_indices", lambda labels, *_, **__: [labels.index(k) for k in range(7)])
+    for shots, epochs in ((4, 100), (8, 200)):
+        (result,) = run_benchmark(base, ["food"], shots=[shots], seeds=[1], recipes=["paper"], views=0)
+        assert (result["train_images"], result["training"]["num_train_epochs"]) == (7, epochs)
+
+
 def test_interrupted_runs_go_on(base: str, tmp_path: Path) -> None:
     def stop(cell: Any, result: Any, done: bool) -> None:
         if cell.seed == 2:

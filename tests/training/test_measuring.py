@@ -48,6 +48,9 @@ def test_a_saved_classifier_knows_its_training_pictures(
     with pytest.warns(UserWarning, match=r"32 of 191 pictures are ones .* they are left out"):
         metrics = TaskResTrainer(loaded, _arguments(), eval_dataset=mixed).evaluate()
     assert metrics["train_pictures_left_out"] == 32
+    one = concatenate_datasets([drawn.select([3]).cast(splits["test"].features), splits["test"]])
+    with pytest.warns(UserWarning, match=r"1 of 160 pictures are ones .* trained on \(.*\.webp\)"):
+        TaskResTrainer(loaded, _arguments(), eval_dataset=one).evaluate()
     clean = TaskResTrainer(loaded, _arguments(), eval_dataset=splits["test"]).evaluate()
     assert metrics["accuracy"] == clean["accuracy"]
     assert "train_pictures_left_out" not in clean
@@ -101,6 +104,20 @@ def test_many_training_pictures_take_bounded_room(monkeypatch: pytest.MonkeyPatc
     rows, complete = known_pictures.known_rows(data, {"train_pictures": known_pictures.remember(digests)})
     assert len(rows) == 100
     assert not complete
+
+
+def test_a_held_out_picture_under_two_labels_is_named_and_counted(
+    model: Model, embedded: dict[str, ImageFeatures]
+) -> None:
+    digests, labels = list(embedded["test"].digests), embedded["test"].labels.tolist()
+    other = next(row for row, label in enumerate(labels) if label != labels[0])
+    digests[0] = digests[other]
+    trainer = TaskResTrainer(model, _arguments(), eval_dataset=replace(embedded["test"], digests=tuple(digests)))
+    with pytest.warns(
+        UserWarning, match=f"1 pictures are there under more than one label: row 0 as .* and row {other} "
+    ):
+        metrics = trainer.evaluate()
+    assert metrics["conflicting_pictures"] == 1
 
 
 # ---------------------------------------------------------------------- always a number
