@@ -68,8 +68,8 @@ class ArchiveListing(Listing):
         super().__init__(path.name)
         self.archive = str(path.absolute())
         self.places: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._open: tuple[int, zipfile.ZipFile] | None = None  # the process that opened it
+        # The process that opened it: its children share the position in the file, and perhaps a lock that is held.
+        self._open: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
         passed: dict[str, list[str]] = {}
         try:
             if zipfile.is_zipfile(path):
@@ -87,11 +87,7 @@ class ArchiveListing(Listing):
         self.left_out = [LeftOut(reason, len(names), tuple(names[:5])) for reason, names in passed.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_open": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        return {**self.__dict__, "_open": None}
 
     def cells(self, names: Sequence[str]) -> Cells:
         return ArchiveCells(self, names)
@@ -116,19 +112,21 @@ class ArchiveListing(Listing):
                 if len(content) < place[1]:
                     raise EOFError("it ends within the member")
                 return content
-            with self._lock, self._zip().open(place) as stream:
+            archive, lock = self._zip()
+            with lock, archive.open(place) as stream:
                 return stream.read(LARGEST_MEMBER)
         except _DAMAGED as error:
             raise DataError(f"{name} in {self.name} cannot be read: {error}") from error
 
-    def _zip(self) -> zipfile.ZipFile:
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), zipfile.ZipFile(self.archive))
-        return self._open[1]
+    def _zip(self) -> tuple[zipfile.ZipFile, threading.Lock]:
+        opened = self._open
+        if opened is None or opened[0] != os.getpid():
+            opened = self._open = (os.getpid(), zipfile.ZipFile(self.archive), threading.Lock())
+        return opened[1:]
 
     def _list_zip(self, passed: dict[str, list[str]]) -> set[str]:
         folders = set()
-        for member in self._zip().infolist():
+        for member in self._zip()[0].infolist():
             name = _inside(member.filename)
             if name is None:
                 passed.setdefault("members whose name leads out of the archive", []).append(member.filename)

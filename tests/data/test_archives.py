@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -98,6 +99,10 @@ def test_shared_by_threads_and_processes(pack: Pack, kind: str) -> None:
     assert copy.select([3, 1]).digest(0) == expected[3]
 
 
+def _exit_code_of_reading(images: LabelledImages, expected: list[str]) -> None:
+    sys.exit(0 if all(_digests(images) == expected for _ in range(20)) else 1)
+
+
 def _digests(images: LabelledImages) -> list[str]:
     return [images.digest(row) for row in range(len(images))]
 
@@ -106,8 +111,12 @@ def test_after_a_fork(pack: Pack) -> None:
     """Processes do not share the position in an open file."""
     train = load_training_data(pack({f"c{number % 2}/{number}.png": None for number in range(40)})).train
     expected = _digests(train)
-    with get_context("fork").Pool(2) as pool:
-        assert pool.map(_digests, [train] * 4) == [expected] * 4
+    processes = [get_context("fork").Process(target=_exit_code_of_reading, args=(train, expected)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------- attacks and damage
