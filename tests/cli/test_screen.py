@@ -46,15 +46,19 @@ def test_a_signal_ends_in_one_line(capsys: pytest.CaptureFixture[str], number: s
     assert signal.getsignal(number) is before
 
 
-def test_an_interrupt_inside_an_import_ends_with_the_same_code() -> None:
-    """CPython remembers such an interrupt, and would end by the signal instead."""
-    program = (
+def test_an_interrupt_inside_an_import_ends_with_the_same_code(tmp_path: Path) -> None:
+    """CPython remembers such an interrupt, and would end `python -m` by the signal instead."""
+    (tmp_path / "program.py").write_text(
         "from taskres_hf.cli.screen import Interruption\n"
         "with Interruption() as interruption:\n"
         "    exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**6): pass')\n"
         "interruption.finish()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "program"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (130, "Interrupted. Nothing was changed.\n")
 
 

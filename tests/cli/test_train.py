@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from datasets import DatasetDict
-from hub_server import HubServer
 from support import run
 
 DATA = Path(__file__).parents[2] / "taskres_hf" / "demo_data"
@@ -121,10 +120,10 @@ def test_class_names_may_rename_folders(capsys: pytest.CaptureFixture[str], flat
 
 
 def test_without_the_default_base(
-    capsys: pytest.CaptureFixture[str], flat: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], flat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TASKRES_BASE_MODEL")
-    hub.down = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, error = run(capsys, "train", "photos", "--quiet", "-o", "out")
     assert code == 1
     for part in ("openai/clip-vit-base-patch16", "hf download", "TASKRES_BASE_MODEL", "--base-model shipped"):
