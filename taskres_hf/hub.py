@@ -93,7 +93,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         ],
         few_shot=config.get("few_shot") or {},
         training=config.get("training") or {},
-        data={key: cell(str(value)) for key, value in data.items()},
+        data={key: cell(str(value)) for key, value in data.items() if not isinstance(value, Mapping)},
         versions=config.get("library_versions") or {},
     )
     return str(card)

@@ -62,6 +62,9 @@ class Trackers(TrainerCallback):
         self.accelerator.end_training()
 
 
+OWN = (EpochFlow, EpochBar, Trackers)  # none of them looks at single steps
+
+
 def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split: str | None, callbacks: Any) -> None:
     """Refuse to choose the epoch without an evaluation set, or on the pictures of the final measurement.
 

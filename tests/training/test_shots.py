@@ -100,6 +100,7 @@ def test_asking_for_more_shots_than_there_are_is_asking_for_all(
         options = {"recipe": recipe, "augment_online": False, "num_train_epochs": None}
         TaskResTrainer(model, _arguments(shots=shots, **options), data).train()
         results.append((model.classifier.residual.detach().clone(), model.config.training))
+        assert model.config.few_shot.get("indices", []) == (list(range(72)) if shots else [])
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 
