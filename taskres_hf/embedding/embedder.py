@@ -103,16 +103,15 @@ class Embedder:
                 stacklevel=2,
             )
             self._run_stock()
-        elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
+        elif (
+            self._may_choose
+            and pictures >= _LARGE_JOB * self.batch_size
+            and remembered_choice(self.base, self.engine) is None
+        ):
             pictures_of_batch = [probes[number % 2] for number in range(self.batch_size)]
             batch, values = self.preprocess(pictures_of_batch), self._values(pictures_of_batch)
-            cores = torch.get_num_threads()
-            torch.set_num_threads(1 if self._has_core_each(_LARGE_JOB) else cores)
-            try:
-                faster = is_faster(self.base, self.engine, lambda: self.engine(batch), lambda: stock(values))
-            finally:
-                torch.set_num_threads(cores)
-            if not faster:
+            threads = 1 if self._has_core_each(_LARGE_JOB) else torch.get_num_threads()
+            if not is_faster(self.base, self.engine, lambda: self.engine(batch), lambda: stock(values), threads):
                 self._run_stock()
 
     def _values(self, pictures: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:

@@ -59,14 +59,21 @@ def remembered_choice(base: PreTrainedModel, engine: ImageEngine) -> bool | None
     return None
 
 
-def is_faster(base: PreTrainedModel, engine: ImageEngine, run: Callable[[], Any], stock: Callable[[], Any]) -> bool:
-    """Time both, in turn, and remember which was faster; `run` and `stock` embed the same pictures."""
+def is_faster(
+    base: PreTrainedModel, engine: ImageEngine, run: Callable[[], Any], stock: Callable[[], Any], threads: int
+) -> bool:
+    """Time both on so many threads, in turn, and remember which was faster; `run` and `stock` embed the same."""
     best = {"engine": float("inf"), "stock": float("inf")}
-    for number in range(_ROUNDS + 1):
-        for name, work in (("engine", run), ("stock", stock)):
-            seconds = _seconds(work)
-            if number:  # the first round warms up
-                best[name] = min(best[name], seconds)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number in range(_ROUNDS + 1):
+            for name, work in (("engine", run), ("stock", stock)):
+                seconds = _seconds(work)
+                if number:  # the first round warms up
+                    best[name] = min(best[name], seconds)
+    finally:
+        torch.set_num_threads(cores)
     with suppress(ArtifactError):  # what cannot be remembered is measured again
         write_json(_file(), {**_remembered(), _key(base, engine): best})
     return best["engine"] <= best["stock"]
