@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -101,7 +102,7 @@ def _key(base: PreTrainedModel, engine: ImageEngine) -> str:
     vision = getattr(base.config, "vision_config", base.config)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     shape = [base.config.model_type, *(getattr(vision, name, None) for name in names)]
-    return json.dumps([_processor(), torch.__version__, torch.get_num_threads(), shape, engine.name])
+    return json.dumps([_processor(), os.cpu_count(), torch.__version__, shape, engine.name])
 
 
 def _processor() -> str:

@@ -181,7 +181,14 @@ def test_what_is_remembered_is_of_this_machine_and_tower(
 ) -> None:
     monkeypatch.setattr(embedding, "_LARGE_JOB", 1)
     _timed(monkeypatch, tmp_path, 3.0, 2.0)
-    Embedder(model.clip, model.image_processor, "auto").get_ready(10**4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # of which one is used while measuring, as in embedding
+    try:
+        Embedder(model.clip, model.image_processor, "auto").get_ready(10**4)
+        assert torch.get_num_threads() == 2
+        assert Embedder(model.clip, model.image_processor, "auto").engine.is_stock
+    finally:
+        torch.set_num_threads(threads)
     assert Embedder(model.clip, model.image_processor, "auto").engine.is_stock
     for attribute, value in (
         ("_processor", lambda: "another"),
