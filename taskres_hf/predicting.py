@@ -98,9 +98,12 @@ def _classify(
         total = math.ceil(len(paths) / batch_size)
         for places, embeds in embedder.stream(batches, load, augmented=False, total=total):
             answers: Iterator[list[dict[str, Any]]] = iter(())
+            finite: Iterator[bool] = iter(())
             if embeds is not None:
-                with torch.no_grad():
-                    logits = head(embeds.to(head.residual.device))
+                usable = embeds.isfinite().all(dim=1)
+                finite = iter(usable.tolist())
+                with torch.no_grad():  # a picture without an embedding must not keep the others from their answers
+                    logits = head(embeds.masked_fill(~usable[:, None], 0.0).to(head.residual.device))
                 scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)
                 answers = (
                     [{"label": names[label], "score": score} for label, score in zip(ids, values, strict=True)]
@@ -109,7 +112,7 @@ def _classify(
             for place in places:
                 problem = errors.pop(place, None)
                 predictions = [] if problem else next(answers)
-                if any(top["score"] != top["score"] for top in predictions):
+                if not problem and not next(finite):
                     predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
                 yield {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
             bar.update(len(places))

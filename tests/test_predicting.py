@@ -204,13 +204,25 @@ def test_training_and_predicting_agree_on_what_is_a_picture(
         assert error in messages[0] + messages[1]
 
 
-def test_an_answer_is_never_nan(trained: Path, files: list[str]) -> None:
-    broken = TaskResCLIPForImageClassification.from_pretrained(trained)
+def test_an_answer_is_never_nan(trained: Path, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TaskResCLIPForImageClassification.from_pretrained(trained)
+    expected = list(classify_files(model, files[:3]))
+    run = Embedder.stream
+
+    def one_is_nan(self: Embedder, *arguments: Any, **options: Any) -> Any:
+        for places, embeds in run(self, *arguments, **options):
+            embeds[1] = float("nan")
+            yield places, embeds
+
+    monkeypatch.setattr(Embedder, "stream", one_is_nan)
+    rows = list(classify_files(model, files[:3]))
+    assert [rows[0], rows[2]] == [expected[0], expected[2]]
+    assert rows[1]["predictions"] == []
+    assert "NaN" in rows[1]["error"]
     with torch.no_grad():
-        broken.classifier.residual[0, 0] = float("nan")
-    for row in classify_files(broken, files[:2]):
-        assert row["predictions"] == []
-        assert "NaN" in row["error"]
+        model.classifier.residual[0, 0] = float("nan")
+    with pytest.raises(ConfigurationError, match="NaN"):
+        list(classify_files(model, files[:3]))
 
 
 # ---------------------------------------------------------------------- formats

@@ -217,7 +217,7 @@ def write_run(folder: Path, values: Mapping[str, Any]) -> Path:
         f"# The settings of this classifier, trained with taskres_hf {__version__}.\n"
         "# The same run again: taskres train --config run.yaml -o NEW_FOLDER\n"
     )
-    text = yaml.dump(stored, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    text = yaml.dump(stored, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
     path = folder / RUN_FILE
     write_bytes(path, (head + text).encode("utf-8"))
     return path
