@@ -431,6 +431,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
     assert values is not None
     names = {int(index): label for index, label in config["id2label"].items()}
     metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
+    account = (config.get("data") or {}).get("account") or {}
     files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
     return {
         "artifact": name,
@@ -455,14 +456,27 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "recipe": (config.get("training") or {}).get("recipe"),
         "engine": (config.get("training") or {}).get("engine"),
         "dataset": (config.get("data") or {}).get("name"),
+        "read_as": account.get("kind"),
+        "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
         "data_digest": (config.get("data") or {}).get("train_digest"),
         "accuracy": metrics.get("accuracy"),
         "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
-        "measured_on": {"split": metrics.get("split"), "images": metrics.get("num_images")} if metrics else None,
+        "accuracy_interval": metrics.get("accuracy_interval"),
+        "measured_on": measured_on(metrics) if metrics else None,
         "bytes": {file.name: file.stat().st_size for file in sorted(files)},
         "format_version": config.get("format_version", 1),
         "library_versions": config.get("library_versions"),
     }
+
+
+def measured_on(metrics: Mapping[str, Any]) -> str:
+    """How an accuracy came about, in words: what it was measured on, and on how many pictures."""
+    count = f"{metrics.get('num_images', '?')} pictures"
+    if metrics.get("method") == "cross-validation":
+        return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
+    split = metrics.get("split") or "an evaluation set"
+    chosen = ", which also chose the epoch" if metrics.get("method") == "validation" else ""
+    return f"{split}{chosen} ({count})"
 
 
 def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:

@@ -308,18 +308,14 @@ def _show(result: dict[str, Any]) -> None:
     if "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
-        row = [_measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
+        from ..artifact import measured_on
+
+        row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
     say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")
-
-
-def _measured_on(result: dict[str, Any]) -> str:
-    if result.get("method") == "cross-validation":
-        return f"the training pictures, {result['folds']}-fold cross-validation ({result['num_images']})"
-    return f"{result['split']} ({result['num_images']} pictures)"
 
 
 def _quoted(text: str) -> str:

@@ -352,8 +352,9 @@ def _account_splits(
     options: Mapping[str, Any],
 ) -> tuple[SplitAccount, ...]:
     rows = []
+    measured = "held out" if trained is not None else "measured"
     for split in reading.splits:
-        images, use = (train, "train") if split is trained else (held_out, "held out") if split is held else (None, "")
+        images, use = (train, "train") if split is trained else (held_out, measured) if split is held else (None, "")
         if images is not None:
             counts = class_counts(images.labels, images.class_names)
             rows.append(SplitAccount(split.name, split.origin, use, counts))
