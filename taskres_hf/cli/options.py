@@ -49,6 +49,11 @@ class EngineName(Choice):
     ONNXRUNTIME = "onnxruntime"
 
 
+class WhichFolder(Choice):
+    FIRST = "first"
+    LAST = "last"
+
+
 class PrecisionName(Choice):
     AUTO = "auto"
     FP32 = "fp32"
@@ -141,6 +146,10 @@ ImageColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of labels; recognised by itself.", rich_help_panel=DATA)
+]
+ClassFolder = Annotated[
+    WhichFolder | None,
+    typer.Option(help="Which of nested folders is the class: the first, or that of the picture.", rich_help_panel=DATA),
 ]
 LabelMap = Annotated[
     str | None,

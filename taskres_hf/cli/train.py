@@ -58,6 +58,7 @@ def train(
     drop_unlabelled: opt.DropUnlabelled = False,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
     # ---- class names and prompts
@@ -176,7 +177,7 @@ def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     from ..data import load_training_data
 
     names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
-    options = {name: run[name] for name in (*names, "drop_unlabelled", "seed")} | changes
+    options = {name: run[name] for name in (*names, "class_folder", "drop_unlabelled", "seed")} | changes
     return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
 
 

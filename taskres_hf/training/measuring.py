@@ -68,7 +68,7 @@ def without_training_pictures(
         return data
     listed = shorten(map(name, rows[:6]), 5) if len(rows) < 6 else f"{shorten(map(name, rows[:5]))} and so on"
     what = f"{len(rows)} of {len(data)} pictures are ones that this classifier was trained on ({listed})"
-    ask = "To measure on them all the same: include_train_pictures=True (--include-train-pictures)."
+    ask = "Pass include_train_pictures=True (--include-train-pictures) to measure on them all the same."
     if len(rows) == len(data) or not complete:
         reason = "" if complete else ", and of so many training pictures not all can be told"
         raise OnlyTrainingPicturesError(
