@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ArtifactError, BaseModelError, ConfigurationError, DataError
+from ..errors import BaseModelError, ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
 from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import (
     SHIPPED,
     check_device,
+    check_output_folder,
     default_output,
     one_dataset,
     public_name,
@@ -152,14 +153,7 @@ def _settle(run: dict[str, Any]) -> None:
     run["class_descriptions"] = read_descriptions(run["class_descriptions"])
     run["prompt_names"] = read_mapping(run["prompt_names"], "--prompt-names")
     run["label_map"] = read_label_map(run.get("label_map"))
-    _check_output(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
-
-
-def _check_output(folder: Path, replace: bool) -> None:
-    if (folder / "config.json").exists() and not replace:
-        raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
+    check_output_folder(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:

@@ -109,7 +109,7 @@ def read_folders(
     elif splits:
         reading.kind = "split folders with class folders"
         for folder, split in splits.items():
-            _read_split(listing, folder, split, top.filled[folder], choice, reading)
+            _read_split(listing, split, top.filled[folder], choice, reading)
         if not any(any(label is not None for label in split.labels) for split in reading.splits):
             listed = shorten([f"{split.origin}" for split in reading.splits])
             raise NoClassFoldersError(f"{listing.name}: {listed} hold pictures without class folders. {EXPECTED}")
@@ -217,7 +217,7 @@ def _below(folder: Folder) -> Folder:
     return folder
 
 
-def _read_split(listing: Listing, folder: str, split: str, top: Folder, choice: _Choice, reading: Reading) -> None:
+def _read_split(listing: Listing, split: str, top: Folder, choice: _Choice, reading: Reading) -> None:
     inner = _below(top)
     origin = f"{inner.name}/"
     if not inner.filled:

@@ -64,8 +64,8 @@ class TaskResTrainingArguments:
         augment_online: augment and embed afresh every epoch, as published, instead of caching; None leaves it to the
             recipe: `"paper"` does where it has pictures and no `views`, `"auto"` does not.
         embed_batch_size: pictures a forward pass of the frozen tower, by default the engine's best.
-        engine, precision: how the tower runs, see `engines`; `"auto"` takes what the machine has, and fp32 in torch for
-            recipe `"paper"`. Recorded in the artifact.
+        engine, precision: how the tower runs, see `embedding.engines`; `"auto"` takes what the machine has, and fp32 in
+            torch for recipe `"paper"`. Recorded in the artifact.
         exact_preprocessing: use the stock image processor, not the faster one that agrees to two grey levels.
         draft_decoding: decode large JPEG pictures coarsely, see `embedding.embedder.Embedder`.
         crop: centre crop as the image `"processor"` rounds it, or as `"torchvision"` does, one pixel off at some sizes.
