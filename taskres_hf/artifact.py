@@ -327,7 +327,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         ArtifactError: names the version or the keys.
     """
     version = config.get("format_version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
             f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
             "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
@@ -345,6 +345,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     stored = config["base_fingerprint"]
     image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
     numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
+    numbers.append(stored.get("shape"))
     if not all(_numbers(values or []) for values in numbers) or stored.get("image") not in (None, image):
         raise ArtifactError(f"{where}: base_fingerprint is damaged. Save the artifact again.")
     names = config["id2label"]
