@@ -58,6 +58,7 @@ class TaskResConfig(PreTrainedConfig):
     Args:
         base_model_name_or_path: Hub id or folder of the frozen dual encoder.
         base_model_revision: commit of the base on the Hub the residual was trained on; None for a folder.
+        base_model_subfolder: folder of the base inside its repository, or None.
         base_model_type: `model_type` of the base, such as `"clip"`.
         projection_dim: D, the length of an embedding.
         templates: prompt templates, each with one `{}`; empty when descriptions alone make the prompts.
@@ -89,6 +90,7 @@ class TaskResConfig(PreTrainedConfig):
         self,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        base_model_subfolder: str | None = None,
         base_model_type: str | None = None,
         projection_dim: int | None = None,
         templates: list[str] | None = None,
@@ -117,6 +119,7 @@ class TaskResConfig(PreTrainedConfig):
         self.facts.update({key: value for key, value in recorded.items() if value is not None})
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
+        self.base_model_subfolder = base_model_subfolder
         self.base_model_type = base_model_type
         self.projection_dim = projection_dim
         self.templates = [DEFAULT_TEMPLATE] if templates is None else list(templates)
@@ -210,7 +213,7 @@ def check_same_bases(ours: TaskResConfig, theirs: TaskResConfig) -> None:
     Raises:
         ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
     """
-    for name in ("base_model_name_or_path", "base_model_revision", "projection_dim"):
+    for name in ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigurationError(
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .artifact import check_loads, measured_on, read_checked
+from .artifact import check_loads, read_checked
+from .description import measured_on
 from .storage import CONFIG, PROCESSOR, WEIGHTS, is_path, read_json, write_bytes, write_json
 
 # A card without this line was written by a person and is never replaced.

@@ -133,10 +133,12 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         dtype = kwargs.pop("torch_dtype", None) or dtype
         hub, options = split_hub_kwargs(kwargs)
         options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
-        if kwargs.get("subfolder"):
-            hub["subfolder"] = kwargs["subfolder"]
         loaded = base_model if isinstance(base_model, PreTrainedModel) else None
-        name = base_name(base_model)
+        name, subfolder = base_name(base_model), kwargs.get("subfolder") or None
+        if subfolder and os.path.isdir(name):
+            name, subfolder = os.path.join(name, subfolder), None
+        if subfolder:
+            hub["subfolder"] = subfolder
         source = BaseSource(name, revision, hub, trust_remote_code)
         base, table, facts, source = base_for_classes(
             loaded, source, dtype, options, prompts, prompt_average, tokenizer
@@ -144,6 +146,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         config = TaskResConfig(
             base_model_name_or_path=str(Path(name).resolve()) if os.path.isdir(name) else name,
             base_model_revision=None if os.path.isdir(name) else source.revision,
+            base_model_subfolder=subfolder,
             base_model_type=base.config.model_type,
             projection_dim=table.shape[1],
             templates=list(templates or []),
@@ -228,7 +231,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         pinned = base_revision or (None if isinstance(base_model, str | os.PathLike) else loaded.base_model_revision)
         if base_model is not None:
             base_name(base_model)  # only to refuse what is no base
-        source = BaseSource(trusted_base_name(loaded, base_model, local), pinned, hub, base_trust_remote_code)
+        inside = {"subfolder": loaded.base_model_subfolder} if loaded.base_model_subfolder and not base_model else {}
+        where = trusted_base_name(loaded, base_model, local)
+        source = BaseSource(where, pinned, {**hub, **inside}, base_trust_remote_code)
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
         shared = base_model if isinstance(base_model, PreTrainedModel) else None
@@ -243,8 +248,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         with torch.no_grad():
             model.classifier.residual.copy_(residual)
         model.classifier.shift = shift
-        where = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
-        model._processor_source = (name, {**hub, **where})
+        at = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
+        model._processor_source = (name, {**hub, **at})
         model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)

@@ -20,7 +20,8 @@ from support import random_residual
 from transformers import AutoModelForImageClassification
 
 from taskres_hf import TaskResCLIPForImageClassification, artifact
-from taskres_hf.artifact import describe, read_artifact, write_artifact
+from taskres_hf.artifact import read_artifact, write_artifact
+from taskres_hf.description import describe
 from taskres_hf.errors import ArtifactError, TaskResError
 
 Model = TaskResCLIPForImageClassification
@@ -256,8 +257,8 @@ def test_describe(trained: Path) -> None:
 def test_describing_needs_no_torch(trained: Path) -> None:
     code = """
 import sys, json
-from taskres_hf.artifact import describe
-from taskres_hf.errors import ArtifactError, TaskResError
+from taskres_hf.artifact import from taskres_hf.errors import ArtifactError, TaskResError
+from taskres_hf.description import describe
 facts = describe(sys.argv[1])
 try:
     describe(sys.argv[2])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation",
     "families", "fingerprint", "encoders", "base_formats", "base_model", "base_classifier",
-    "configuration_taskres", "artifact", "hub", "modeling_taskres", "pictures",
+    "configuration_taskres", "artifact", "description", "hub", "modeling_taskres", "pictures",
     "data.account", "data.cells", "data.listing", "data.archives", "data.reading", "data.naming", "data.labelled",
     "data.folders", "data.tables", "data.shards", "data.split_lists", "data.sources", "data.training_data",
     "data", "few_shot",
