@@ -142,6 +142,8 @@ def _settle(run: dict[str, Any]) -> None:
         raise ConfigurationError("--indices replays a draw and --shots makes one: leave one of them out.")
     if run["indices"] is not None and run["holdout"] is not None:
         raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
+    if run["folds"] < 0 or run["folds"] == 1:
+        raise ConfigurationError(f"--folds must be at least 2, or 0 to measure nothing; it is {run['folds']}.")
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
     run["base_model"] = run["base_model"] or opt.default_base_model()
@@ -162,7 +164,7 @@ def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
     report_to = run["report_to"]
     values = {**training_only(run), "dataset_name": run.get("dataset_name") or public_name(run["dataset"])}
     values |= {"use_cpu": run["device"] == "cpu", "disable_tqdm": run["quiet"] or run["as_json"]}
-    values |= {"shots": None if run["indices"] else run["shots"], "report_to": list(report_to) if report_to else None}
+    values |= {"shots": None if run["indices"] else run["shots"], "report_to": report_to or None}
     values["hub_model_id"] = values["hub_private_repo"] = None  # uploaded once, after it is saved
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
@@ -262,7 +264,7 @@ def _measure(trainer: TaskResTrainer, run: dict[str, Any], held_out: LabelledIma
     """An honest number: on held-out pictures, else by cross-validation."""
     if held_out is None and run["folds"] == 0:
         return {"split": None, "method": None}
-    metrics = trainer.measure(held_out, folds=max(run["folds"], 2))
+    metrics = trainer.measure(held_out, folds=run["folds"] or 2)
     return {"split": None, "method": None, **metrics}
 
 

@@ -157,3 +157,9 @@ def test_refused_before_anything_is_made(
     assert result == code
     assert message in " ".join(error.replace("│", " ").split())
     assert sorted(flat.parent.rglob("*")) == before
+
+
+def test_folds_that_are_none(capsys: pytest.CaptureFixture[str], flat: Path) -> None:
+    code, _, error = run(capsys, "train", "photos", "--folds", 1)
+    assert code == 1
+    assert "--folds must be at least 2, or 0" in error
