@@ -24,6 +24,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TASKRES_CACHE=f"{_HOME.name}/taskres",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # of processes that tests start; of this one, below
     PYTHONWARNINGS="ignore::DeprecationWarning",
 )
 

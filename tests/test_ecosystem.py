@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import train_both_ways
 from datasets import DatasetDict
 from safetensors import safe_open
 from support import random_residual
@@ -115,44 +116,21 @@ def test_transformers_trainer(model: Model, splits: DatasetDict, tmp_path: Path)
 
 # ---------------------------------------------------------------------- several processes
 
-_TRAIN = """
-import sys, json, torch
-torch.set_num_threads(1)
-from taskres_hf import TaskResCLIPForImageClassification as Model, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
-spec, splits = demo_tasks()["food"], demo_dataset("food")
-model = Model.from_base(demo_model(), spec["classes"], spec["template"])
-arguments = TaskResTrainingArguments(
-    output_dir=sys.argv[1], shots=5, train_batch_size=10, num_train_epochs=12, closed_form=False, disable_tqdm=True,
-    cache_dir=False, use_cpu=True, save_epochs=6, on_short="ignore", augment_online=sys.argv[2] == "online",
-)
-trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
-trainer.train()
-metrics = trainer.evaluate()
-trainer.save_model(sys.argv[1])
-if trainer.accelerator.is_main_process:
-    print(json.dumps([trainer.accelerator.num_processes, metrics["accuracy"], trainer.log_history[-1]["loss"]]))
-"""
 
-
-@pytest.mark.parametrize("mode", ["cached", "online"])
-def test_two_processes_reach_the_same(tmp_path: Path, mode: str) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(_TRAIN)
-    results = {}
-    for count, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        command = [sys.executable, *launcher, str(script), str(tmp_path / str(count)), mode]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[count] = json.loads(done.stdout.splitlines()[-1])
-    assert (results[1][0], results[2][0]) == (1, 2)
-    assert results[1][1] == pytest.approx(results[2][1], abs=1e-9)
-    assert results[1][2] == pytest.approx(results[2][2], abs=1e-4)
-    residuals = [Model.from_pretrained(tmp_path / str(count)).classifier.residual for count in (1, 2)]
-    torch.testing.assert_close(*residuals, atol=1e-3, rtol=1e-3)
-    assert (tmp_path / "2" / "checkpoint-12" / "trainer_state.json").exists()
+def test_two_processes_reach_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, train_both_ways.__file__, str(tmp_path / "2")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mode, *of_two in map(json.loads, done.stdout.splitlines()[-2:]):
+        of_one = train_both_ways.train(tmp_path / "1", mode)
+        assert (of_one[0], of_two[0]) == (1, 2)
+        assert of_one[1] == pytest.approx(of_two[1], abs=1e-9), mode
+        assert of_one[2] == pytest.approx(of_two[2], abs=1e-4), mode
+        residuals = [Model.from_pretrained(tmp_path / count / mode).classifier.residual for count in ("1", "2")]
+        torch.testing.assert_close(*residuals, atol=1e-3, rtol=1e-3)
+        assert (tmp_path / "2" / mode / "checkpoint-12" / "trainer_state.json").exists()
 
 
 # ---------------------------------------------------------------------- without the library

@@ -34,9 +34,16 @@ def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Cal
     core = openvino.Core()
 
     def convert(file: Path) -> None:
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        # What `openvino.convert_model` does, without its reports of usage: some thirty, each sent by a fork of this
+        # process, unless the user has opted out.
+        frontend = FrontEndManager().load_by_framework("pytorch")
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
-            model = openvino.convert_model(Tower(base), example_input=torch.zeros(1, 3, height, width))
+            traced = TorchScriptPythonDecoder(Tower(base).eval(), example_input=torch.zeros(1, 3, height, width))
+            model = frontend.convert(frontend.load(traced))
         model.reshape([-1, 3, height, width])
         openvino.save_model(model, file, compress_to_fp16=False)
 

@@ -38,6 +38,28 @@ def _needs(engine: str, precision: str = "") -> None:
         pytest.skip("this processor or this torch has no int8 products")
 
 
+@pytest.fixture(scope="module")
+def image_tower(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A base of which only the image tower was loaded; what this file converts of it is converted from there, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKRES_CACHE", str(tmp_path_factory.mktemp("converted")))
+        tower = load_image_tower(BaseSource(base))
+        assert tower is not None
+        size = tower.base.config.vision_config.image_size
+        for engine in ("openvino", "onnxruntime"):
+            if importlib.util.find_spec(engine):
+                make_engine(tower.base, engine, "fp32")({"pixel_values": torch.zeros(1, 3, size, size)})
+        yield tower.base
+
+
+@pytest.fixture
+def tiny_clip() -> Any:
+    """A CLIP that is converted at once."""
+    torch.manual_seed(0)
+    return AutoModel.from_config(tiny_config("clip")).eval()
+
+
+@pytest.mark.usefixtures("image_tower")
 @pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
 def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, engine: str, precision: str) -> None:
     _needs(engine, precision)
@@ -55,22 +77,13 @@ def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, eng
 
 @pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
 def test_engines_need_no_text_tower(
-    model: Model,
-    base: str,
-    pixel_values: Tensor,
-    engine: str,
-    precision: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    image_tower: Any, model: Model, pixel_values: Tensor, engine: str, precision: str
 ) -> None:
     _needs(engine, precision)
-    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))  # nothing converted yet
-    tower = load_image_tower(BaseSource(base))
-    assert tower is not None
-    found = make_engine(tower.base, engine, precision)({"pixel_values": pixel_values})
+    found = make_engine(image_tower, engine, precision)({"pixel_values": pixel_values})
     expected = model.get_image_features(pixel_values)
     assert F.cosine_similarity(found, expected).min() > 0.999
-    assert make_engine(model.clip, engine, precision)({"pixel_values": pixel_values}).equal(found)  # kept or not
+    assert make_engine(model.clip, engine, precision)({"pixel_values": pixel_values}).equal(found)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -89,6 +102,7 @@ def test_engines_give_the_embeddings_of_every_family(family: str) -> None:
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=0, msg=f"{engine} {precision}")
 
 
+@pytest.mark.usefixtures("image_tower")
 @pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
 def test_a_trained_classifier_is_as_good(model: Model, splits: Any, engine: str, precision: str) -> None:
     _needs(engine, precision)
@@ -133,23 +147,32 @@ def test_recipe_paper_is_exact_unless_asked(model: Model, monkeypatch: pytest.Mo
         assert TaskResTrainer(model, arguments).embedder.engine.name == name
 
 
-def test_converted_towers_are_kept(model: Model, pixel_values: Tensor) -> None:
+def test_converted_towers_are_kept(tiny_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _needs("openvino")
     import openvino
 
-    make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
-    calls: list[int] = []
-    real = openvino.convert_model
-    try:
-        openvino.convert_model = lambda *a, **k: calls.append(1) or real(*a, **k)
-        make_engine(model.clip, "openvino", "bf16")({"pixel_values": pixel_values})
-        assert not calls
-        with torch.no_grad():
-            model.clip.visual_projection.weight.mul_(2)
-        make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
-        assert calls
-    finally:
-        openvino.convert_model = real
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))
+    saved: list[Path] = []
+    real = openvino.save_model
+    monkeypatch.setattr(openvino, "save_model", lambda model, file, **k: saved.append(file) or real(model, file, **k))
+    for precision in ("fp32", "bf16"):
+        make_engine(tiny_clip, "openvino", precision)(tiny_images("clip"))
+        assert len(saved) == 1
+    with torch.no_grad():
+        tiny_clip.visual_projection.weight.mul_(2)
+    make_engine(tiny_clip, "openvino", "fp32")(tiny_images("clip"))
+    assert len(saved) == 2
+
+
+def test_converting_reports_nothing_to_anyone(tiny_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _needs("openvino")
+    telemetry = pytest.importorskip("openvino_telemetry.main")
+    monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))
+    sent: list[Any] = []
+    monkeypatch.setattr(telemetry.Telemetry, "send_event", lambda *event, **more: sent.append(event))
+    monkeypatch.setattr(telemetry.TelemetrySender, "send", lambda *message: sent.append(message))
+    make_engine(tiny_clip, "openvino", "fp32")(tiny_images("clip"))
+    assert not sent
 
 
 def test_what_does_not_exist(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,35 +188,37 @@ def test_what_does_not_exist(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
         make_engine(model.clip, "openvino", "fp32")
 
 
-@pytest.mark.parametrize("change", ["a byte", "no checksums", "half of it"])
 def test_a_damaged_converted_tower_is_made_again(
-    model: Model, pixel_values: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    tiny_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _needs("openvino")
     monkeypatch.setenv("TASKRES_CACHE", str(tmp_path))
-    expected = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    pictures = tiny_images("clip")
+    expected = make_engine(tiny_clip, "openvino", "fp32")(pictures)
     file = next(tmp_path.rglob("*.bin"))
     content = file.read_bytes()
-    if change == "no checksums":
-        (file.parent / "sha256.json").unlink()
-    else:
-        middle = len(content) // 2
-        rest = content[middle + 1 :] if change == "a byte" else b""
-        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + rest)
-    with pytest.warns(UserWarning, match="damaged"):
-        found = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
-    assert torch.equal(found, expected)
-    assert file.read_bytes() == content
-    assert len(list(file.parent.parent.iterdir())) == 1  # nothing left over
+    middle = len(content) // 2
+    for change in ("a byte", "no checksums", "half of it"):
+        if change == "no checksums":
+            (file.parent / "sha256.json").unlink()
+        else:
+            rest = content[middle + 1 :] if change == "a byte" else b""
+            file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + rest)
+        with pytest.warns(UserWarning, match="damaged"):
+            found = make_engine(tiny_clip, "openvino", "fp32")(pictures)
+        assert torch.equal(found, expected), change
+        assert file.read_bytes() == content, change
+        assert len(list(file.parent.parent.iterdir())) == 1, change  # nothing left over
 
 
 def test_a_converted_tower_that_cannot_be_kept_runs(
-    model: Model, pixel_values: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _needs("openvino")
-    expected = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+    pictures = tiny_images("clip")
+    expected = make_engine(tiny_clip, "openvino", "fp32")(pictures)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TASKRES_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="not kept"):
-        found = make_engine(model.clip, "openvino", "fp32")({"pixel_values": pixel_values})
+        found = make_engine(tiny_clip, "openvino", "fp32")(pictures)
     assert torch.equal(found, expected)

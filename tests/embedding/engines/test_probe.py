@@ -189,7 +189,8 @@ def _timed(monkeypatch: pytest.MonkeyPatch, cache: Path, engine: float, stock: f
     measured: list[float] = []
 
     def seconds(work: Any) -> float:
-        work()
+        if len(measured) < 2:  # each form once
+            work()
         measured.append(stock if len(measured) % 2 else engine)
         return measured[-1]
 
