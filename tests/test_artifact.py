@@ -257,7 +257,7 @@ def test_describe(trained: Path) -> None:
 def test_describing_needs_no_torch(trained: Path) -> None:
     code = """
 import sys, json
-from taskres_hf.artifact import from taskres_hf.errors import ArtifactError, TaskResError
+from taskres_hf.errors import ArtifactError, TaskResError
 from taskres_hf.description import describe
 facts = describe(sys.argv[1])
 try:
