@@ -135,7 +135,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
         loaded = base_model if isinstance(base_model, PreTrainedModel) else None
         name, subfolder = base_name(base_model), kwargs.get("subfolder") or None
-        if subfolder and os.path.isdir(name):
+        if subfolder and os.path.isdir(os.path.join(name, subfolder)):
             name, subfolder = os.path.join(name, subfolder), None
         if subfolder:
             hub["subfolder"] = subfolder
