@@ -312,6 +312,7 @@ _OBJECT, _LIST, _TEXT, _NUMBER = (dict,), (list,), (str,), (int, float)
 # What each key of config.json must be, where it is there and not null.
 _TYPES: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": _TEXT, "base_model_revision": _TEXT, "base_model_type": _TEXT,
+    "base_model_subfolder": _TEXT,
     "base_fingerprint": _OBJECT, "projection_dim": (int,), "id2label": _OBJECT, "templates": _LIST,
     "class_descriptions": _OBJECT, "prompt_names": _OBJECT, "underscores": _TEXT, "prompt_average": _TEXT,
     "alpha": _NUMBER, "residual_side": _TEXT, "enhanced_base": _OBJECT, "logit_scale": _NUMBER, "logit_bias": _NUMBER,
@@ -327,7 +328,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         ArtifactError: names the version or the keys.
     """
     version = config.get("format_version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
             f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
             "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
@@ -345,6 +346,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     stored = config["base_fingerprint"]
     image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
     numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
+    numbers.append(stored.get("shape"))
     if not all(_numbers(values or []) for values in numbers) or stored.get("image") not in (None, image):
         raise ArtifactError(f"{where}: base_fingerprint is damaged. Save the artifact again.")
     names = config["id2label"]
@@ -412,57 +414,6 @@ def commit_of(path: str) -> str | None:
     """The commit of a file in the Hub's cache; None for one elsewhere."""
     found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", os.fspath(path))
     return found.group(1) if found else None
-
-
-def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
-    """What an artifact is, from its two files alone: the base is not loaded.
-
-    Args:
-        name_or_path: folder or Hub id. revision: branch, tag or commit of it.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
-
-    Raises:
-        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
-    """
-    name = os.fspath(name_or_path)
-    paths = find_artifact(name_or_path, revision, **hub_kwargs)
-    config, tensors = read_checked(*paths)
-    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
-    assert values is not None
-    names = {int(index): label for index, label in config["id2label"].items()}
-    metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
-    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
-    return {
-        "artifact": name,
-        "commit": commit_of(paths[1]),
-        "base_model": config["base_model_name_or_path"],
-        "base_model_revision": config.get("base_model_revision"),
-        "base_model_type": config.get("base_model_type"),
-        "num_classes": len(names),
-        "class_names": [names[index] for index in sorted(names)],
-        "templates": config.get("templates"),
-        "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
-        "alpha": config["alpha"],
-        "residual": {
-            "shape": [rows, dim],
-            "side": config.get("residual_side", "text"),
-            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
-        },
-        "enhanced_base": SHIFT in tensors,
-        "shots": few_shot.get("shots"),
-        "seed": few_shot.get("seed"),
-        "train_images": few_shot.get("num_images"),
-        "recipe": (config.get("training") or {}).get("recipe"),
-        "engine": (config.get("training") or {}).get("engine"),
-        "dataset": (config.get("data") or {}).get("name"),
-        "data_digest": (config.get("data") or {}).get("train_digest"),
-        "accuracy": metrics.get("accuracy"),
-        "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
-        "measured_on": {"split": metrics.get("split"), "images": metrics.get("num_images")} if metrics else None,
-        "bytes": {file.name: file.stat().st_size for file in sorted(files)},
-        "format_version": config.get("format_version", 1),
-        "library_versions": config.get("library_versions"),
-    }
 
 
 def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:

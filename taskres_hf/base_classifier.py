@@ -135,7 +135,8 @@ def make_base_classifier(
         tokenizer: read from `source` when None.
 
     Raises:
-        ConfigurationError: no tokenizer and no source. BaseModelError: tokenizer or text tower give nothing useful.
+        ConfigurationError: no tokenizer and no source, or the same tokens for all prompts.
+        BaseModelError: tokenizer or text tower give nothing useful.
     """
     if tokenizer is None:
         if source is None or not source.name:
@@ -151,8 +152,16 @@ def make_base_classifier(
 def _checked_tokens(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> str:
     """A digest of the prompts' tokens, after checking that they tell classes apart."""
     flat = [prompt for group in prompts for prompt in group]
-    ids = tokenizer(flat, truncation=True, max_length=text_length(base, tokenizer))["input_ids"]
-    check_tokens(base, flat, ids)
+    limit = text_length(base, tokenizer)
+    ids = tokenizer(flat, truncation=True, max_length=limit)["input_ids"]
+    whole = [number for number, row in enumerate(ids) if len(row) < limit]
+    check_tokens(base, [flat[number] for number in whole], [ids[number] for number in whole])
+    if len(set(flat)) > 1 and len({tuple(row) for row in ids}) == 1:
+        cut = "" if whole else f" once cut to the {limit} that the text tower reads"
+        raise ConfigurationError(
+            f"All prompts become the same tokens{cut}, so that no class can be told from another: {flat[0]!r:.80} and "
+            f"{flat[-1]!r:.80}. Give class names, templates or prompt_names= that differ to the base's tokenizer."
+        )
     rows, start = [], 0
     for group in prompts:
         rows.append(tuple(tuple(row) for row in ids[start : start + len(group)]))

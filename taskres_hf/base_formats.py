@@ -102,7 +102,10 @@ def _other_format(source: BaseSource) -> str | None:
 def _content(source: BaseSource) -> str:
     if not os.path.isdir(source.name):
         return "the repository holds something else"
-    names = sorted(os.listdir(Path(source.name, source.hub.get("subfolder") or "")))
+    folder = Path(source.name, source.hub.get("subfolder") or "")
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(os.listdir(folder))
     return f"the folder holds {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else "it is empty"
 
 

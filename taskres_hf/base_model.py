@@ -20,12 +20,29 @@ from transformers.utils.hub import extract_commit_hash
 
 from .base_formats import BaseSource, check_model_type, config_file, why_not
 from .encoders import score_parameters
-from .errors import BaseModelError, ConfigurationError, TextTowerNotLoadedError
+from .errors import BaseModelError, ConfigurationError, MissingExtraError, TextTowerNotLoadedError
 from .families import FAMILIES, family_of
 from .fingerprint import image_sketch
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def base_name(base_model: Any) -> str:
+    """The name of a base given as a Hub id, a folder or a loaded model (empty where it has none).
+
+    Raises:
+        BaseModelError: it is something else.
+    """
+    if isinstance(base_model, PreTrainedModel):
+        family_of(base_model)
+        return str(base_model.config._name_or_path)
+    if isinstance(base_model, str | os.PathLike):
+        return str(os.fspath(base_model))
+    hint = ": give merge_and_unload() of it" if hasattr(base_model, "merge_and_unload") else ""
+    raise BaseModelError(
+        f"The base model must be a Hub id, a folder or a transformers model; got a {type(base_model).__name__}{hint}."
+    )
 
 
 def load_base(
@@ -44,6 +61,7 @@ def load_base(
     Raises:
         BaseModelError: no dual encoder in `FAMILIES` (found before any weight is read), no safetensors weights, weights
             missing, damaged or not finite.
+        MissingExtraError: a package that an option needs is not installed.
         OSError: not found or not reachable, as raised by the Hub client.
     """
     path = config_file(source)
@@ -56,7 +74,9 @@ def load_base(
         model, notes = AutoModel.from_pretrained(
             source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **model_kwargs
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ImportError as error:
+        raise MissingExtraError(f"The base model {source.name!r} cannot be loaded this way: {error}") from error
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts a device
         reason = why_not(source, error)
         if reason is None:
             raise
@@ -156,7 +176,10 @@ def load_image_tower(
     )
     if kept is None:
         return None
-    base = _empty_base(kept, dtype, attn_implementation)
+    try:
+        base = _empty_base(kept, dtype, attn_implementation)
+    except (ValueError, ImportError):  # an attention that is not there: `load_base` says so
+        return None
     stored = {}
     with safe_open(str(path), framework="pt") as stream:
         names = set(stream.keys())
@@ -331,7 +354,7 @@ def check_tokens(base: PreTrainedModel, texts: Sequence[str], ids: Sequence[Sequ
     Raises:
         BaseModelError: most different texts become the same tokens, or an id is beyond the base's vocabulary.
     """
-    different, told_apart = len(set(texts)), len({tuple(row) for row in ids})
+    different, told_apart = len({text.casefold() for text in texts}), len({tuple(row) for row in ids})
     words, tokens = {word for text in texts for word in text.split()}, {token for row in ids for token in row}
     few = len(tokens) <= len(words) / 2 and (told_apart < different or len(tokens) <= 3)  # start, end, unknown
     if different > 1 and (told_apart <= different / 2 or few):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .errors import ConfigurationError
+from .fingerprint import image_sides_differ
 from .prompts import DEFAULT_TEMPLATE, class_prompts, sentences_by_class
 from .residual import checked_alpha
 from .storage import FORMAT_VERSION, library_versions
@@ -27,6 +29,10 @@ _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
     "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
 )  # fmt: skip
+
+
+# What transformers' configs have and nothing here obeys; in one given beside the artifact it must be as usual.
+_UNUSED = ("label2id", "output_hidden_states", "output_attentions", "problem_type")
 
 
 def _recorded(key: str) -> Any:
@@ -52,6 +58,7 @@ class TaskResConfig(PreTrainedConfig):
     Args:
         base_model_name_or_path: Hub id or folder of the frozen dual encoder.
         base_model_revision: commit of the base on the Hub the residual was trained on; None for a folder.
+        base_model_subfolder: folder of the base inside its repository, or None.
         base_model_type: `model_type` of the base, such as `"clip"`.
         projection_dim: D, the length of an embedding.
         templates: prompt templates, each with one `{}`; empty when descriptions alone make the prompts.
@@ -83,6 +90,7 @@ class TaskResConfig(PreTrainedConfig):
         self,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        base_model_subfolder: str | None = None,
         base_model_type: str | None = None,
         projection_dim: int | None = None,
         templates: list[str] | None = None,
@@ -111,6 +119,7 @@ class TaskResConfig(PreTrainedConfig):
         self.facts.update({key: value for key, value in recorded.items() if value is not None})
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
+        self.base_model_subfolder = base_model_subfolder
         self.base_model_type = base_model_type
         self.projection_dim = projection_dim
         self.templates = [DEFAULT_TEMPLATE] if templates is None else list(templates)
@@ -126,6 +135,23 @@ class TaskResConfig(PreTrainedConfig):
         self.residual_sha256 = residual_sha256
         self.format_version = format_version
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ConfigurationError: a value is not what it must be, as in a config.json edited by hand.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ConfigurationError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"The config.json is damaged ({type(error).__name__}: {error}). Save the artifact again, or download "
+                "it again."
+            ) from error
 
     @property
     def alpha(self) -> float:
@@ -158,7 +184,8 @@ class TaskResConfig(PreTrainedConfig):
         self.library_versions, self.format_version = library_versions(), FORMAT_VERSION
         values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
         values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}
-        values["dtype"] = str(self.dtype or "float32").removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
+        values["dtype"] = dtype if dtype in ("bfloat16", "float16") else "float32"  # no base is loaded in another
         dropped = {"auto_map"} if enhanced else {"auto_map", "enhanced_base"}
         values = {key: value for key, value in values.items() if key not in dropped}
         return values if auto_map is None else {**values, "auto_map": auto_map}
@@ -180,20 +207,42 @@ class TaskResConfig(PreTrainedConfig):
         )
 
 
-def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | None, options: dict[str, Any]) -> None:
+def check_same_bases(ours: TaskResConfig, theirs: TaskResConfig) -> None:
+    """Refuse to serve two classifiers over one base if they were made for different ones.
+
+    Raises:
+        ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
+    """
+    for name in ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigurationError(
+                f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
+                f"{getattr(theirs, name)!r} there."
+            )
+    if image_sides_differ(*((config.base_fingerprint or {}).get("image") for config in (ours, theirs))):
+        raise ConfigurationError(
+            "The classifiers have different bases: the weights of their image towers differ, though not their names."
+        )
+
+
+def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | str | None, options: dict[str, Any]) -> None:
     """Take over the values that may be given to `from_pretrained`, out of `options` and a config given beside.
 
     Raises:
         ConfigurationError: the config given is not the artifact's.
     """
+    if isinstance(config, str | os.PathLike):
+        config = TaskResConfig.from_pretrained(config)
     if config is not None:
         # AutoModel puts whatever argument a config has into the config, so it is checked here.
-        different = [key for key in _FIXED if _comparable(config, key) != _comparable(loaded, key)]
+        different = [key for key in (*_FIXED, *_UNUSED) if _comparable(config, key) != _comparable(loaded, key)]
         if different:
+            why = "nothing here obeys that, give it to forward()"
+            if set(different) & {*_FIXED, "label2id"}:
+                why = "classes, prompts and base belong to the residual, for other classes make a model with from_base"
             raise ConfigurationError(
-                f"The config given differs from the artifact's in {', '.join(different)}. Classes, prompts and base "
-                f"belong to the residual and cannot be changed on loading; {' and '.join(_SETTABLE)} can. For other "
-                "classes, make a new model with from_base."
+                f"The config given differs from the artifact's in {', '.join(different)}: {why}. On loading, only "
+                f"{' and '.join(_SETTABLE)} can be changed."
             )
         for key in _SETTABLE:
             setattr(loaded, key, getattr(config, key))
@@ -224,6 +273,6 @@ def base_options(options: Mapping[str, Any], method: str, positional: Sequence[A
 
 def _comparable(config: PreTrainedConfig, key: str) -> Any:
     value = getattr(config, key, None)
-    if key == "id2label" and isinstance(value, Mapping):  # ids are text in JSON, and where scripts pass them so
-        return {str(index): name for index, name in value.items()}
-    return value
+    if key in ("id2label", "label2id") and isinstance(value, Mapping):  # ids are text in JSON, and in some scripts
+        return {str(one): str(other) for one, other in value.items()}
+    return None if value in (False, "single_label_classification") else value

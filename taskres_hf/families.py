@@ -87,7 +87,9 @@ def family_of(model_or_config: Any) -> EncoderFamily:
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    hint = " It is a saved TaskRes artifact: load it with from_pretrained." if model_type == "taskres" else ""
+    hint = ""
+    if model_type == "taskres":
+        hint = " It is a TaskRes classifier: load it with from_pretrained, or give its base, .clip."
     raise BaseModelError(
         f"The base model must be a dual encoder (images and text in one space); {model_type!r} is not one this "
         f"library knows.{hint} Supported model types: {', '.join(sorted(FAMILIES))}."

@@ -24,6 +24,7 @@ from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .artifact import check_loads, read_checked
+from .description import measured_on
 from .storage import CONFIG, PROCESSOR, WEIGHTS, is_path, read_json, write_bytes, write_json
 
 # A card without this line was written by a person and is never replaced.
@@ -73,6 +74,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
                 dataset_type=dataset or "custom",
                 dataset_name=data.get("name") or dataset or "custom",
                 metric_type="accuracy",
+                metric_name=f"accuracy ({metrics['method']})" if metrics.get("method") else None,
                 metric_value=round(float(metrics["accuracy"]), 4),
             )
         ]
@@ -88,6 +90,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[cell(template) for template in config.get("templates") or []],
         metrics=metrics,
+        measured_on=cell(measured_on(metrics)),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],

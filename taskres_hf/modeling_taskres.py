@@ -17,12 +17,8 @@ from transformers.utils.import_utils import is_torchvision_available
 from .artifact import as_json, find_artifact, read_artifact, trusted_base_name, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes
 from .base_formats import BaseSource
-from .base_model import (
-    advise_on_dtype,
-    load_tokenizer,
-    split_hub_kwargs,
-)
-from .configuration_taskres import TaskResConfig, apply_config, base_options
+from .base_model import advise_on_dtype, base_name, load_tokenizer, split_hub_kwargs
+from .configuration_taskres import TaskResConfig, apply_config, base_options, check_same_bases
 from .encoders import image_features, pooled, score_parameters
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, card_for, public_base_name, side_files, upload
@@ -134,12 +130,15 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         prompts = class_prompts(
             names, templates, underscores=underscores, descriptions=class_descriptions, prompt_names=prompt_names
         )
+        dtype = kwargs.pop("torch_dtype", None) or dtype
         hub, options = split_hub_kwargs(kwargs)
         options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
-        if kwargs.get("subfolder"):
-            hub["subfolder"] = kwargs["subfolder"]
         loaded = base_model if isinstance(base_model, PreTrainedModel) else None
-        name = str(loaded.config._name_or_path) if loaded is not None else os.fspath(base_model)  # type: ignore[arg-type]
+        name, subfolder = base_name(base_model), kwargs.get("subfolder") or None
+        if subfolder and os.path.isdir(name):
+            name, subfolder = os.path.join(name, subfolder), None
+        if subfolder:
+            hub["subfolder"] = subfolder
         source = BaseSource(name, revision, hub, trust_remote_code)
         base, table, facts, source = base_for_classes(
             loaded, source, dtype, options, prompts, prompt_average, tokenizer
@@ -147,6 +146,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         config = TaskResConfig(
             base_model_name_or_path=str(Path(name).resolve()) if os.path.isdir(name) else name,
             base_model_revision=None if os.path.isdir(name) else source.revision,
+            base_model_subfolder=subfolder,
             base_model_type=base.config.model_type,
             projection_dim=table.shape[1],
             templates=list(templates or []),
@@ -176,7 +176,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
-        config: PreTrainedConfig | None = None,
+        config: PreTrainedConfig | str | None = None,
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
@@ -214,8 +214,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             TypeError: an argument that does not apply.
             OSError: a repository or file is not found, as raised by the Hub client.
         """
-        name = os.fspath(pretrained_model_name_or_path)
-        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        name, older = os.fspath(pretrained_model_name_or_path), kwargs.pop("torch_dtype", None)
+        dtype, subfolder = older if dtype is None else dtype, subfolder or ""
         hub, options = split_hub_kwargs(kwargs)
         values, residual, shift = read_artifact(
             *find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
@@ -229,7 +229,11 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
         local = os.path.isdir(name)
         pinned = base_revision or (None if isinstance(base_model, str | os.PathLike) else loaded.base_model_revision)
-        source = BaseSource(trusted_base_name(loaded, base_model, local), pinned, hub, base_trust_remote_code)
+        if base_model is not None:
+            base_name(base_model)  # only to refuse what is no base
+        inside = {"subfolder": loaded.base_model_subfolder} if loaded.base_model_subfolder and not base_model else {}
+        where = trusted_base_name(loaded, base_model, local)
+        source = BaseSource(where, pinned, {**hub, **inside}, base_trust_remote_code)
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
         shared = base_model if isinstance(base_model, PreTrainedModel) else None
@@ -244,8 +248,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         with torch.no_grad():
             model.classifier.residual.copy_(residual)
         model.classifier.shift = shift
-        where = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
-        model._processor_source = (name, {**hub, **where})
+        at = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
+        model._processor_source = (name, {**hub, **at})
         model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)
@@ -330,14 +334,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         Raises:
             ConfigurationError: the other model was made for another base.
         """
-        ours, theirs = self.config, other.config
-        for name in ("base_model_name_or_path", "base_model_revision", "projection_dim"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ConfigurationError(
-                    f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
-                    f"{getattr(theirs, name)!r} there."
-                )
-        self.classifier, self.config = other.classifier, theirs
+        check_same_bases(self.config, other.config)
+        self.classifier, self.config = other.classifier, other.config
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,10 +30,9 @@ from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
 from .storage import write_bytes
-from .tables import spreadsheet_text, visible
+from .tables import json_text, spreadsheet_text, visible
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
-_UNPRINTABLE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link there may point at anything
 _ROW_GROUP = 65536  # rows that parquet compresses together
 
@@ -57,7 +55,7 @@ def classify_files(
         files: what `read_image` takes as text, see also `list_images`; one named twice has two rows.
         top_k: classes per picture, at most K.
         batch_size: pictures a forward pass, by default the engine's best.
-        engine, precision: see `engines`.
+        engine, precision: see `embedding.engines`.
 
     Yields:
         `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
@@ -376,16 +374,10 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int 
     if kind == ".csv":
         content = _csv(rows, top_k).encode("utf-8", "backslashreplace")
     elif kind == ".jsonl":
-        content = b"".join(f"{_json(row)}\n".encode() for row in rows)
+        content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
     else:
         content = _parquet(rows)
     write_bytes(path, content)
-
-
-def _json(row: Mapping[str, Any]) -> str:
-    """A row as JSON in which what a terminal would obey is escaped too; it reads back as the same row."""
-    text = json.dumps(row, ensure_ascii=False)
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], top_k: int) -> str:

@@ -55,6 +55,10 @@ def resolve_templates(templates: str | Sequence[str] | None) -> list[str]:
                 f"name. Write for example 'a photo of a {{}}.', or use one of: {', '.join(sorted(known))}."
             )
         templates = [templates]
+    if not isinstance(templates, Iterable):
+        raise ConfigurationError(
+            f"`templates` must be one template or several, such as 'a photo of a {{}}.'; got {templates!r:.80}."
+        )
     resolved = list(templates)
     if not resolved:
         raise ConfigurationError("`templates` is empty: give at least one, for example 'a photo of a {}.'.")
@@ -95,7 +99,7 @@ def check_class_names(class_names: Any, minimum: int = 2) -> list[str]:
             f"A classifier needs at least {minimum} classes; got {len(cleaned)}: {cleaned}. "
             "Pass the names of all classes in label order."
         )
-    empty = [position for position, name in enumerate(cleaned) if not name]
+    empty = [position for position, name in enumerate(cleaned) if not _bare(name)]
     if empty:
         raise ClassNamesError(f"Class names must not be empty; numbers {empty} are. Give each class a name.")
     first: dict[str, int] = {}
@@ -162,12 +166,21 @@ def class_prompts(
                 continue
             sentences += list(described)
         prompts.append(sentences)
+    _check_encodable(prompts)
     if missing:
         raise ConfigurationError(
             f"`descriptions` needs a non-empty list of sentences for each class; missing for {missing[:5]}"
             f"{' ...' if len(missing) > 5 else ''} ({len(missing)} of {len(class_names)})."
         )
     return prompts
+
+
+def _check_encodable(prompts: Sequence[Sequence[str]]) -> None:
+    for prompt in (prompt for group in prompts for prompt in group):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # as of a file name that is not UTF-8
+            raise ConfigurationError(
+                f"The prompt {prompt!r} holds bytes that are not text: rename the class, or give prompt_names= for it."
+            )
 
 
 def sentences_by_class(descriptions: Mapping[str, Sequence[str] | str] | None) -> dict[str, list[str]] | None:
@@ -199,8 +212,8 @@ def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
 
 def warn_of_equals(names: Sequence[str], keys: Sequence[Any], what: str) -> None:
     """Warn of names that the base cannot tell apart, naming up to five pairs."""
-    first: dict[Any, str] = {}
-    pairs = [(first[key], name) for name, key in zip(names, keys, strict=True) if first.setdefault(key, name) != name]
+    first: dict[Any, int] = {}
+    pairs = [(names[first[key]], names[row]) for row, key in enumerate(keys) if first.setdefault(key, row) != row]
     if pairs:
         shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:5])
         warnings.warn(
@@ -212,8 +225,9 @@ def warn_of_equals(names: Sequence[str], keys: Sequence[Any], what: str) -> None
 
 
 def _bare(name: str) -> str:
-    """A name without what a text encoder hardly sees: case, underscores, spaces, look-alike characters."""
-    return " ".join(unicodedata.normalize("NFKC", name).replace("_", " ").split()).casefold()
+    """A name without what a text encoder hardly sees: case, underscores, spaces, look-alike or invisible characters."""
+    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible).replace("_", " ").split()).casefold()
 
 
 def _check_prompt_names(prompt_names: Mapping[str, str] | None, class_names: Sequence[str]) -> None:

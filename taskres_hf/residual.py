@@ -14,6 +14,7 @@ addition, so the same `alpha` and learning rate mean a smaller turn where the ra
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def checked_alpha(alpha: Any) -> float:
     Raises:
         ConfigurationError: it is something else.
     """
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    number = type(alpha) is not bool and isinstance(alpha, Real) and math.isfinite(alpha)
     if not number or (alpha != 0 and not SMALLEST_ALPHA <= abs(alpha) <= LARGEST_ALPHA):
         raise ConfigurationError(
             f"`alpha` must be a finite number, 0 or from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g} in size (the paper's "

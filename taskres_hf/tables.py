@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ _MARKDOWN = re.compile(r"([\\`*\[\]<|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<
 _GAP = 2  # between two columns
 _NARROWEST = 8  # a text folded to fewer characters cannot be read
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# What JSON may hold raw but a terminal would obey, and halves of surrogate pairs (file names that are not UTF-8).
+_RAW_IN_JSON = re.compile(f"[\x7f-\x9f\u2028\u2029\ud800-\udfff{''.join(sorted(_TURNING))}]")
 
 
 def visible(text: str) -> str:
@@ -35,6 +38,16 @@ def _shown(character: str) -> str:
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: no emphasis, link, HTML or end of a table cell comes of it."""
     return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def json_text(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON on one line; what a terminal would obey is escaped, and it still reads back as the same value.
+
+    Args:
+        default: what to write instead of an object that JSON does not have, as in `json.dumps`.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=default)
+    return _RAW_IN_JSON.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def spreadsheet_text(text: str) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import random_residual
+from transformers import AutoModelForImageClassification
 
 from taskres_hf import TaskResCLIPForImageClassification, artifact
-from taskres_hf.artifact import describe, read_artifact, write_artifact
+from taskres_hf.artifact import read_artifact, write_artifact
+from taskres_hf.description import describe
 from taskres_hf.errors import ArtifactError, TaskResError
 
 Model = TaskResCLIPForImageClassification
@@ -253,8 +257,8 @@ def test_describe(trained: Path) -> None:
 def test_describing_needs_no_torch(trained: Path) -> None:
     code = """
 import sys, json
-from taskres_hf.artifact import describe
 from taskres_hf.errors import ArtifactError, TaskResError
+from taskres_hf.description import describe
 facts = describe(sys.argv[1])
 try:
     describe(sys.argv[2])
@@ -318,3 +322,22 @@ def test_golden_artifact_of_the_first_format(model: Model) -> None:
     loaded = Model.from_pretrained(golden, base_model=str(model.config.base_model_name_or_path))
     assert loaded.class_names == model.class_names
     assert float(loaded.classifier.residual.detach().norm()) == pytest.approx(40.3145, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "x"), ("dtype", []), ("format_version", True), ("format_version", 0), ("templates", 3),
+        ("base_fingerprint.shape", -1), ("base_fingerprint.shape", {"a": 1}), ("base_fingerprint.dtype", []),
+        ("id2label", ["a"]), ("id2label", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_errors_of_ours(trained: Path, tmp_path: Path, key: str, value: Any) -> None:
+    shutil.copytree(trained, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    *outer, last = key.split(".")
+    (config[outer[0]] if outer else config)[last] = value
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    for loader in (Model, AutoModelForImageClassification):
+        with pytest.raises(TaskResError):
+            loader.from_pretrained(tmp_path / "a")

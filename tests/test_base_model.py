@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import base_model
-from taskres_hf.errors import BaseModelError, ConfigurationError
+from taskres_hf.errors import BaseModelError, ConfigurationError, MissingExtraError
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,63 @@ def test_tools_walk_over_the_missing_text_tower(light: Model, pixel_values: torc
     assert smaller(pixel_values=pixel_values).logits.shape == expected.shape
     exported = torch.export.export(light, (pixel_values,))
     torch.testing.assert_close(exported.module()(pixel_values).logits, expected)
+
+
+def test_what_is_no_base_is_named(base: str, light: Model) -> None:
+    class Wrapped:
+        merge_and_unload = None
+
+    for wrong, why in ((None, "NoneType"), (3, "int"), (torch.nn.Linear(2, 2), "Linear"), (Wrapped(), "merge_and")):
+        with pytest.raises(BaseModelError, match=f"Hub id, a folder or a transformers model.*{why}"):
+            Model.from_base(wrong, NAMES)  # type: ignore[arg-type]
+    folder = str(light.config._name_or_path)
+    with pytest.raises(BaseModelError, match="got a int"):
+        Model.from_pretrained(folder, base_model=3)  # type: ignore[arg-type]
+    with pytest.raises(BaseModelError, match=r"TaskRes classifier.*\.clip"):
+        Model.from_pretrained(folder, base_model=light)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "why"),
+    [
+        ({"attn_implementation": "nope"}, BaseModelError, "nope"),
+        ({"attn_implementation": "flash_attention_2"}, MissingExtraError, "FlashAttention2"),
+        ({"quantization_config": {"load_in_8bit": True}}, MissingExtraError, "pip install"),
+        ({"device_map": "nowhere"}, BaseModelError, "nowhere"),
+    ],
+)
+def test_what_this_machine_lacks_is_said(light: Model, options: dict[str, Any], error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
+        Model.from_pretrained(light.config._name_or_path, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without one")
+def test_an_accelerator_that_is_not_there(light: Model) -> None:
+    with pytest.raises(BaseModelError, match=r"cannot be loaded.*CUDA"):
+        Model.from_pretrained(light.config._name_or_path, device_map="cuda")
+
+
+def test_prompts_that_are_the_same_to_the_tokenizer(base: str) -> None:
+    with (
+        pytest.warns(UserWarning, match="'Cat' and 'cat'"),
+        pytest.raises(ConfigurationError, match=r"All prompts become the same tokens, .*Cat"),
+    ):
+        Model.from_base(base, ["Cat", "cat"])
+    with pytest.raises(ConfigurationError, match="once cut to the 32 that the text tower reads"):
+        Model.from_base(base, ["cat", "dog"], templates="many words " * 40 + "{}")
+    with pytest.warns(UserWarning, match="1 pair of classes' prompts"):  # as ImageNet's two missiles
+        Model.from_base(base, ["cat", "dog", "bird"], prompt_names={"cat": "dog"})
+
+
+def test_a_subfolder_that_is_not_there(base: str, light: Model) -> None:
+    with pytest.raises(BaseModelError, match=r"no folder .*sub"):
+        Model.from_base(base, NAMES, subfolder="sub")
+    assert Model.from_pretrained(light.config._name_or_path, subfolder=None).class_names == NAMES  # type: ignore[arg-type]
+
+
+def test_the_older_name_of_dtype(base: str, light: Model) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Model.from_base(base, NAMES, torch_dtype="float16").clip.dtype == torch.float16
+        loaded = Model.from_pretrained(light.config._name_or_path, dtype="float32", torch_dtype="float16")
+    assert loaded.clip.dtype == torch.float32

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.base_classifier import same_base
 from taskres_hf.errors import BaseMismatchError
-from taskres_hf.fingerprint import image_sides_differ, image_sketch
+from taskres_hf.fingerprint import check_fingerprint, fingerprint, image_sides_differ, image_sketch
 
 
 def changed(base: str, folder: Path, edit: Any) -> str:
@@ -133,3 +133,21 @@ def test_sketches_of_image_towers(base: str) -> None:
     assert image_sides_differ(image_sketch(one, "bfloat16"), exact)
     assert image_sketch({name: torch.zeros(3, dtype=torch.uint8)}) is None  # quantized: it cannot be told
     assert not image_sides_differ(exact, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "image"), [("float32", 2e-3, 1e-4), ("float16", 5e-3, 2e-3), ("bfloat16", 2e-2, 1e-2)]
+)
+def test_how_much_may_differ(dtype: str, text: float, image: float) -> None:
+    table, prompts = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), [["a"], ["b"], ["c"]]
+
+    def made(longer: float, moved: float) -> dict[str, Any]:
+        tower = {"sketch": [1.0 + moved], "weights": 1, "dtype": dtype}
+        return fingerprint(table * (1 + longer), prompts, "raw", tower, dtype=dtype)
+
+    stored = made(0, 0)
+    check_fingerprint(made(0.8 * text, 0.8 * image), stored, "base")
+    with pytest.raises(BaseMismatchError, match="text embeddings"):
+        check_fingerprint(made(1.25 * text, 0), stored, "base")
+    with pytest.raises(BaseMismatchError, match="image tower"):
+        check_fingerprint(made(0, 1.25 * image), stored, "base")

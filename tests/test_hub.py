@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,17 @@ def test_card_cannot_be_broken_by_names(trained: Path) -> None:
     card = model_card(config, "me/x")
     assert "<script>" not in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "taskres_hf"
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_base_inside_its_repository_is_loaded_again(
+    hub: HubServer, base: str, tmp_path: Path, pixel_values: torch.Tensor, place: str
+) -> None:
+    shutil.copytree(base, tmp_path / "base" / "clip")
+    hub.add_folder("tester/nested", tmp_path / "base")
+    name = str(tmp_path / "base") if place == "folder" else "tester/nested"
+    model = random_residual(TaskResCLIPForImageClassification.from_base(name, ["cat", "dog"], subfolder="clip"))
+    model.save_pretrained(tmp_path / "artifact")
+    loaded = TaskResCLIPForImageClassification.from_pretrained(tmp_path / "artifact")
+    assert torch.equal(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
+    assert loaded.config.base_model_subfolder == (None if place == "folder" else "clip")

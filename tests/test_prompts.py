@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 import pytest
 from datasets import ClassLabel
@@ -96,3 +97,24 @@ def test_names_that_hardly_differ_are_named(one: str, other: str) -> None:
         assert len(check_class_names([one, "dog", other])) == 3
     assert repr(one) in str(caught[0].message)
     assert repr(other) in str(caught[0].message)
+
+
+@pytest.mark.parametrize("templates", [3, len, 2.5])
+def test_templates_of_another_type(templates: Any) -> None:
+    with pytest.raises(ConfigurationError, match="one template or several"):
+        resolve_templates(templates)
+
+
+def test_names_of_nothing_visible() -> None:
+    for name in ("\u200b", "_", " \u2060 "):
+        with pytest.raises(ClassNamesError, match="must not be empty"):
+            check_class_names([name, "cat"])
+    with pytest.warns(UserWarning, match="1 pair of class names"):
+        check_class_names(["cat", "cat\u200b", "dog"])
+
+
+def test_bytes_that_are_no_text() -> None:
+    """As in the name of a folder made on another system."""
+    with pytest.raises(ConfigurationError, match=r"bytes that are not text.*prompt_names="):
+        class_prompts(["gar\udce7on", "girl"])
+    assert class_prompts(["gar\udce7on", "girl"], prompt_names={"gar\udce7on": "boy"})[0] == ["a photo of a boy."]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from taskres_hf import TaskResClassifier
 from taskres_hf.errors import ConfigurationError
-from taskres_hf.residual import cross_entropy
+from taskres_hf.residual import checked_alpha, cross_entropy
 
 
 def _head(**options: object) -> TaskResClassifier:
@@ -145,3 +145,12 @@ def test_soft_labels_are_probabilities() -> None:
 def test_labels_that_are_none(labels: torch.Tensor, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         cross_entropy(torch.zeros(4, 3), labels)
+
+
+def test_alpha_of_numpy() -> None:
+    import numpy as np
+
+    assert checked_alpha(np.float32(0.5)) == checked_alpha(np.float64(0.5)) == 0.5
+    assert checked_alpha(np.int64(1)) == 1.0
+    with pytest.raises(ConfigurationError, match="`alpha`"):
+        checked_alpha(np.bool_(True))

@@ -10,14 +10,14 @@ import typer
 from .options import (
     Debug,
     Json,
+    Overwrite,
     Quiet,
     Recipe,
-    console,
-    emit,
-    quiet_libraries,
-    read_numbers,
 )
-from .screen import say, when_interrupted
+from .screen import console, emit, quiet_libraries, say, when_interrupted
+from .values import check_output_folder, read_numbers
+
+_SHIPPED = " (shipped)"  # after the name of a task, in the classifier's config
 
 
 def demo(
@@ -29,6 +29,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the classifier is saved.")] = Path(
         "taskres-demo"
     ),
+    overwrite: Overwrite = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -45,6 +46,8 @@ def demo(
 
     counts, draws = read_numbers(shots, "--shots"), read_numbers(seeds, "--seeds")
     tasks = list(demo_tasks()) if all_tasks else [check_task(task)]
+    if not all_tasks:
+        check_output_folder(output_dir, replace=overwrite or _is_of_the_demo(output_dir))
     total = len(tasks) * len(counts) * len(draws)
     with tqdm(total=total, desc="Training", unit="run", disable=quiet or as_json) as bar:
         runs = run_benchmark(
@@ -76,6 +79,18 @@ def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return tasks
 
 
+def _is_of_the_demo(folder: Path) -> bool:
+    """Whether a folder holds a classifier of an earlier demo, which may be replaced without asking."""
+    from ..errors import ArtifactError
+    from ..storage import CONFIG, read_json
+
+    try:
+        data = read_json(folder / CONFIG).get("data")
+    except ArtifactError:
+        return False
+    return isinstance(data, dict) and str(data.get("name")).endswith(_SHIPPED)
+
+
 def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, recipe: Recipe) -> dict[str, Any]:
     """Train one classifier as a user would, save it, and classify test pictures through `pipeline`.
 
@@ -93,7 +108,7 @@ def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, r
     model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
     arguments = TaskResTrainingArguments(
         output_dir=str(output_dir), recipe=recipe.value, shots=shots, seed=seed, on_short="ignore", disable_tqdm=True,
-        dataset_name=f"{task} (shipped)",
+        dataset_name=f"{task}{_SHIPPED}",
     )  # fmt: skip
     trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
     trainer.train()

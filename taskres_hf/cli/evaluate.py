@@ -27,6 +27,7 @@ def evaluate(
     on_error: opt.OnError = opt.BrokenPicture.RAISE,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
     revision: opt.Revision = None,
@@ -65,6 +66,7 @@ def evaluate(
     pictures = load_evaluation_data(
         source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
         label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
+        class_folder=class_folder and class_folder.value,
     )  # fmt: skip
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))

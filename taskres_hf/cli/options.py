@@ -9,16 +9,6 @@ from typing import Annotated
 
 import typer
 
-from .screen import console as console
-from .screen import emit as emit
-from .screen import plain as plain
-from .screen import quiet_libraries as quiet_libraries
-from .values import public_name as public_name
-from .values import read_class_names as read_class_names
-from .values import read_json_option as read_json_option
-from .values import read_numbers as read_numbers
-from .values import read_templates as read_templates
-
 DEFAULT_BASE = "openai/clip-vit-base-patch16"
 BASE_VARIABLE = "TASKRES_BASE_MODEL"
 
@@ -47,6 +37,11 @@ class EngineName(Choice):
     TORCH = "torch"
     OPENVINO = "openvino"
     ONNXRUNTIME = "onnxruntime"
+
+
+class WhichFolder(Choice):
+    FIRST = "first"
+    LAST = "last"
 
 
 class PrecisionName(Choice):
@@ -141,6 +136,10 @@ ImageColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of labels; recognised by itself.", rich_help_panel=DATA)
+]
+ClassFolder = Annotated[
+    WhichFolder | None,
+    typer.Option(help="Which of nested folders is the class: the first, or that of the picture.", rich_help_panel=DATA),
 ]
 LabelMap = Annotated[
     str | None,
@@ -341,15 +340,6 @@ ReportTo = Annotated[
 
 # ---------------------------------------------------------------------------------------------------- speed and device
 
-DevicePanel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        autocompletion=_devices,
-        help="cpu, cuda, cuda:1, mps; the fastest by default.",
-        rich_help_panel=SPEED,
-    ),
-]
 Cpu = Annotated[bool, typer.Option("--cpu", hidden=True, help="The same as --device cpu.")]
 Engine = Annotated[
     EngineName,

@@ -15,6 +15,7 @@ from .options import (
     TRAINING,
     BatchSize,
     CacheDir,
+    Crop,
     Debug,
     Engine,
     EngineName,
@@ -24,15 +25,9 @@ from .options import (
     PrecisionName,
     Quiet,
     Recipe,
-    console,
-    emit,
-    public_name,
-    quiet_libraries,
-    read_class_names,
-    read_numbers,
-    read_templates,
 )
-from .screen import say, when_interrupted
+from .screen import console, emit, quiet_libraries, say, when_interrupted
+from .values import check_output_folder, public_name, read_class_names, read_numbers, read_templates
 
 _Dataset = Annotated[
     str,
@@ -111,6 +106,7 @@ def benchmark(
     batch_size: BatchSize = None,
     engine: Engine = EngineName.AUTO,
     precision: Precision = PrecisionName.AUTO,
+    crop: Crop = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -125,7 +121,6 @@ def benchmark(
     quiet_libraries(True)
     from ..demo import demo_model
     from ..paper.datasets import suite_datasets
-    from ..paper.reports import accuracy_table, summarise
     from ..paper.runner import run_benchmark
 
     if list_datasets:
@@ -136,23 +131,20 @@ def benchmark(
         _check(names, root, allow_other_split, as_json)
         return
     model = base_model or demo_model()
-    chosen = _recipe_names(recipes)
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
     arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine.value, "precision": precision.value}
-    overrides = {"cache_dir": cache_dir and str(cache_dir), "num_train_epochs": epochs, "learning_rate": learning_rate}
+    overrides = {
+        "cache_dir": cache_dir and str(cache_dir), "num_train_epochs": epochs, "learning_rate": learning_rate,
+        "crop": crop and crop.value,
+    }  # fmt: skip
     arguments |= {key: value for key, value in overrides.items() if value is not None}
+    chosen = _recipe_names(recipes)
     total = len(names) * len(counts) * len(draws) * len(chosen)
-    finished: list[dict[str, Any]] = []
-    with _Live(total, show=not (quiet or as_json)) as live:
-
-        def on_cell(cell: Any, result: dict[str, Any], was_done: bool) -> None:
-            finished.append(result)
-            live.update(accuracy_table(summarise(finished), len(draws), caption=f"{len(finished)} of {total} runs"))
-
+    with _Live(total, len(draws), show=not (quiet or as_json)) as live:
         results = run_benchmark(
             model, names, output_dir, shots=counts, seeds=draws, recipes=chosen, root=root, revision=base_revision,
             views=views, augment_online=augment_online, enhanced_base=enhanced_base, keep_underscores=keep_underscores,
-            targets=wanted, allow_other_split=allow_other_split, arguments=arguments, on_cell=on_cell,
+            targets=wanted, allow_other_split=allow_other_split, arguments=arguments, on_cell=live.add,
         )  # fmt: skip
     _report(results, output_dir, model, live.shown, as_json)
 
@@ -233,8 +225,9 @@ def _check(names: list[str], root: Path | None, allow_other_split: bool, as_json
 class _Live:
     """A table that fills while the runs finish, on a terminal; nothing elsewhere."""
 
-    def __init__(self, total: int, show: bool) -> None:
-        self.total, self.shown = total, show and sys.stdout.isatty()
+    def __init__(self, total: int, seeds: int, show: bool) -> None:
+        self.total, self.seeds, self.shown = total, seeds, show and sys.stdout.isatty()
+        self.finished: list[dict[str, Any]] = []
 
     def __enter__(self) -> _Live:
         if self.shown:
@@ -248,9 +241,14 @@ class _Live:
         if self.shown:
             self._live.stop()
 
-    def update(self, table: Any) -> None:
+    def add(self, cell: Any, result: dict[str, Any], was_done: bool) -> None:
+        """A run that is finished."""
+        from ..paper.reports import accuracy_table, summarise
+
+        self.finished.append(result)
         if self.shown:
-            self._live.update(table.rich())
+            caption = f"{len(self.finished)} of {self.total} runs"
+            self._live.update(accuracy_table(summarise(self.finished), self.seeds, caption=caption).rich())
 
 
 def _list(known: dict[str, dict[str, Any]], as_json: bool) -> None:
@@ -327,12 +325,9 @@ def import_checkpoint(
     debug: Debug = False,
 ) -> None:
     """Turn a checkpoint of the published TaskRes code into an artifact. Nothing in it is executed."""
-    from ..errors import ArtifactError, ConfigurationError
+    from ..errors import ConfigurationError
 
-    if (output_dir / "config.json").exists() and not overwrite:
-        raise ArtifactError(
-            f"{output_dir} already holds a model. Pass --overwrite to replace it, or another --output-dir."
-        )
+    check_output_folder(output_dir, replace=overwrite)
     quiet_libraries(True)
     from ..paper.checkpoints import import_checkpoint as convert
     from ..paper.datasets import describe_dataset, unique_names

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..tables import Table, visible
+from ..tables import Table, json_text, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-# What JSON may hold raw but a terminal would obey, and halves of surrogate pairs (file names that are not UTF-8).
-_UNPRINTABLE = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def say(text: str, err: bool = False) -> None:
@@ -66,12 +61,6 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], **details:
     console().print(Table(columns, rows, **details).rich())
 
 
-def as_json_text(value: Any) -> str:
-    """JSON on one line; what a terminal would obey is escaped, and it still reads back as the same value."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
-
-
 _collected: list[str] = []  # warnings that go into the JSON value instead of beside it
 
 
@@ -86,7 +75,7 @@ def emit(as_json: bool, value: Any, show: Callable[[], None]) -> None:
         for text in _collected:
             warn(f"Warning: {text}")
     _collected.clear()
-    typer.echo(as_json_text(value))
+    typer.echo(json_text(value, default=str))
 
 
 def _on_warning(message: Warning | str, *_: Any, collect: bool, **__: Any) -> None:

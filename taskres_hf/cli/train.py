@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ArtifactError, BaseModelError, ConfigurationError, DataError
+from ..errors import BaseModelError, ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
 from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import (
     SHIPPED,
     check_device,
+    check_output_folder,
     default_output,
     one_dataset,
     public_name,
@@ -58,6 +59,7 @@ def train(
     drop_unlabelled: opt.DropUnlabelled = False,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
     # ---- class names and prompts
@@ -140,6 +142,8 @@ def _settle(run: dict[str, Any]) -> None:
         raise ConfigurationError("--indices replays a draw and --shots makes one: leave one of them out.")
     if run["indices"] is not None and run["holdout"] is not None:
         raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
+    if run["folds"] < 0 or run["folds"] == 1:
+        raise ConfigurationError(f"--folds must be at least 2, or 0 to measure nothing; it is {run['folds']}.")
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
     run["base_model"] = run["base_model"] or opt.default_base_model()
@@ -151,14 +155,7 @@ def _settle(run: dict[str, Any]) -> None:
     run["class_descriptions"] = read_descriptions(run["class_descriptions"])
     run["prompt_names"] = read_mapping(run["prompt_names"], "--prompt-names")
     run["label_map"] = read_label_map(run.get("label_map"))
-    _check_output(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
-
-
-def _check_output(folder: Path, replace: bool) -> None:
-    if (folder / "config.json").exists() and not replace:
-        raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
+    check_output_folder(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
@@ -167,7 +164,7 @@ def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
     report_to = run["report_to"]
     values = {**training_only(run), "dataset_name": run.get("dataset_name") or public_name(run["dataset"])}
     values |= {"use_cpu": run["device"] == "cpu", "disable_tqdm": run["quiet"] or run["as_json"]}
-    values |= {"shots": None if run["indices"] else run["shots"], "report_to": list(report_to) if report_to else None}
+    values |= {"shots": None if run["indices"] else run["shots"], "report_to": report_to or None}
     values["hub_model_id"] = values["hub_private_repo"] = None  # uploaded once, after it is saved
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
@@ -176,7 +173,7 @@ def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     from ..data import load_training_data
 
     names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
-    options = {name: run[name] for name in (*names, "drop_unlabelled", "seed")} | changes
+    options = {name: run[name] for name in (*names, "class_folder", "drop_unlabelled", "seed")} | changes
     return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
 
 
@@ -267,7 +264,7 @@ def _measure(trainer: TaskResTrainer, run: dict[str, Any], held_out: LabelledIma
     """An honest number: on held-out pictures, else by cross-validation."""
     if held_out is None and run["folds"] == 0:
         return {"split": None, "method": None}
-    metrics = trainer.measure(held_out, folds=max(run["folds"], 2))
+    metrics = trainer.measure(held_out, folds=run["folds"] or 2)
     return {"split": None, "method": None, **metrics}
 
 
@@ -308,18 +305,14 @@ def _show(result: dict[str, Any]) -> None:
     if "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
-        row = [_measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
+        from ..description import measured_on
+
+        row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
     say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")
-
-
-def _measured_on(result: dict[str, Any]) -> str:
-    if result.get("method") == "cross-validation":
-        return f"the training pictures, {result['folds']}-fold cross-validation ({result['num_images']})"
-    return f"{result['split']} ({result['num_images']} pictures)"
 
 
 def _quoted(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ConfigurationError
+from ..errors import ArtifactError, ConfigurationError
 
 SHIPPED = "shipped"
 
@@ -36,6 +36,18 @@ def read_class_names(option: str | Sequence[Any] | Mapping[Any, Any] | None) -> 
         if {str(label) for label in value} != ids:  # not id2label
             return {str(label): name for label, name in value.items()}
     return check_class_names(value, minimum=1)
+
+
+def check_output_folder(folder: Path, replace: bool) -> None:
+    """Refuse, before any work, a folder that a classifier cannot be saved in.
+
+    Raises:
+        ArtifactError: it holds a model that is not to be replaced, or is a file.
+    """
+    if (folder / "config.json").exists() and not replace:
+        raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
 
 
 def _listed_names(option: str) -> Any:

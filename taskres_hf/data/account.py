@@ -12,6 +12,7 @@ from ..tables import visible
 _MOST_CLASSES = 100  # beyond it, an account names the smallest and the largest classes only
 _MOST_NOTES = 50
 _LONGEST = 200
+_USES = {"train": "to train on", "held out": "held out to measure on", "measured": "to measure on"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SplitAccount:
     Attributes:
         name: `train`, `validation`, `test` or the source's own name.
         origin: where it comes from inside the source, such as `Train/` or `labels.csv`.
-        use: `"train"`, `"held out"` or `"not used"`.
+        use: `"train"`, `"held out"` (of a training), `"measured"` (by an evaluation) or `"not used"`.
         classes: number of pictures per class name, in class order; empty where pictures have no labels.
         unlabelled: number of pictures without a label.
     """
@@ -87,7 +88,7 @@ class Account:
         lines = [f"{printable(self.source)}: {self.kind}"]
         for split in self.splits:
             counts = list(split.classes.values())
-            use = "not used" if split.use == "not used" else f"used as {split.use}"
+            use = _USES.get(split.use, split.use)
             origin = f" from {printable(split.origin)}" if split.origin not in ("", split.name) else ""
             text = f"{printable(split.name)}{origin}: {_count(split.pictures, 'picture')}"
             if counts:

@@ -17,6 +17,7 @@ _GENERIC = re.compile(
     r"front|back|left|right|top|bottom|[a-z]?)[\W_\da-z]?[\W_\d]*",
     re.IGNORECASE,
 )
+_PART = re.compile(r"(?:.*[\W_])?(?:batch|chunk|fold|part|session|shard)(?:es|s)?[\W_]*\d+", re.IGNORECASE)
 EXPECTED = (
     "Expected are class folders (cat/1.jpg, dog/2.jpg), split folders with class folders (train/cat/1.jpg, "
     "test/cat/2.jpg), or a table of path and label (labels.csv)."
@@ -108,7 +109,7 @@ def read_folders(
     elif splits:
         reading.kind = "split folders with class folders"
         for folder, split in splits.items():
-            _read_split(listing, folder, split, top.filled[folder], choice, reading)
+            _read_split(listing, split, top.filled[folder], choice, reading)
         if not any(any(label is not None for label in split.labels) for split in reading.splits):
             listed = shorten([f"{split.origin}" for split in reading.splits])
             raise NoClassFoldersError(f"{listing.name}: {listed} hold pictures without class folders. {EXPECTED}")
@@ -121,6 +122,20 @@ def read_folders(
         reading.splits.append(_as_split(listing, "train", origin, classes))
         reading.empty = _empty(top)
     return reading
+
+
+def refuse_parts(reading: Reading, trouble: str) -> None:
+    """Refuse `images_part_1`, `images_part_2` as classes, where nothing else says that they are.
+
+    Raises:
+        DataError: the name of every class folder is that of a part; `trouble` is added.
+    """
+    names = sorted({str(label) for split in reading.splits for label in split.labels if label is not None})
+    if all(map(_PART.fullmatch, names)):
+        raise DataError(
+            f"{shorten(names)} look like parts of one set, not classes. If they are classes, say so with "
+            f"class_folder='first' (--class-folder first); else give a table of path and label.{trouble}"
+        )
 
 
 def _letters(text: str) -> str:
@@ -195,13 +210,14 @@ def _below(folder: Folder) -> Folder:
     """Inside a split folder, the folder that holds the class folders: `train/images/cat`."""
     while not folder.pictures and len(folder.filled) == 1:
         (name, inner), *_ = folder.filled.items()
-        if not is_wrapper(name) and split_name(name) is None:
+        repeated = name == folder.name.rsplit("/", 1)[-1]  # seg_train/seg_train/forest
+        if not (is_wrapper(name) or split_name(name) or repeated):
             break
         folder = inner
     return folder
 
 
-def _read_split(listing: Listing, folder: str, split: str, top: Folder, choice: _Choice, reading: Reading) -> None:
+def _read_split(listing: Listing, split: str, top: Folder, choice: _Choice, reading: Reading) -> None:
     inner = _below(top)
     origin = f"{inner.name}/"
     if not inner.filled:
@@ -296,8 +312,9 @@ def _refuse_splits_in_names(names: list[str]) -> None:
     shared = found.get("train", set()) & (found.get("test", set()) | found.get("validation", set()))
     if shared:
         raise DataError(
-            f"The names of {shorten(names)} hold a split and a class each; or they are {len(names)} classes. Put them "
-            "into split folders (train/cat, test/cat), so that no test picture is trained on."
+            f"The names of {shorten(names)} hold a split and a class each; or they are splits, or {len(names)} "
+            "classes. Put them into split folders (train/cat, test/cat), so that no test picture is trained on, or "
+            "name the splits: train_split=..., eval_split=... (--train-split, --eval-split)."
         )
 
 

@@ -21,6 +21,7 @@ from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
 from .account import Account, shorten
 from .cells import Cells, DatasetCells
+from .naming import finder, is_missing, name_classes
 
 _IMAGE_NAMES = (
     "image",
@@ -127,8 +128,8 @@ class LabelledImages:
         if not drop:
             first = next(index for index, label in enumerate(self.labels) if label < 0)
             raise DataError(
-                f"{len(self.labels) - len(labelled)} of {len(self.labels)} rows have no label (None or -1), the first "
-                f"at index {first}. Label them, or leave them out with drop_unlabelled=True (--drop-unlabelled)."
+                f"{len(self.labels) - len(labelled)} of {len(self.labels)} rows have no label (None, NaN, empty, -1), "
+                f"the first at index {first}. Label or leave them out with drop_unlabelled=True (--drop-unlabelled)."
             )
         part = self.select(labelled)
         self.labels, self.indices, self._cells = part.labels, part.indices, part._cells
@@ -169,7 +170,7 @@ class LabelledImages:
         return part
 
     def aligned(self, class_names: Sequence[str], label_map: Mapping[str, str] | str | None = None) -> LabelledImages:
-        """The same pictures with labels in another order of classes, matched by name.
+        """The same pictures with labels in another order of classes, matched by name whatever the case and separators.
 
         Args:
             class_names: the classes of a model, in its order. The dataset may have fewer.
@@ -194,16 +195,16 @@ class LabelledImages:
             if isinstance(label_map, Mapping)
             else self.class_names
         )
-        position = {name: index for index, name in enumerate(class_names)}
-        used = sorted(set(self.labels))
-        unknown = [names[label] for label in used if names[label] not in position]
+        find = finder(class_names)
+        places = {label: find(names[label]) for label in sorted(set(self.labels))}
+        unknown = [names[label] for label, place in places.items() if place is None]
         if unknown:
             raise DataError(
                 f"The dataset has classes the model does not know: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}. "
                 f"The model knows {list(class_names)[:5]}{' ...' if len(class_names) > 5 else ''}. Give a label_map "
                 "{dataset name: model name}, or label_map='position' if only the wording differs."
             )
-        part.labels = [position[names[label]] for label in self.labels]
+        part.labels = [place for label in self.labels if (place := places[label]) is not None]
         return part
 
 
@@ -235,16 +236,10 @@ def _resolve_labels(
         names, order = rename_classes(list(feature.names), class_names, column)
         ids = [-1 if label is None or label == -1 else order.get(label, label) for label in labels]
     elif all(label is None or isinstance(label, str) for label in labels):
-        found = sorted({label for label in labels if label})
-        if not found:
+        if all(map(is_missing, labels)):
             raise DataError(f"The label column {column!r} is empty: there is nothing to learn from.")
-        names = check_class_names(found if class_names is None else class_names, minimum=1)
-        position = {name: index for index, name in enumerate(names)}
-        cleaned = {text: check_class_names([text], minimum=1)[0] for text in found}
-        unknown = [text for text in found if cleaned[text] not in position]
-        if unknown:
-            raise DataError(f"Labels {unknown[:5]} in column {column!r} are not among class_names {names[:5]} ...")
-        ids = [position[cleaned[label]] if label else -1 for label in labels]
+        naming = name_classes(labels, [], class_names, f"labels in column {column!r}")
+        names, ids = naming.names, [-1 if is_missing(label) else naming.ids[label] for label in labels]
     elif all(label is None or (isinstance(label, int) and not isinstance(label, bool)) for label in labels):
         class_names = default_names if class_names is None else class_names
         if class_names is None:
@@ -256,7 +251,10 @@ def _resolve_labels(
         ids = [-1 if label is None else int(label) for label in labels]
     else:
         kinds = sorted({type(label).__name__ for label in labels})
-        raise DataError(f"Labels must be class ids or names, one per picture; column {column!r} holds {kinds}.")
+        raise DataError(
+            f"Labels must be class ids or names, one per picture; column {column!r} holds {kinds}. Cast it to "
+            "datasets.ClassLabel or to text."
+        )
     outside = sorted({label for label in ids if label >= len(names) or label < -1})
     if outside:
         raise DataError(

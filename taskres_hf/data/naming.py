@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..prompts import check_class_names
 from .account import shorten
 from .reading import natural_key
 
+_WHOLE = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
+_NO_TEXT = frozenset({"nan", "<na>", "n/a", "na", "#n/a", "null"})  # as pandas reads and writes missing cells
 _CODE = re.compile(r"[a-zA-Z]{0,5}[\W_]?\d+")
 
 
@@ -32,7 +34,22 @@ def clean(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    return "".join(character for character in text.casefold() if character.isalnum())
+    """What makes a name another one: no case, separators or brackets, but `C`, `C#` and `C++` differ."""
+    return "".join(character for character in text.casefold() if character.isalnum() or character in "+#*%$<>=!?~^")
+
+
+def finder(names: Sequence[str]) -> Callable[[str], int | None]:
+    """Label to the position of its name: that of the same text, else the only one of other case and separators."""
+    exact = {name: index for index, name in enumerate(names)}
+    loose: dict[str, list[int]] = {}
+    for name, index in exact.items():
+        loose.setdefault(_letters(name), []).append(index)
+
+    def find(label: str) -> int | None:
+        near = loose.get(_letters(label), []) if _letters(label) else []
+        return exact.get(clean(label), near[0] if len(near) == 1 else None)
+
+    return find
 
 
 def is_missing(label: Any) -> bool:
@@ -40,6 +57,33 @@ def is_missing(label: Any) -> bool:
     if isinstance(label, str):
         return not label.strip()
     return bool(label is None or label == -1 or label != label)
+
+
+def labels_of_cells(values: Sequence[Any]) -> list[Any]:
+    """Labels as text, whole numbers, or None for none."""
+    values = [value.item() if hasattr(value, "item") and not isinstance(value, str) else value for value in values]
+    values = [str(value) if isinstance(value, bool) else value for value in values]
+    values = [None if is_empty_cell(value) else value for value in values]
+    known = [value for value in values if value is not None]
+    numbers = all(isinstance(v, (int, float)) or (isinstance(v, str) and _WHOLE.fullmatch(v.strip())) for v in known)
+    if numbers and all(float(value).is_integer() for value in known):
+        return [None if value is None or int(float(value)) == -1 else int(float(value)) for value in values]
+    return values
+
+
+def is_empty_cell(value: Any) -> bool:
+    """Whether a cell of a table says that there is nothing: as `is_missing`, or the text that pandas writes for NaN."""
+    if isinstance(value, str) and value.strip().lower() in _NO_TEXT:
+        return True
+    return not isinstance(value, (list, dict)) and is_missing(value)
+
+
+def are_measurements(labels: Iterable[Any]) -> bool:
+    """Whether labels are numbers (also as text), and not all of them whole."""
+    try:
+        return not all(float(label).is_integer() for label in labels if label is not None)
+    except (TypeError, ValueError):
+        return False
 
 
 def are_codes(labels: Iterable[Any], names: Sequence[str] | None) -> bool:
@@ -77,8 +121,8 @@ def name_classes(train: Iterable[Any], others: Iterable[Any], class_names: Any, 
         numbers = all(label.strip().isdecimal() for label in labels)
         ordered = sorted({clean(label) for label in labels}, key=natural_key if numbers else None)
         names = check_class_names(ordered, minimum=1)
-        position = {name: index for index, name in enumerate(names)}
-        naming = Naming(names, {label: position[clean(label)] for label in every if clean(label) in position})
+        places = {label: find(label) for find in [finder(names)] for label in sorted(every)}
+        naming = _paired(names, {label: place for label, place in places.items() if place is not None})
     else:
         naming = _by_text(every, class_names, where)
     similar: dict[str, list[str]] = {}
@@ -120,19 +164,9 @@ def _by_number(labels: set[int], class_names: Any, where: str) -> Naming:
 
 def _by_text(labels: set[str], class_names: Any, where: str) -> Naming:
     names = check_class_names(class_names, minimum=1)
-    exact = {name: index for index, name in enumerate(names)}
-    loose: dict[str, list[int]] = {}
-    for name, index in exact.items():
-        loose.setdefault(_letters(name), []).append(index)
-    ids, unknown = {}, []
-    for label in sorted(labels, key=natural_key):
-        near = loose.get(_letters(label), [])
-        if clean(label) in exact:
-            ids[label] = exact[clean(label)]
-        elif len(near) == 1:
-            ids[label] = near[0]
-        else:
-            unknown.append(label)
+    find, ordered = finder(names), sorted(labels, key=natural_key)
+    ids = {label: place for label in ordered if (place := find(label)) is not None}
+    unknown = [label for label in ordered if label not in ids]
     if not unknown:
         return _paired(names, ids)
     advice = "Give a mapping {label: name} as class_names (--class-names FILE.json)."

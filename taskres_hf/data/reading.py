@@ -69,7 +69,7 @@ _CANONICAL = {word: name for name, words in _SPLITS.items() for word in words}
 _WORDS = "|".join(sorted(_CANONICAL, key=len, reverse=True))
 _AFFIX = (
     r"(?:images?|imgs?|pictures?|pics?|photos?|datasets?|data|sets?|splits?|folders?|dirs?|files?|samples?|examples?|"
-    r"subset|jpe?gs?|pngs?|[\W_\d])"
+    r"subset|lists?|jpe?gs?|pngs?|[\W_\d])"
 )
 _SPLIT_NAME = re.compile(rf"{_AFFIX}*({_WORDS}){_AFFIX}*", re.IGNORECASE)
 _WRAPPER = re.compile(rf"{_AFFIX}+", re.IGNORECASE)

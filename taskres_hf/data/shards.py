@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError
-from .account import LeftOut, shorten
+from .account import LeftOut, printable, shorten
 from .archives import ArchiveListing
 from .cells import JoinedCells
 from .listing import is_picture, pictures_left_out
@@ -19,11 +19,16 @@ _JSON_NAMES = ("label", "class", "cls", "category", "class_name", "label_name", 
 
 
 def is_shard(listing: ArchiveListing) -> bool:
-    """Whether most pictures of a tar have a label of their own beside them."""
+    """Whether most pictures of a tar have a label of their own beside them.
+
+    Where all pictures lie in folders, a `.txt` beside one holds boxes or a caption, and the folders are classes.
+    """
     if listing.kind != "tar":
         return False
     pictures = {_key(name)[0] for name in listing.pictures()}
-    labelled = {_key(name)[0] for name in listing.files if _key(name)[1] in _LABELS}
+    folders = {key.rpartition("/")[0] for key in pictures}
+    divided = len(folders) > 1 and "" not in folders
+    labelled = {_key(name)[0] for name in listing.files if _key(name)[1] in _LABELS[: -1 if divided else None]}
     return bool(pictures) and 2 * len(pictures & labelled) > len(pictures)
 
 
@@ -102,5 +107,10 @@ def _label(shard: ArchiveListing, endings: dict[str, str], wanted: str | None) -
         fields = [wanted] if wanted is not None else [name for name in _JSON_NAMES if isinstance(value, dict)]
         for field in fields:
             if isinstance(value, dict) and field in value:
+                if isinstance(value[field], (list, dict)):
+                    raise DataError(
+                        f"{endings[ending]} in {shard.name}: the field {field!r} is no label but "
+                        f"{printable(value[field])}; one class a picture is needed. Name its field with label_column=."
+                    )
                 return value[field], f"json field {field!r}"
     return None, None

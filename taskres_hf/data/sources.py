@@ -28,12 +28,13 @@ from ..tables import visible
 from .account import LeftOut, printable, shorten
 from .archives import ArchiveCells, ArchiveListing, is_archive
 from .cells import FileCells
-from .folders import EXPECTED, NoClassFoldersError, read_folders
+from .folders import EXPECTED, NoClassFoldersError, read_folders, refuse_parts
 from .labelled import STREAMED
 from .listing import ARCHIVE_ENDINGS, FolderListing, Listing, is_picture, pictures_left_out, suffix
 from .naming import is_missing, name_classes
 from .reading import Reading, SplitReading, split_name
 from .shards import is_shard, read_shards
+from .split_lists import divide_by_lists
 from .tables import (
     TABLE_ENDINGS,
     MissingPicturesError,
@@ -257,11 +258,15 @@ def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
         if tables is None or options.label_column is None:
             raise
     if tables is None:
+        tried = f" A table could not be used: {trouble}" if trouble else ""
         if folders is None:
-            tried = f" A table could not be used: {trouble}" if trouble else ""
             raise NoClassFoldersError(f"{problem or EXPECTED}{tried}")
         if trouble is not None and options.label_column:
             raise trouble
+        if not (options.class_folder or options.class_names):
+            refuse_parts(folders, tried)
+        if len(folders.splits) == 1 and options.class_folder is None:
+            divide_by_lists(listing, folders)
         if trouble is not None:
             folders.notes.append(f"A table is not used: {trouble}")
         return folders
@@ -345,11 +350,11 @@ def _with_rest(reading: Reading, listing: Listing) -> Reading:
     named = _labels_by_file(reading)
     cells = listing.cells(listing.pictures())
     assert isinstance(cells, (FileCells, ArchiveCells))
-    rest = [name for name in cells.names if os.path.normpath(name) not in named]
+    relative = zip(cells.names, listing.pictures(), strict=True)
+    rest = [name for cell, name in relative if os.path.normpath(cell) not in named]
     reading.left_out += listing.left_out
     if rest:
-        examples = tuple(os.path.relpath(name, listing.name) for name in rest[:5])
-        reading.left_out.append(LeftOut("pictures that the table does not name", len(rest), examples))
+        reading.left_out.append(LeftOut("pictures that the table does not name", len(rest), tuple(rest[:5])))
     others = [name for name in listing.files if not is_picture(name) and suffix(name) not in TABLE_ENDINGS]
     reading.left_out += pictures_left_out(others)
     return reading

@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..pictures import IMAGE_EXTENSIONS
 from .account import LeftOut, printable, shorten
 from .listing import Listing, is_picture, suffix
-from .naming import is_missing
+from .naming import are_measurements, is_empty_cell, labels_of_cells
 from .reading import Reading, SplitReading, split_name
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
@@ -27,10 +27,12 @@ _PATH_NAMES = (
 )  # fmt: skip
 _LABEL_NAMES = (
     "label", "labels", "labelname", "class", "classes", "classname", "classlabel", "category", "categories",
-    "categoryname", "target", "cls", "finelabel", "species", "breed", "y",
+    "categoryname", "target", "cls", "finelabel", "species", "breed", "y", "classid", "labelid", "diagnosis", "choice",
 )  # fmt: skip
-_SPLIT_NAMES = ("split", "splits", "subset", "partition", "set", "dataset")
-_WHOLE = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
+_SPLIT_NAMES = ("split", "splits", "subset", "partition", "set", "dataset", "fold")
+_SURE_SPLITS = ("split", "splits", "partition")  # what they hold must be splits, or the table is refused
+_YES_NO = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
+_MARKS = re.compile(r"[|;,]")
 _MOST_CONFLICTS = 0.1  # of the pictures: beyond it, pictures are meant to have several labels
 
 
@@ -204,7 +206,9 @@ def find_label_column(table: Table, given: str | None, taken: Sequence[str | Non
             f"{table.name} has more than one column that may be the label ({examples}). Name it with label_column= "
             "(--label-column)."
         )
-    words = [column for column in candidates if not all(isinstance(v, int) for v in _labels(table.columns[column]))]
+    words = [
+        column for column in candidates if not all(isinstance(v, int) for v in labels_of_cells(table.columns[column]))
+    ]
     return (words or candidates)[0]
 
 
@@ -214,16 +218,26 @@ def _partition(values: Sequence[Any]) -> tuple[int, ...]:
     return tuple(first.setdefault(str(value), len(first)) for value in values)
 
 
-def _labels(values: Sequence[Any]) -> list[Any]:
-    """Labels as text, whole numbers, or None for none."""
-    values = [value.item() if hasattr(value, "item") and not isinstance(value, str) else value for value in values]
-    values = [str(value) if isinstance(value, bool) else value for value in values]
-    values = [None if not isinstance(value, (list, dict)) and is_missing(value) else value for value in values]
-    known = [value for value in values if value is not None]
-    numbers = all(isinstance(v, (int, float)) or (isinstance(v, str) and _WHOLE.fullmatch(v.strip())) for v in known)
-    if numbers and all(float(value) == int(float(value)) for value in known):
-        return [None if value is None or int(float(value)) == -1 else int(float(value)) for value in values]
-    return values
+def _check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
+    """Refuse what is no class: several labels in a cell, or a measurement.
+
+    Raises:
+        DataError: with the first such row.
+    """
+    known = {label for label in labels if isinstance(label, str)}
+    for row, value in enumerate(labels):
+        parts = [part.strip() for part in _MARKS.split(value)] if isinstance(value, str) else []
+        if isinstance(value, (list, dict, tuple)) or (len(parts) > 1 and any(part in known for part in parts)):
+            raise DataError(
+                f"{table.name}: row {table.numbers[row]} has several labels in {column!r} ({printable(value)}); one "
+                "per picture is needed. Keep such rows out of the table, or write one label into each."
+            )
+    if are_measurements(labels):
+        raise DataError(
+            f"Labels must be class ids or names; {column!r} of {table.name} holds numbers with fractions "
+            f"({shorten(dict.fromkeys(map(str, labels)))}), which measure something. Write the class into the table, "
+            "or name another column with label_column= (--label-column)."
+        )
 
 
 # ---------------------------------------------------------------------- paths
@@ -356,7 +370,7 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
             f"No column of {table.name} was recognised as the pictures' paths among {shorten(table.columns, 20)}. Name "
             "it with image_column= (--image-column)."
         )
-    splits = _split_column(table, column, options)
+    splits, named = _split_column(table, column, options, split)
     label = find_label_column(table, options.label_column, [column, splits])
     if label is None and split != "test":
         raise DataError(
@@ -364,18 +378,17 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
             "label_column= (--label-column); one column per class is not read."
         )
     files, below = paths.find(table, column)
-    labels = [None] * len(table) if label is None else _labels(table.columns[label])
-    wrong = next((row for row, value in enumerate(labels) if isinstance(value, (list, dict, tuple))), None)
-    if wrong is not None:
-        raise DataError(f"{table.name}: row {table.numbers[wrong]} has several labels; one per picture is needed.")
+    labels = [None] * len(table) if label is None else labels_of_cells(table.columns[label])
+    _check_labels(table, str(label), labels)
     reading = Reading("table", [], notes=list(table.notes))
     used = (
         [f"pictures {column!r}"] + ([f"labels {label!r}"] if label else []) + ([f"splits {splits!r}"] if splits else [])
     )
-    reading.notes.append(f"Columns of {table.name}: {', '.join(used)}.")
+    others = [name for name in table.columns if name not in ("", column, label, splits)]
+    also = f" (not used: {shorten(others)})" if others else ""
+    reading.notes.append(f"Columns of {table.name}: {', '.join(used)}{also}.")
     if below:
         reading.notes.append(f"The pictures of {table.name} were looked up as {below}.")
-    named = [split] * len(table) if splits is None else [split_name(str(v)) or str(v) for v in table.columns[splits]]
     rows = _without_repeats(table, files, labels, named, reading)
     for name in dict.fromkeys(named[row] for row in rows):
         mine = [row for row in rows if named[row] == name]
@@ -384,19 +397,37 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
     return reading
 
 
-def _split_column(table: Table, path: str, options: TableOptions) -> str | None:
-    for column in _usual(table, _SPLIT_NAMES):
-        values = table.columns[column]
-        if column in (path, options.label_column):
+def _split_column(table: Table, path: str, options: TableOptions, split: str) -> tuple[str | None, list[str]]:
+    """The column that says which split a row is of, if any, and the split of each row.
+
+    Columns such as `split` hold names of splits; columns such as `is_valid` say yes or no.
+
+    Raises:
+        DataError: gaps in such a column, or a column called `split` that holds something else.
+    """
+    for column, values in table.columns.items():
+        plain = _plain(column)
+        if column in (path, options.label_column) or all(map(is_empty_cell, values)):
             continue
-        known = [split_name(str(value)) for value in values if not is_missing(value)]
-        if not known or not all(known) or "train" not in known:
-            continue  # a column that happens to be called `set` or `dataset`
-        empty = [number for value, number in zip(values, table.numbers, strict=True) if is_missing(value)]
+        names: list[str | None] = []
+        if plain in _SPLIT_NAMES:
+            names = [split_name(str(value)) for value in values if not is_empty_cell(value)]
+        elif plain.startswith("is") and (asked := split_name(plain[2:])):
+            said = [_YES_NO.get(str(value).strip().lower().removesuffix(".0")) for value in values]
+            other = "train" if asked != "train" else "test"
+            names = [None if yes is None else asked if yes else other for yes in said]
+        if not names or not all(names):
+            if plain in _SURE_SPLITS and names:
+                raise DataError(
+                    f"{column!r} of {table.name} holds {shorten(sorted(set(map(str, values))))}, not names of splits. "
+                    "Write train, validation or test into it, or call it otherwise to leave it out."
+                )
+            continue
+        empty = [number for value, number in zip(values, table.numbers, strict=True) if is_empty_cell(value)]
         if empty:
             raise DataError(f"{len(empty)} rows of {table.name} have no {column!r}, rows {empty[:5]}. Fill it in.")
-        return column
-    return None
+        return column, [str(name) for name in names]
+    return None, [split] * len(table)
 
 
 def _without_repeats(

@@ -16,8 +16,8 @@ from ..errors import DataError
 from ..storage import is_path
 from .account import Account, LeftOut, SplitAccount, shorten
 from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, rename_classes
-from .naming import Naming, are_codes, is_missing, name_classes
-from .reading import Reading, SplitReading, split_name
+from .naming import Naming, are_codes, finder, is_missing, name_classes
+from .reading import Reading, SplitReading, natural_key, split_name
 from .sources import SourceOptions, read_source
 
 
@@ -252,11 +252,16 @@ def _labelled(
 def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Naming:
     """Which columns were used, and what classes of the dataset are called."""
     feature = dataset.features[images.label_column]
-    pairs = {}
+    found = column_values(dataset, images.label_column)
+    pairs = {
+        str(found[row]): images.class_names[label] for row, label in zip(images.indices, images.labels, strict=True)
+    }
     if isinstance(feature, ClassLabel) and class_names is not None:
         names, order = rename_classes(feature.names, class_names, images.label_column)
         pairs = {old: names[order.get(index, index)] for index, old in enumerate(feature.names)}
-        pairs = {old: name for old, name in pairs.items() if old != name}
+    elif isinstance(feature, ClassLabel):
+        pairs = {}
+    pairs = {old: name for old, name in sorted(pairs.items(), key=lambda pair: natural_key(pair[0])) if old != name}
     others = [name for name in dataset.column_names if name not in (images.image_column, images.label_column)]
     also = f" (not used: {shorten(others)})" if others else ""
     note = f"Columns: pictures {images.image_column!r}, labels {images.label_column!r}{also}."
@@ -289,7 +294,9 @@ def _aligned(
         split.dataset, class_names=class_names, default_names=names, drop_unlabelled=drop_unlabelled, **options
     )
     images.split = split.name
-    lost = Counter(name for name in map(images.class_names.__getitem__, images.labels) if name not in set(names))
+    find = finder(names)
+    known = {name for name in images.class_names if find(name) is not None}
+    lost = Counter(name for name in map(images.class_names.__getitem__, images.labels) if name not in known)
     rows = [row for row, label in enumerate(images.labels) if images.class_names[label] not in lost]
     _check_common(split, rows, lost, names)
     return (images.select(rows) if lost else images).aligned(names), _foreign(split, lost)
@@ -299,7 +306,8 @@ def _check_common(split: SplitReading, rows: Sequence[int], lost: Mapping[str, i
     if not rows:
         raise DataError(
             f"The split {split.name!r} has no class of the training split: it has {shorten(lost)}, training has "
-            f"{shorten(names)}."
+            f"{shorten(names)}. Rename its classes, give a mapping {{label: name}} as class_names (--class-names "
+            "FILE.json), or measure on another with eval_split= (--eval-split)."
         )
 
 
@@ -352,8 +360,9 @@ def _account_splits(
     options: Mapping[str, Any],
 ) -> tuple[SplitAccount, ...]:
     rows = []
+    measured = "held out" if trained is not None else "measured"
     for split in reading.splits:
-        images, use = (train, "train") if split is trained else (held_out, "held out") if split is held else (None, "")
+        images, use = (train, "train") if split is trained else (held_out, measured) if split is held else (None, "")
         if images is not None:
             counts = class_counts(images.labels, images.class_names)
             rows.append(SplitAccount(split.name, split.origin, use, counts))

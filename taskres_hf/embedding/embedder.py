@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..encoders import image_weights_digest
+from ..errors import TaskResError
 from .engines.choose import engine_of_watched, make_engine, stock_engine
 from .engines.probe import agrees, is_faster, probe_pictures, remembered_choice
-from .engines.rewriting import watched_module
+from .engines.rewriting import image_side_state, watched_module
 from .preprocessing import Preprocessor
 
 _PREPARED_AHEAD = 64  # pictures prepared before the tower runs, where the two take turns: changing places costs both
@@ -33,7 +34,7 @@ class Embedder:
 
     Args:
         base: the dual encoder. image_processor: its image processor.
-        engine, precision: see `engines`; the defaults give exactly what the model itself gives.
+        engine, precision: see `engines.choose`; the defaults give exactly what the model itself gives.
         exact_preprocessing: always use the stock image processor.
         draft_decoding: decode large JPEG pictures coarsely: faster, and not exactly the same pixels.
         crop: `"processor"`, or `"torchvision"` for the centre crop that published code made: where an odd number of
@@ -58,14 +59,20 @@ class Embedder:
     ) -> None:
         self.base, self.image_processor = base, image_processor
         self.preprocess = Preprocessor(image_processor, exact_preprocessing, crop)
-        self.engine = make_engine(base, engine, precision, self.preprocess.normalisation)
-        self._is_ready = self.engine.is_stock
-        self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
-        if self._may_choose and not self._is_ready and remembered_choice(base, self.engine) is False:
-            self._run_stock()
-        self.preprocess.in_bytes = self.engine.takes_bytes
+        self._wanted = (engine, precision)
+        self._choose_engine()
         self.batch_size = self.engine.batch_size
         self.draft = self.preprocess.target_size() if draft_decoding else None
+
+    def _choose_engine(self) -> None:
+        engine, precision = self._wanted
+        self.engine = make_engine(self.base, engine, precision, self.preprocess.normalisation)
+        self._is_ready = self.engine.is_stock
+        self._made_of = image_side_state(self.base)
+        self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
+        if self._may_choose and not self._is_ready and remembered_choice(self.base, self.engine) is False:
+            self._run_stock()
+        self.preprocess.in_bytes = self.engine.takes_bytes
 
     @property
     def key(self) -> list[Any]:
@@ -87,15 +94,29 @@ class Embedder:
 
         Two probe pictures go both ways; where they come out differently the tower runs as it is, with a warning. Where
         the engine was chosen automatically and `pictures` are many, the faster of the two is measured and remembered.
+        A tower that was changed since is converted and compared again.
         """
-        if not self.engine.is_stock and engine_of_watched(self.base, self.engine.name) is not None:
-            self._run_stock()  # a hook that came after the engine
+        if not self.engine.is_stock:
+            if engine_of_watched(self.base, self.engine.name) is not None:
+                self._run_stock()  # a hook that came after the engine
+            elif self._made_of != image_side_state(self.base):
+                self._choose_engine()
         if self._is_ready:
             return
         self._is_ready = True
         probes, stock = probe_pictures(), stock_engine(self.base)
-        self.engine.get_ready()
-        embeds, expected = self.engine(self.preprocess(probes)), stock(self._values(probes))
+        expected = stock(self._values(probes))
+        try:
+            self.engine.get_ready()
+            embeds = self.engine(self.preprocess(probes))
+        except (TaskResError, MemoryError):
+            raise
+        except Exception as error:  # whatever a library that converts towers raises at one it does not know
+            warnings.warn(
+                f"{self.engine.name} cannot run this image tower, which runs as it is instead: {error}", stacklevel=2
+            )
+            self._run_stock()
+            return
         if not agrees(embeds, expected, self.engine.precision):
             warnings.warn(
                 f"On this machine {self.engine.name} gives other embeddings than the image tower as it is, which runs "

@@ -105,7 +105,6 @@ def embed_images(
         raise ConfigurationError(f"`on_error` must be 'raise' or 'skip'; got {on_error!r}.")
     readable, problems = _digests(images)
     digests = [digest for _, digest in readable]
-    content = hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
     if not readable:
         _report(problems, images, on_error)
     if cache_dir is not None and not embedder.is_reproducible:
@@ -131,10 +130,19 @@ def embed_images(
         table if bool(done.all()) else table[:, done],
         torch.tensor([images.labels[index] for index, _ in readable])[done],
         images.class_names,
-        content,
+        _content(images, digests),
         tuple(sorted(problems)),
         tuple(digest for digest, good in zip(digests, done.tolist(), strict=True) if good),
     )
+
+
+def content_digest(images: LabelledImages) -> str:
+    """The `digest` that embeddings of these pictures have, without embedding them; reads every picture's bytes."""
+    return _content(images, [digest for _, digest in _digests(images)[0]])
+
+
+def _content(images: LabelledImages, digests: list[str]) -> str:
+    return hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
 
 
 def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, str]]:

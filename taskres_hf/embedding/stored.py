@@ -58,7 +58,7 @@ class StoredFeatures:
         """Labels [B] and embeddings [B, D] fp32 of an epoch: random blocks fill a buffer, which is shuffled.
 
         At most `buffer_mb` megabytes are held, or one batch if that is more. The ragged end of an epoch is dropped as
-        in `optimization.epoch_batches`.
+        in `training.recipes.epoch_batches`.
         """
         count, dim = self.shape[1:]
         rows = max(buffer_mb * 1_000_000 // (12 * dim), batch_size)  # the buffer, and the shuffled copy of a batch

@@ -1,7 +1,8 @@
 """The paper's datasets as data, opened from a local copy or the Hub and checked.
 
-`paper/datasets.json` says everything about the 11 few-shot datasets and ImageNet's four variants. The tasks
-shipped with the library can be opened the same way.
+`paper/datasets.json` says everything about the 11 few-shot datasets and ImageNet's four variants but what the published
+scripts set per dataset, which is `training.recipes.published_constants`. The tasks shipped with the library can be
+opened the same way.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..demo import demo_dataset, demo_styles, demo_tasks
 from ..errors import ArtifactError, ConfigurationError, DataError, ImageError
 from ..pictures import IMAGE_EXTENSIONS
 from ..storage import read_json
+from ..training.recipes import PUBLISHED_ALPHA, published_constants
 
 _KEYS = {"train": "train", "validation": "val", "test": "test"}  # what split files call the splits
 
@@ -35,11 +37,16 @@ _KEYS = {"train": "train", "validation": "val", "test": "test"}  # what split fi
 def suite_datasets() -> dict[str, dict[str, Any]]:
     """Name to description of every dataset: the paper's, its variants, and the shipped tasks."""
     text = resources.files("taskres_hf").joinpath("paper/datasets.json").read_text(encoding="utf-8")
-    known = {name: value for name, value in json.loads(text).items() if not name.startswith("_")}
+    known = {
+        name: value if "source" in value else {"alpha": PUBLISHED_ALPHA, **published_constants(name), **value}
+        for name, value in json.loads(text).items()
+        if not name.startswith("_")
+    }
     for task, spec in demo_tasks().items():
         known[task] = {
-            "title": f"{task} (shipped)", "alpha": 0.5, "template": spec["template"], "class_names": spec["classes"],
-            "sizes": spec["sizes"], "sizes_are": "official", "layout": {"kind": "shipped"}, "hub": None, "traps": [],
+            "title": f"{task} (shipped)", "alpha": PUBLISHED_ALPHA, "template": spec["template"],
+            "class_names": spec["classes"], "sizes": spec["sizes"],
+            "sizes_are": "official", "layout": {"kind": "shipped"}, "hub": None, "traps": [],
         }  # fmt: skip
     known["all-categories"]["targets"] = demo_styles()
     for style in demo_styles():

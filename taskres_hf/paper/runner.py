@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
-from ..embedding.features import ImageFeatures
-from ..errors import ConfigurationError, DataError
+from ..embedding.features import ImageFeatures, content_digest
+from ..errors import ArtifactError, ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import library_versions, read_json, write_json
 from ..training.arguments import TaskResTrainingArguments
+from ..training.recipes import published_epochs
 from ..training.trainer import TaskResTrainer
 from .datasets import PaperData, describe_dataset, open_dataset
 
@@ -135,11 +137,12 @@ def run_benchmark(
     Returns:
         One dict per cell: dataset, shots, seed, recipe, zero_shot_accuracy, accuracy (from 0 to 1), num_images,
         train_images, `seen_in_training` (test pictures that were drawn, by content), `targets` with both accuracies
-        each, the settings, and what ran: `base` (the base's fingerprint), `engine`, `training`.
+        each, the settings, and what ran: `base` (the base's fingerprint), `pictures` (their digests), `engine`,
+        `training`.
 
     Raises:
         DataError: before the first run, if a dataset is not complete.
-        ConfigurationError: `output_dir` holds cells of other settings, another base or another engine.
+        ConfigurationError: `output_dir` holds cells of other settings, other pictures, another base or another engine.
     """
     options = dict(arguments or {})
     settings: dict[str, Any] = {
@@ -188,6 +191,7 @@ class _DatasetRun:
         self._models: dict[bool, TaskResCLIPForImageClassification] = {}
         self._embedded: dict[Any, ImageFeatures] = {}
         self._engines: dict[str, tuple[str, str]] = {}
+        self._measured: dict[str, str] = {}
 
     # ------------------------------------------------------------------ what a recipe means here
 
@@ -235,14 +239,18 @@ class _DatasetRun:
     # ------------------------------------------------------------------ runs
 
     def stored(self, path: Path, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell, if it was run on this base, with this engine and these settings.
+        """A finished cell, if it was run on this base and these pictures, with this engine and these settings.
 
         Raises:
             ConfigurationError: it was not; says what differs.
         """
         if not path.is_file():
             return None
-        result = read_json(path)
+        try:
+            result = read_json(path)
+        except ArtifactError as error:
+            warnings.warn(f"{error} This run is made again.", stacklevel=3)
+            return None
         now = {
             "settings": json.loads(json.dumps(self.settings)), "targets": sorted(self.target_names),
             "engine": self.engine(cell.recipe)[0], "notes": self.data.notes,
@@ -250,15 +258,30 @@ class _DatasetRun:
         then = {**result, "targets": sorted(result.get("targets", {}))}
         different = [key for key, value in now.items() if then.get(key) != value]
         if not same_base(result.get("base") or {}, self.model(cell.recipe).config.base_fingerprint or {}):
-            different.append("base")
+            different.insert(0, "base")
+        if not different and then.get("pictures") != self.pictures(cell):
+            different.append("pictures")
         if different:
-            shown = "; ".join(f"{key} was {json.dumps(then.get(key))[:300]}" for key in different if key != "base")
-            base = "the base's weights, tokenizer or prompts were others" if "base" in different else ""
+            said = {
+                "base": "the base's weights, tokenizer or prompts were others",
+                "pictures": f"pictures or labels of {self.data.name} were others",
+            }
+            shown = "; ".join(said.get(key) or f"{key} was {json.dumps(then.get(key))[:300]}" for key in different)
             raise ConfigurationError(
-                f"{path} was run otherwise ({'; '.join(filter(None, (base, shown)))}), so its numbers do not belong "
-                "beside new ones. Choose another output folder, or remove that one."
+                f"{path} was run otherwise ({shown}), so its numbers do not belong beside new ones. Choose another "
+                "output folder, or remove that one."
             )
         return result
+
+    def pictures(self, cell: Cell) -> dict[str, str]:
+        """What tells whether a run is drawn from, and measured on, the same pictures and labels: digests of both."""
+        train = self.data.splits["train"]
+        digests = {"drawn": content_digest(train.select(self.draws[cell.shots, cell.seed]))}
+        for name in (self.data.name, *self.target_names):
+            if name not in self._measured:
+                self._measured[name] = content_digest(self._opened(name).splits["test"])
+            digests[name] = self._measured[name]
+        return digests
 
     def cell(self, cell: Cell, folder: Path | None) -> dict[str, Any]:
         """Run a cell and, with a folder, store its draw and its result."""
@@ -272,6 +295,7 @@ class _DatasetRun:
         result = {
             **asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "num_images": len(test),
             "train_images": len(rows), "seen_in_training": sum(digest in drawn for digest in test.digests),
+            "pictures": self.pictures(cell),
             "settings": json.loads(json.dumps(self.settings)), "notes": self.data.notes,
             "targets": {name: {"zero_shot_accuracy": pair[0], "accuracy": pair[1]} for name, pair in scores.items()},
             "base": model.config.base_fingerprint, "base_model_type": model.config.base_model_type,
@@ -290,7 +314,7 @@ class _DatasetRun:
     def _settings(self, cell: Cell) -> dict[str, Any]:
         values = self.arguments(cell.recipe, self.views(cell.recipe))
         if cell.recipe == "paper":  # what was asked for decides, not what short classes have
-            values.setdefault("num_train_epochs", 200 if cell.shots >= 8 else 100)
+            values.setdefault("num_train_epochs", published_epochs(cell.shots))
         return values
 
     def _train(self, cell: Cell) -> ImageFeatures | LabelledImages:
@@ -313,18 +337,24 @@ class _DatasetRun:
         return tests | {name: self._test(name, cell.recipe) for name in self.target_names}
 
     def _test(self, name: str, recipe: str) -> tuple[ImageFeatures, list[int] | None]:
-        data, rows = self.data, None
-        if name != data.name:
-            data = open_dataset(name, self.root, allow_other_split=self.allow_other_split)
-            if data.class_names != self.data.class_names:
-                raise DataError(f"{name} does not have the classes of {self.data.name}.")
+        data, rows = self._opened(name), None
+        if name != self.data.name:
             wnids = describe_dataset(name).get("wnids")
             order = {wnid: index for index, wnid in enumerate(self.spec["all_wnids"] or [])}
             rows = sorted(order[wnid] for wnid in wnids) if wnids else sorted(set(data.splits["test"].labels))
         key = (name, self.engine(recipe)[1])
         if key not in self._embedded:
             self._embedded[key] = self._trainer(recipe, 0, 1).embed(data.splits["test"])
+        self._measured[name] = self._embedded[key].digest
         return self._embedded[key], rows
+
+    def _opened(self, name: str) -> PaperData:
+        if name == self.data.name:
+            return self.data
+        data = open_dataset(name, self.root, allow_other_split=self.allow_other_split)
+        if data.class_names != self.data.class_names:
+            raise DataError(f"{name} does not have the classes of {self.data.name}.")
+        return data
 
     def _trainer(self, recipe: str, views: int, seed: int) -> TaskResTrainer:
         """A trainer that only embeds."""

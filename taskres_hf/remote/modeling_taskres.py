@@ -65,16 +65,15 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         paths = [cached_file(name, file, **where) for file in ("config.json", "model.safetensors")]
         config, tensors = read_artifact(*paths)
         base_name = _base_name(config, kwargs.pop("base_model", None), local=os.path.isdir(name))
-        pinned = None if os.path.isdir(base_name) else config.base_model_revision
+        pinned = {} if os.path.isdir(base_name) else {"revision": config.base_model_revision}
+        pinned["subfolder"] = getattr(config, "base_model_subfolder", None) or ""
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
         dtype = config.dtype if dtype == "auto" else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        base = AutoModel.from_pretrained(
-            base_name, revision=pinned, dtype=torch.float32, use_safetensors=True, **hub
-        ).eval()
+        base = AutoModel.from_pretrained(base_name, dtype=torch.float32, use_safetensors=True, **pinned, **hub).eval()
         if base.config.model_type not in _FAMILIES:
             raise ValueError(f"The base {base_name} is of the family {base.config.model_type}: install taskres_hf.")
-        tokenizer = AutoTokenizer.from_pretrained(base_name, revision=pinned, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **pinned, **hub)
         prompts = class_prompts(config)
         table = base_classifier(base, tokenizer, prompts, config.prompt_average)
         check_fingerprint(base, table, prompts, config, base_name)

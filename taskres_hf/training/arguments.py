@@ -26,6 +26,16 @@ _CHOICES: dict[str, Any] = {
 _AT_LEAST_ONE = (
     "shots", "num_train_epochs", "train_batch_size", "buffer_mb", "embed_batch_size", "early_stopping_patience",
 )  # fmt: skip
+_TRUTH_VALUES: dict[str, tuple[bool | None, ...]] = {
+    **dict.fromkeys(
+        (
+            "enhanced_base", "exact_preprocessing", "draft_decoding", "load_best_model_at_end", "drop_unlabelled",
+            "closed_form", "use_cpu", "push_to_hub",
+        ),
+        (True, False),
+    ),
+    **dict.fromkeys(("augment_online", "greater_is_better", "disable_tqdm", "hub_private_repo"), (True, False, None)),
+}  # fmt: skip
 _MASK = "<HUB_TOKEN>"
 
 
@@ -64,8 +74,8 @@ class TaskResTrainingArguments:
         augment_online: augment and embed afresh every epoch, as published, instead of caching; None leaves it to the
             recipe: `"paper"` does where it has pictures and no `views`, `"auto"` does not.
         embed_batch_size: pictures a forward pass of the frozen tower, by default the engine's best.
-        engine, precision: how the tower runs, see `engines`; `"auto"` takes what the machine has, and fp32 in torch for
-            recipe `"paper"`. Recorded in the artifact.
+        engine, precision: how the tower runs, see `embedding.engines`; `"auto"` takes what the machine has, and fp32 in
+            torch for recipe `"paper"`. Recorded in the artifact.
         exact_preprocessing: use the stock image processor, not the faster one that agrees to two grey levels.
         draft_decoding: decode large JPEG pictures coarsely, see `embedding.embedder.Embedder`.
         crop: centre crop as the image `"processor"` rounds it, or as `"torchvision"` does, one pixel off at some sizes.
@@ -141,9 +151,10 @@ class TaskResTrainingArguments:
         problems = self._problems()
         if problems:
             raise ConfigurationError("; ".join(problems) + ".")
-        if isinstance(self.label_map, str) and self.label_map.lstrip().startswith("{"):
-            self.label_map = _parse_label_map(self.label_map)
+        self.label_map = _label_map(self.label_map)
         self.report_to = _trackers(self.report_to)
+        if self.keeps_best:
+            self.eval_strategy = "epoch"  # what chooses an epoch looks at each, as callbacks of transformers check
         if self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         if self.hub_token is not None and not isinstance(self.hub_token, _MaskedToken):
@@ -161,13 +172,20 @@ class TaskResTrainingArguments:
         for name in ("views", "save_epochs"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 0:
                 problems.append(f"`{name}` must be a whole number of at least 0; got {getattr(self, name)!r}")
-        for name in ("seed", "save_total_limit"):
-            value = getattr(self, name)
-            if not _whole(value) and not (name == "save_total_limit" and value is None):
-                problems.append(f"`{name}` must be a whole number; got {value!r}")
+        if self.save_total_limit is not None and not _whole(self.save_total_limit):
+            problems.append(f"`save_total_limit` must be a whole number; got {self.save_total_limit!r}")
+        if not _whole(self.seed) or not 0 <= self.seed < 2**32:  # what NumPy and scikit-learn take
+            problems.append(f"`seed` must be a whole number from 0 to 4294967295; got {self.seed!r}")
+        for name, kinds in _TRUTH_VALUES.items():
+            if not any(getattr(self, name) is value for value in kinds):
+                problems.append(f"`{name}` must be {' or '.join(map(str, kinds))}; got {getattr(self, name)!r}")
+        metric: Any = self.metric_for_best_model
+        if not isinstance(metric, str):
+            problems.append(f"`metric_for_best_model` must be a name; got {metric!r}")
         for name in ("learning_rate", "weight_decay", "warmup_lr", "penalty"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value) and value >= 0):
                 problems.append(f"`{name}` must be a finite number of at least 0; got {value!r}")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
@@ -190,7 +208,7 @@ class TaskResTrainingArguments:
     @property
     def token(self) -> str | None:
         """The token itself, for the Hub's client alone."""
-        return getattr(self.hub_token, "value", self.hub_token)
+        return getattr(self.hub_token, "value", None if self.hub_token == _MASK else self.hub_token)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them, the token masked."""
@@ -217,18 +235,24 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _parse_label_map(text: str) -> dict[str, str]:
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"`label_map` is not JSON: {error}.") from error
-    if not all(isinstance(value, str) for value in parsed.values()):
-        raise ConfigurationError(f"`label_map` must give a class name for a class name; got {text[:200]}.")
+def _label_map(given: Any) -> dict[str, str] | str | None:
+    if given is None or given == "position":
+        return None if given is None else "position"
+    parsed = given
+    if isinstance(given, str):
+        try:
+            parsed = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"`label_map` is neither 'position' nor JSON: {error}.") from error
+    if not isinstance(parsed, Mapping) or not all(isinstance(value, str) for value in parsed.values()):
+        raise ConfigurationError(f"`label_map` must give a class name for a class name; got {str(given)[:200]}.")
     return {str(key): value for key, value in parsed.items()}
 
 
 def _trackers(report_to: Any) -> list[Any]:
     """The trackers to report to, each of them installed."""
+    if report_to is not None and not isinstance(report_to, (str, list, tuple)):
+        raise ConfigurationError(f"`report_to` must be a tracker's name or a list of them; got {report_to!r}.")
     names = [] if report_to is None else [report_to] if isinstance(report_to, str) else list(report_to)
     if not names or names == ["none"]:
         return []

@@ -65,8 +65,8 @@ class Trackers(TrainerCallback):
 OWN = (EpochFlow, EpochBar, Trackers)  # none of them looks at single steps
 
 
-def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split: str | None, callbacks: Any) -> None:
-    """Refuse to choose the epoch without an evaluation set, or on the pictures of the final measurement.
+def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split: str | None, callbacks: Any) -> bool:
+    """Whether the evaluation set chooses the epoch; refused without one, or on the pictures of the final measurement.
 
     Args:
         split: name of the evaluation set's split, or None where it is unknown.
@@ -74,10 +74,17 @@ def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split:
     if args.evaluates_epochs and eval_dataset is None:
         reason = "early_stopping_patience" if args.early_stopping_patience is not None else "eval_strategy='epoch'"
         raise ConfigurationError(f"{reason} needs an eval_dataset: give a validation split.")
-    stops_early = args.keeps_best or any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    if stops and (eval_dataset is None or not args.evaluates_epochs):
+        raise ConfigurationError(
+            "EarlyStoppingCallback needs an eval_dataset, a validation split, and eval_strategy='epoch'. Simpler and "
+            "with the best residual kept: early_stopping_patience=N, without the callback."
+        )
+    stops_early = args.keeps_best or stops
     if stops_early and eval_dataset is not None and is_test_split(split):
         raise ConfigurationError(
             f"The evaluation set is the split {split!r}: an epoch chosen on it makes its accuracy too good. Give a "
             "validation split as eval_dataset and measure on the test split afterwards, with trainer.measure(test); or "
             "train without early_stopping_patience and load_best_model_at_end."
         )
+    return stops_early

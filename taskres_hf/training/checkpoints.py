@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -39,16 +40,17 @@ class BestResidual:
         self.residual: Tensor | None = None
 
     def update(self, epoch: int, metrics: Mapping[str, Any], residual: Tensor) -> None:
-        """Take an epoch's measurement into account."""
-        if not self.active:
-            return
-        if self.metric not in metrics:
-            raise ConfigurationError(
-                f"metric_for_best_model {self.metric.removeprefix('eval_')!r} is not among {sorted(metrics)}."
-            )
-        score = float(metrics[self.metric])
-        if self.score is None or self.sign * score > self.sign * self.score:
-            self.score, self.epoch, self.waited, self.residual = score, epoch, 0, residual.detach().clone()
+        """Take an epoch's measurement into account; NaN is no gain. Without a choice only the score is kept."""
+        score = metrics.get(self.metric)
+        if not isinstance(score, (int, float)):
+            if not self.active:
+                return
+            numbers = sorted(name for name, value in metrics.items() if isinstance(value, (int, float)))
+            name = self.metric.removeprefix("eval_")
+            raise ConfigurationError(f"metric_for_best_model {name!r} is not among the numbers {numbers}.")
+        if not math.isnan(score) and (self.score is None or self.sign * score > self.sign * self.score):
+            self.score, self.epoch, self.waited = float(score), epoch, 0
+            self.residual = residual.detach().clone() if self.active else None
         else:
             self.waited += 1
 
@@ -94,7 +96,9 @@ def write_checkpoint(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if limit is not None and limit > 0:
-        for old in list_checkpoints(output_dir)[:-limit]:
+        # Later epochs than this one are of an earlier run: they go first, and what was just written never.
+        found = sorted(list_checkpoints(output_dir), key=lambda path: (_epoch(path) <= epoch, _epoch(path)))
+        for old in found[:-limit]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -103,7 +107,11 @@ def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Folders `checkpoint-<epoch>`, oldest first; other names are somebody else's."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdecimal()]
     complete = [path for path in folders if (path / STATE).is_file() and path.name.count("-") == 1]
-    return sorted(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(complete, key=_epoch)
+
+
+def _epoch(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def read_checkpoint(

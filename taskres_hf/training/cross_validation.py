@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..data.account import shorten
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError, DataError
 from ..residual import TaskResClassifier
@@ -93,6 +94,12 @@ def cross_validate(
         rows += held_out
     labels = plain.labels[rows]
     metrics = full_metrics(torch.cat(logits), torch.cat(zero_shot), labels, train.class_names, compute)
-    untested = sorted(set(train.labels.tolist()) - set(labels.tolist()))
-    metrics |= {"folds": count, "untested_classes": [train.class_names[label] for label in untested]}
-    return metrics
+    single = sorted(set(train.labels.tolist()) - set(labels.tolist()))
+    untested = [train.class_names[label] for label in single]
+    if untested:
+        warnings.warn(
+            f"{len(untested)} of {len(train.class_names)} classes have a single picture, which is needed to train "
+            f"them: nothing was measured of {shorten(untested)}. The accuracy is that of the others alone.",
+            stacklevel=3,
+        )
+    return metrics | {"folds": count, "untested_classes": untested}

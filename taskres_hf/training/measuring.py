@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
 from ..data.account import shorten
 from ..embedding.features import ImageFeatures
-from ..errors import DataError
+from ..errors import ConfigurationError, DataError
 from ..evaluation import compare_with_zero_shot, metrics_from_logits
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
@@ -37,17 +37,29 @@ def full_metrics(
     logits: Tensor, zero_shot: Tensor, labels: Tensor, class_names: list[str], compute: ComputeMetrics | None
 ) -> Metrics:
     """`compare_with_zero_shot`, and what the user's function computes."""
-    return compare_with_zero_shot(logits, zero_shot, labels, class_names) | _computed(logits, labels, compute)
+    return _computed(logits, labels, compute) | compare_with_zero_shot(logits, zero_shot, labels, class_names)
 
 
 def epoch_metrics(head: TaskResClassifier, data: ImageFeatures, compute: ComputeMetrics | None) -> Metrics:
     """What an epoch logs, with the prefix `eval_`: metrics of the trained classifier alone."""
     logits, _ = both_logits(head, data)
-    return prefixed(metrics_from_logits(logits, data.labels) | _computed(logits, data.labels, compute))
+    return prefixed(own_metrics(logits, data.labels, compute))
+
+
+def own_metrics(logits: Tensor, labels: Tensor, compute: ComputeMetrics | None) -> Metrics:
+    """Metrics of one classifier, with what the user's function computes."""
+    return _computed(logits, labels, compute) | metrics_from_logits(logits, labels)
 
 
 def _computed(logits: Tensor, labels: Tensor, compute: ComputeMetrics | None) -> Metrics:
-    return {} if compute is None else dict(compute(EvalPrediction(logits.numpy(), labels.numpy())))
+    """What the user's function adds, as JSON can hold it; names of ours keep our meaning."""
+    if compute is None:
+        return {}
+    found = compute(EvalPrediction(logits.numpy(), labels.numpy()))
+    if not isinstance(found, Mapping):
+        raise ConfigurationError(f"compute_metrics must return a dict of numbers; got {type(found).__name__}.")
+    plain: Metrics = denumpify_detensorize(dict(found))
+    return plain
 
 
 def prefixed(metrics: Metrics, prefix: str = "eval") -> Metrics:
@@ -68,7 +80,7 @@ def without_training_pictures(
         return data
     listed = shorten(map(name, rows[:6]), 5) if len(rows) < 6 else f"{shorten(map(name, rows[:5]))} and so on"
     what = f"{len(rows)} of {len(data)} pictures are ones that this classifier was trained on ({listed})"
-    ask = "Pass include_train_pictures=True to evaluate() to measure on them all the same."
+    ask = "To measure on them all the same: evaluate(include_train_pictures=True), or --include-train-pictures."
     if len(rows) == len(data) or not complete:
         reason = "" if complete else ", and of so many training pictures not all can be told"
         raise OnlyTrainingPicturesError(

@@ -56,7 +56,12 @@ _OTHER_NAMES = {
     "flowers102": "oxford_flowers", "oxfordflowers102": "oxford_flowers", "oxford102flowers": "oxford_flowers",
     "wdsvtabflowers": "oxford_flowers",
 }  # fmt: skip
-_PUBLISHED_ALPHA = 0.5
+PUBLISHED_ALPHA = 0.5  # of all others
+
+
+def published_epochs(shots: float) -> int:
+    """Published: 100 epochs for 1, 2 and 4 shots, 200 for 8 and 16."""
+    return 200 if round(shots) >= 8 else 100
 
 
 def published_constants(dataset_name: str | None) -> dict[str, float]:
@@ -78,7 +83,7 @@ def published_constants(dataset_name: str | None) -> dict[str, float]:
 
 def published_alpha(alpha: float, dataset_name: str | None) -> float:
     """The published `alpha` of a dataset; another one than the library's default is the user's own and stays."""
-    return published_constants(dataset_name).get("alpha", alpha) if alpha == _PUBLISHED_ALPHA else alpha
+    return published_constants(dataset_name).get("alpha", alpha) if alpha == PUBLISHED_ALPHA else alpha
 
 
 def make_recipe(
@@ -95,7 +100,7 @@ def make_recipe(
     Raises:
         ConfigurationError: unknown name.
     """
-    epochs = 200 if round(shots) >= 8 else 100  # published: 100 epochs for 1, 2 and 4 shots, 200 for 8 and 16
+    epochs = published_epochs(shots)
     if name == "paper":
         rate = published_constants(dataset_name).get("learning_rate", 2e-3)
         return Recipe("paper", learning_rate=rate, weight_decay=5e-4, num_train_epochs=epochs)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,8 +20,8 @@ from ..data.labelled import LabelledImages
 from ..embedding.embedder import Embedder
 from ..embedding.features import ImageFeatures
 from ..embedding.stored import StoredFeatures
-from ..errors import DataError
-from ..evaluation import loss_to_zero_shot, metrics_from_logits
+from ..errors import ConfigurationError, DataError
+from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
@@ -36,6 +37,7 @@ from .measuring import (
     both_logits,
     epoch_metrics,
     full_metrics,
+    own_metrics,
     prefixed,
     split_name,
     without_training_pictures,
@@ -58,7 +60,7 @@ class TaskResTrainer:
         callbacks: `transformers.TrainerCallback` classes or objects. They get the usual events, `TrainerState` and
             `TrainerControl`; `should_training_stop` ends the run at once, checkpoints are written at ends of epochs.
         compute_metrics: `transformers.EvalPrediction` (logits [N, K], labels [N]) to a dict, added to every
-            measurement.
+            measurement; names of ours, such as `accuracy`, keep our meaning.
 
     Attributes:
         log_history: one dict per epoch: epoch, loss, accuracy, learning_rate, and eval_accuracy and so on if measured.
@@ -75,6 +77,11 @@ class TaskResTrainer:
         callbacks: Sequence[Any] | None = None,
         compute_metrics: ComputeMetrics | None = None,
     ) -> None:
+        if not isinstance(args, (TaskResTrainingArguments, NoneType)):
+            raise ConfigurationError(
+                f"args must be TaskResTrainingArguments; got {type(args).__name__}. To train with "
+                "transformers.TrainingArguments, use transformers.Trainer: a classifier is an ordinary model."
+            )
         self.model = model
         self.args = args or TaskResTrainingArguments()
         self.train_dataset = train_dataset
@@ -112,7 +119,9 @@ class TaskResTrainer:
                 a test split.
         """
         events = self._events
-        check_epoch_choice(self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks)
+        chooses = check_epoch_choice(
+            self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks
+        )
         chosen, held_out = self._training_pictures(), None
         head = self.model.classifier
         if self.args.recipe == "paper":
@@ -125,6 +134,8 @@ class TaskResTrainer:
             self.model.config.enhanced_base = stamp
         if self.eval_dataset is not None and self.args.evaluates_epochs:
             held_out = self._new_pictures(self.eval_dataset)
+            if chooses and self.model.config.data is not None:
+                self.model.config.data["epoch_chosen_on"] = held_out.digest
 
         def measure() -> Metrics:
             return epoch_metrics(head, held_out or self._new_pictures(self.eval_dataset), self.compute_metrics)
@@ -280,7 +291,7 @@ class TaskResTrainer:
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics: Metrics | None = None
-        if dataset is not None and not (self.args.keeps_best and dataset is self.eval_dataset):
+        if dataset is not None and not (self.train_dataset is not None and self._chose_the_epoch(dataset)):
             try:
                 metrics = self._measure_held_out(dataset, False)
             except OnlyTrainingPicturesError as error:
@@ -310,7 +321,7 @@ class TaskResTrainer:
         """Logits [N, K], labels [N] and metrics for a labelled dataset."""
         data = self.embed(test_dataset)
         logits, _ = both_logits(self.model.classifier, data)
-        metrics = metrics_from_logits(logits, data.labels)
+        metrics = own_metrics(logits, data.labels, self.compute_metrics)
         self._events("on_predict", metrics=metrics)
         return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics)
 
@@ -320,8 +331,7 @@ class TaskResTrainer:
         new = data if include_train_pictures or untrained else self._new_pictures(dataset)
         logits, zero_shot = both_logits(head, new)
         metrics = full_metrics(logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics)
-        chosen_here = self.args.keeps_best and dataset is self.eval_dataset and self.train_dataset is not None
-        metrics["method"] = "validation" if chosen_here else "held-out"
+        metrics["method"] = "validation" if self._chose_the_epoch(dataset) else "held-out"
         if split := split_name(dataset):
             metrics["split"] = split
         if len(new) < len(data):
@@ -329,6 +339,11 @@ class TaskResTrainer:
         if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
             metrics["conflicting_pictures"] = conflicting
         return {**metrics, "data_digest": new.digest}
+
+    def _chose_the_epoch(self, dataset: Any) -> bool:
+        """Whether the residual's epoch was chosen on these pictures, in this process or before it was saved."""
+        chosen_on = (self.model.config.data or {}).get("epoch_chosen_on")
+        return chosen_on is not None and self._new_pictures(dataset).digest == chosen_on
 
     def _new_pictures(self, dataset: Any) -> ImageFeatures:
         return without_training_pictures(self.model, self.embed(dataset), self._embeddings.names(dataset))

@@ -253,6 +253,15 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         check_task("nope")
 
 
+def test_demo_replaces_no_other_classifier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "taskres", "data": {"name": "my pictures"}}')
+    code, _, error = run(capsys, "demo", "--task", "food", "-o", tmp_path, "--quiet")
+    assert code == 1
+    assert "--overwrite" in error
+    assert "my pictures" in config.read_text()
+
+
 def test_demo_of_all_tasks_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "demo", "--all", "--shots", "1", "--seeds", "1", "--markdown", "--quiet")
     assert code == 0

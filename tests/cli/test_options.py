@@ -10,10 +10,11 @@ import typing
 from pathlib import Path
 
 import pytest
+import typer
 from support import run
 
 from taskres_hf.cli import options
-from taskres_hf.cli.app import _COMMANDS
+from taskres_hf.cli.app import _COMMANDS, make_app
 from taskres_hf.training import arguments
 
 FIRST = {
@@ -129,3 +130,17 @@ def test_the_program_is_called_as_the_user_called_it() -> None:
         [sys.executable, "-m", "taskres_hf", "info", "--help"], capture_output=True, text=True, check=True
     )
     assert "Usage: python -m taskres_hf info" in done.stdout
+
+
+def test_every_option_that_a_message_names_exists() -> None:
+    """Messages of the library give the option in brackets after the argument: `class_folder= (--class-folder)`."""
+    package = Path(options.__file__).parents[1]
+    named = {
+        option for path in package.rglob("*.py") for option in re.findall(r"[(,] ?(--[a-z][a-z-]+)", path.read_text())
+    }
+    parameters = [
+        parameter for command in typer.main.get_command(make_app()).commands.values() for parameter in command.params
+    ]
+    known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert "--class-folder" in named
+    assert named <= known

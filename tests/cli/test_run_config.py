@@ -47,6 +47,7 @@ def test_a_classifier_again_from_the_file_beside_it(
 def test_what_is_typed_wins_over_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         f"base_model: shipped\ndataset: {DATA / 'faces'}\nshots: 1\nseed: 3\nnum_train_epochs: 3\npenalty: 1e-3\n"
+        "report_to: none\n"
     )
     out = tmp_path / "out"
     assert run(capsys, "train", "--config", tmp_path / "run.yaml", "--seed", 1, "-o", out, "--json")[0] == 0

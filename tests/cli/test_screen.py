@@ -14,6 +14,7 @@ from support import run
 
 from taskres_hf.cli import screen, train
 from taskres_hf.cli.screen import Interruption, when_interrupted
+from taskres_hf.tables import json_text
 
 DATA = Path(__file__).parents[2] / "taskres_hf" / "demo_data"
 
@@ -25,7 +26,7 @@ def test_a_terminal_obeys_nothing_that_a_name_holds(capsys: pytest.CaptureFixtur
 
 def test_json_is_harmless_and_reads_back() -> None:
     value = {"name": "\x1b[31m\x9b2J\udcff\u202e\x7fé猫"}
-    text = screen.as_json_text(value)
+    text = json_text(value, default=str)
     assert text.encode("utf-8")
     assert not any(character in text for character in "\x1b\x9b\udcff\u202e\x7f")
     assert "é猫" in text

@@ -47,6 +47,10 @@ def test_a_folder_is_enough(capsys: pytest.CaptureFixture[str], flat: Path) -> N
     config = json.loads((flat.parent / "photos-taskres" / "config.json").read_text())
     assert config["metrics"]["method"] == "cross-validation"
     assert config["data"]["account"]["splits"][0]["pictures"] == 24
+    card = (flat.parent / "photos-taskres" / "README.md").read_text()
+    described = json.loads(run(capsys, "info", "photos-taskres", "--json")[1])["measured_on"]
+    for words in (text, card, described):  # nobody may take it for the accuracy on a test split
+        assert "the training pictures, 5-fold cross-validation (24 pictures)" in " ".join(words.split())
     code, _, error = run(capsys, "train", "photos", "--quiet")
     assert code == 1
     assert "--overwrite" in error
@@ -59,6 +63,7 @@ def test_training_pictures_are_never_the_measure(capsys: pytest.CaptureFixture[s
     assert result["account"]["left_out"][0]["examples"] == ["notes.txt"]
     rest = _json(capsys, "evaluate", "photos-taskres", "photos")
     assert (rest["split"], rest["num_images"]) == ("train", 12)
+    assert rest["account"]["splits"][0]["use"] == "measured"
     assert "12 of 24" in rest["warnings"][0]
     everything = _json(capsys, "evaluate", "photos-taskres", "photos", "--include-train-pictures")
     assert everything["num_images"] == 24
@@ -152,3 +157,9 @@ def test_refused_before_anything_is_made(
     assert result == code
     assert message in " ".join(error.replace("│", " ").split())
     assert sorted(flat.parent.rglob("*")) == before
+
+
+def test_folds_that_are_none(capsys: pytest.CaptureFixture[str], flat: Path) -> None:
+    code, _, error = run(capsys, "train", "photos", "--folds", 1)
+    assert code == 1
+    assert "--folds must be at least 2, or 0" in error

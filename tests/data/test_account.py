@@ -23,8 +23,8 @@ def test_lines_and_json_say_the_same() -> None:
     )
     assert account.lines() == [
         "photos: split folders with class folders",
-        "  train from Train/: 4 pictures of 2 classes, 1 to 3 a class; used as train",
-        "  test from test/: 4 pictures of 2 classes, 1 a class, 2 without a label; used as held out",
+        "  train from Train/: 4 pictures of 2 classes, 1 to 3 a class; to train on",
+        "  test from test/: 4 pictures of 2 classes, 1 a class, 2 without a label; held out to measure on",
         "  classes: cat (3), dog (1)",
         "  names: n1 = cat",
         "  left out, pictures beside the class folders: 7 (a.png, b.png, ...)",

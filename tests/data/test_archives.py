@@ -265,3 +265,17 @@ def test_a_field_of_the_json_can_be_named(pack: Pack) -> None:
 def test_shards_that_cannot_be_read(pack: Pack, members: dict[str, bytes | None], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_training_data(pack(members, "tar"))
+
+
+def test_a_label_of_several_parts_in_a_shard(pack: Pack) -> None:
+    members = _samples({"0": b'{"label": [0, 1]}', "1": b'{"label": [1, 0]}'}, "json")
+    with pytest.raises(DataError, match=r"0.json in data.tar: the field 'label' is no label but \[0, 1\]"):
+        load_training_data(pack(members, "tar"))
+
+
+def test_text_beside_pictures_in_class_folders_is_no_label(pack: Pack) -> None:
+    """Boxes of YOLO in a tar of class folders."""
+    members = _samples({f"{name}/{n}": b"0 0.5 0.5 1 1" for name in ("cat", "dog") for n in (1, 2)}, "txt")
+    data = load_training_data(pack(members, "tar"))
+    assert data.train.class_names == ["cat", "dog"]
+    assert data.account.left_out[0].count == 4

@@ -389,3 +389,37 @@ def test_many_files_are_listed_in_one_pass(lay: Lay, monkeypatch: pytest.MonkeyP
     )
     assert len(load_training_data(root).train) == 300
     assert sum(call.endswith(".png") for call in calls) == 0
+
+
+def test_classes_of_another_split_are_met_whatever_their_case_and_separators(lay: Lay) -> None:
+    root = lay("train/Red Fox/1.png", "train/Dog /2.png", "test/red_fox/3.png", "test/dog/4.png")
+    train, held_out, account = load_training_data(root)
+    assert (train.class_names, train.labels) == (["Dog", "Red Fox"], [0, 1])
+    assert _by_class(held_out) == {"Dog": ["4.png"], "Red Fox": ["3.png"]}
+    assert account.class_pairs == {"Dog ": "Dog", "dog": "Dog", "red_fox": "Red Fox"}
+
+
+def test_names_that_differ_in_more_than_separators_stay_apart(lay: Lay) -> None:
+    with pytest.warns(UserWarning, match="C#"):
+        data = load_training_data(lay("train/C/1.png", "train/Java/2.png", "test/java/3.png", "test/C#/4.png"))
+    assert _by_class(data.held_out) == {"C": [], "Java": ["3.png"]}
+
+
+def test_split_folders_named_by_the_caller_that_hold_their_own_name(lay: Lay) -> None:
+    """The Intel image classification layout."""
+    names = [f"{split}/{split}/{name}/1.png" for split in ("seg_train", "seg_test") for name in ("forest", "sea")]
+    root = lay(*names, "seg_pred/seg_pred/1.png")
+    with pytest.raises(DataError, match="name the splits: train_split="):
+        load_training_data(root)
+    data = load_training_data(root, train_split="seg_train", eval_split="seg_test")
+    assert data.train.class_names == ["forest", "sea"]
+    assert data.held_out is not None
+    assert data.held_out.labels == [0, 1]
+
+
+def test_parts_of_one_set_are_no_classes(lay: Lay) -> None:
+    root = lay("HAM_images_part_1/1.png", "HAM_images_part_2/2.png")
+    with pytest.raises(DataError, match=r"look like parts of one set.*class_folder='first'"):
+        load_training_data(root)
+    assert len(load_training_data(root, class_folder="first").train.class_names) == 2
+    assert len(load_training_data(root, class_names=["HAM images part 1", "HAM images part 2"]).train.class_names) == 2

@@ -202,3 +202,15 @@ def test_sent_to_another_process(splits: DatasetDict) -> None:
     copy = pickle.loads(pickle.dumps(images))
     assert [copy.digest(row) for row in range(4)] == [images.digest(row) for row in range(4)]
     assert copy.labels == images.labels
+
+
+def test_text_labels_meet_names_as_those_of_folders_do() -> None:
+    data = load_training_data(_dataset(["10", "2", "1"], Value("string")), class_names=["one", "two", "ten"])
+    assert data.train.labels == [2, 1, 0]
+    assert data.account.class_pairs == {"1": "one", "2": "two", "10": "ten"}
+    data = load_training_data(_dataset(["cat ", "cat", "Dog"], Value("string")))
+    assert (data.train.class_names, data.train.labels) == (["Dog", "cat"], [1, 1, 0])
+    parts = DatasetDict(train=_dataset(["Cat", "Dog"], Value("string")), test=_dataset(["cat", "DOG"], Value("string")))
+    held_out = load_training_data(parts).held_out
+    assert held_out is not None
+    assert held_out.labels == [0, 1]

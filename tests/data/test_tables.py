@@ -334,3 +334,54 @@ def test_repeated_rows_are_counted(lay: Lay) -> None:
     data: Any = load_training_data(table)
     assert len(data.train) == 2
     assert data.account.left_out[0].examples == ("row 4: img/1.png",)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "train", "held_out"),
+    [
+        ("is_valid", ["False", "False", "True"], 2, "validation"),
+        ("is_train", ["1", "1", "0"], 2, "test"),
+        ("IsTest", ["0.0", "0.0", "1.0"], 2, "test"),
+        ("fold", ["train", "train", "test"], 2, "test"),
+        ("fold", ["0", "1", "2"], 3, None),
+    ],
+)
+def test_columns_that_say_which_split(
+    lay: Lay, column: str, values: list[str], train: int, held_out: str | None
+) -> None:
+    rows = [
+        f"img/{n}.png,{name},{value}" for n, name, value in zip((1, 2, 3), ("cat", "dog", "cat"), values, strict=True)
+    ]
+    data = load_training_data(_csv(lay(*FILES), "\n".join([f"path,label,{column}", *rows])))
+    assert (len(data.train), data.held_out and data.held_out.split) == (train, held_out)
+    assert column in " ".join(data.account.notes)  # as the splits, or as not used
+
+
+def test_a_split_column_that_is_not_understood_is_refused(lay: Lay) -> None:
+    rows = "img/1.png,cat,0\nimg/2.png,dog,1\nimg/3.png,cat,2\n"
+    with pytest.raises(DataError, match=r"'partition' of labels.csv holds 0, 1, 2.*Write train, validation or test"):
+        load_training_data(_csv(lay(*FILES), f"path,label,partition\n{rows}"))
+    with pytest.raises(DataError, match="no training split"):
+        load_training_data(_csv(lay(*FILES), "path,label,split\nimg/1.png,cat,test\nimg/2.png,dog,test\n"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dog", "NaN"], "1 of 3 rows have no label"),
+        (["cat", "dog", "N/A"], "1 of 3 rows have no label"),
+        (["cat", "dog", "cat|dog"], r"row 4 has several labels in 'label' \(cat\|dog\)"),
+        (["0.5", "1", "2"], "numbers with fractions"),
+        (["0.25", "0.5", "1.0"], "numbers with fractions"),
+    ],
+)
+def test_cells_that_are_no_label(lay: Lay, labels: list[str], message: str) -> None:
+    rows = [f"img/{n}.png,{label}" for n, label in zip((1, 2, 3), labels, strict=True)]
+    with pytest.raises(DataError, match=message):
+        load_training_data(_csv(lay(*FILES), "\n".join(["path,label", *rows])))
+
+
+def test_separators_inside_one_name_are_no_several_labels(lay: Lay) -> None:
+    rows = 'img/1.png,"tench, Tinca tinca"\nimg/2.png,"goldfish, Carassius"\nimg/3.png,v1.5\n'
+    data = load_training_data(_csv(lay(*FILES), f"path,label\n{rows}"))
+    assert data.train.class_names == ["goldfish, Carassius", "tench, Tinca tinca", "v1.5"]

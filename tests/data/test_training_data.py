@@ -144,7 +144,7 @@ def test_the_split_to_measure_on(lay: Lay) -> None:
     images = load_evaluation_data(flat)
     assert (images.split, len(images)) == ("train", 2)
     assert images.account is not None
-    assert images.account.splits[0].use == "held out"
+    assert images.account.splits[0].use == "measured"
     with pytest.raises(DataError, match="no split 'test'"):
         load_evaluation_data(flat, "test")
 

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import Dataset, Features, Image, Value
-from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.data.labelled import LabelledImages
@@ -22,6 +22,16 @@ from taskres_hf.errors import ConfigurationError, ImageError
 from taskres_hf.pictures import read_image
 
 Model = TaskResCLIPForImageClassification
+
+
+def _of_pillow(name: str) -> Any:
+    """The processor that resizes with Pillow, whether torchvision is installed or not."""
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
+CLIPImageProcessor = _of_pillow("CLIPImageProcessor")
+SiglipImageProcessor = _of_pillow("SiglipImageProcessor")
+ViTImageProcessor = _of_pillow("ViTImageProcessor")
 
 
 def _pictures(splits: Any) -> list[PIL.Image.Image]:

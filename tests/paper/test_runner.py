@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from taskres_hf.embedding import embedder as embedder_module
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.paper import datasets, runner
-from taskres_hf.paper.datasets import suite_datasets
+from taskres_hf.paper.datasets import open_dataset, suite_datasets
 from taskres_hf.paper.reports import (
-    accuracy_table,
     as_markdown,
     comparable_results,
     published_configs,
@@ -45,6 +45,31 @@ def test_finished_cells_are_not_run_again(base: str, tmp_path: Path, monkeypatch
     assert seen == [True, True]
     with pytest.raises(ConfigurationError, match=r"settings was .* another output folder"):
         run_benchmark(base, ["food"], tmp_path, views=2, **options)
+
+
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_cells_of_other_pictures_are_not_reused(
+    base: str, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"shots": [1], "seeds": [1], "recipes": ["auto"]}
+    (first,) = run_benchmark(base, ["food"], tmp_path, **options)
+    assert run_benchmark(base, ["food"], tmp_path, **options) == [first]
+    data = open_dataset("food")
+    part = data.splits[changed]
+    other = part.select([*range(1, len(part)), 0])
+    monkeypatch.setattr(runner, "open_dataset", lambda *_, **__: replace(data, splits={**data.splits, changed: other}))
+    with pytest.raises(ConfigurationError, match="pictures or labels of food were others"):
+        run_benchmark(base, ["food"], tmp_path, **options)
+
+
+def test_a_damaged_cell_is_run_again(base: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shots": [1], "seeds": [1], "recipes": ["auto"]}
+    first = run_benchmark(base, ["food"], tmp_path, **options)
+    (cell,) = (tmp_path / "cells").iterdir()
+    cell.write_text('{"accur')
+    with pytest.warns(UserWarning, match="This run is made again"):
+        assert run_benchmark(base, ["food"], tmp_path, **options) == first
+    assert json.loads(cell.read_text()) == first[0]
 
 
 @pytest.mark.parametrize("side", ["text", "vision"])
@@ -309,7 +334,7 @@ def test_the_table_fills_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from taskres_hf.cli import paper as commands
 
     monkeypatch.setattr(commands.sys.stdout, "isatty", lambda: True, raising=False)
-    row = {"dataset": "food", "recipe": "auto", "zero_shot": 40.0, "accuracy": {1: 41.0}, "spread": {1: None}}
-    with commands._Live(2, show=True) as live:
+    run = {"dataset": "food", "recipe": "auto", "shots": 1, "seed": 1, "zero_shot_accuracy": 0.4, "accuracy": 0.41}
+    with commands._Live(2, 1, show=True) as live:
         assert live.shown
-        live.update(accuracy_table([row], 1))
+        live.add(None, {**run, "targets": {}}, False)

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from accelerate.tracking import get_available_trackers
@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from taskres_hf import TaskResTrainingArguments
 from taskres_hf.embedding.engines.choose import ENGINES, PRECISIONS
 from taskres_hf.errors import ConfigurationError, MissingExtraError
-from taskres_hf.training.arguments import EngineName, PrecisionName, is_test_split
+from taskres_hf.training.arguments import _TRUTH_VALUES, EngineName, PrecisionName, is_test_split
 
 
 def _parse(*words: str) -> TaskResTrainingArguments:
@@ -107,3 +107,37 @@ def test_settings_survive_json() -> None:
 def test_names_of_test_splits() -> None:
     assert all(map(is_test_split, ["test", "Test", "test[:50%]", "testing", "train+test"]))
     assert not any(map(is_test_split, [None, "", "validation", "train", "val", "latest"]))
+
+
+def test_a_copy_has_no_token_rather_than_a_wrong_one() -> None:
+    arguments = TaskResTrainingArguments(hub_token="hf_secret")
+    assert arguments.token == "hf_secret"
+    assert copy.deepcopy(arguments).token is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "`seed` must be"), ({"seed": 2**70}, "`seed` must be"),
+        ({"greater_is_better": "no"}, "`greater_is_better` must be True or False or None"),
+        ({"closed_form": None}, "`closed_form` must be True or False"), ({"learning_rate": True}, "`learning_rate`"),
+        ({"metric_for_best_model": None}, "`metric_for_best_model`"), ({"report_to": 3}, "`report_to`"),
+        ({"label_map": "place"}, "neither 'position' nor JSON"), ({"label_map": {"cat": 1}}, "class name"),
+        ({"label_map": "[1]"}, "class name"),
+    ],
+)  # fmt: skip
+def test_what_would_be_misread_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        TaskResTrainingArguments(**options)
+
+
+def test_every_truth_value_is_checked() -> None:
+    hints = get_type_hints(TaskResTrainingArguments)
+    truths = {name for name, hint in hints.items() if hint is bool or bool in get_args(hint)}
+    assert set(_TRUTH_VALUES) == truths
+
+
+def test_what_chooses_the_epoch_looks_at_each() -> None:
+    assert TaskResTrainingArguments(early_stopping_patience=2).eval_strategy == "epoch"
+    assert TaskResTrainingArguments(load_best_model_at_end=True).eval_strategy == "epoch"
+    assert TaskResTrainingArguments().eval_strategy == "no"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import DatasetDict
+from transformers import TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
@@ -195,3 +197,47 @@ def test_a_callback_changes_nothing_by_being_there(model: Model, embedded: dict[
         TaskResTrainer(model, _arguments(), embedded["train"], callbacks=callbacks).train()
         results.append(model.classifier.residual.detach().clone())
     assert torch.equal(*results)
+
+
+def test_early_stopping_of_transformers_stops_and_its_number_is_no_held_out_one(
+    model: Model, embedded: dict[str, ImageFeatures]
+) -> None:
+    arguments = _arguments(eval_strategy="epoch", learning_rate=5.0, num_train_epochs=60)
+    trainer = TaskResTrainer(
+        model, arguments, embedded["train"], embedded["validation"], callbacks=[EarlyStoppingCallback(3)]
+    )
+    trainer.train()
+    assert len(trainer.log_history) < 60
+    assert trainer.evaluate()["method"] == "validation"
+    assert trainer.measure()["method"] == "cross-validation"
+    assert trainer.measure(embedded["test"])["method"] == "held-out"
+    # The same pictures as another object, or in another process.
+    again = replace(embedded["validation"])
+    assert TaskResTrainer(model, _arguments()).evaluate(again)["method"] == "validation"
+
+
+@pytest.mark.parametrize("evaluation", ["validation", None])
+def test_early_stopping_of_transformers_needs_something_to_look_at(
+    model: Model, embedded: dict[str, ImageFeatures], evaluation: str | None
+) -> None:
+    held_out = embedded[evaluation] if evaluation else None
+    trainer = TaskResTrainer(model, _arguments(), embedded["train"], held_out, callbacks=[EarlyStoppingCallback])
+    with pytest.raises(ConfigurationError, match="EarlyStoppingCallback needs"):
+        trainer.train()
+
+
+def test_a_number_that_is_none_is_no_gain(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    values = iter([float("nan"), 0.5, float("nan"), 0.4])
+    arguments = _arguments(num_train_epochs=4, load_best_model_at_end=True, metric_for_best_model="mine")
+    sets = embedded["train"], embedded["validation"]
+    trainer = TaskResTrainer(model, arguments, *sets, compute_metrics=lambda _: {"mine": next(values)})
+    trainer.train()
+    assert model.config.training["best_epoch"] == 2
+    with pytest.raises(ConfigurationError, match="'mine' is not among the numbers"):
+        TaskResTrainer(model, arguments, *sets, compute_metrics=lambda _: {"mine": "high"}).train()
+
+
+def test_arguments_of_transformers_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    wrong: Any = TrainingArguments(str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"got TrainingArguments.*transformers.Trainer"):
+        TaskResTrainer(model, wrong)

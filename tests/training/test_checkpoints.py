@@ -209,6 +209,18 @@ def test_checkpoints_are_kept_to_a_limit(
     assert kept == [f"checkpoint-{epoch}" for epoch in range(2 if limit == 2 else 1, 4)]
 
 
+def test_what_an_earlier_run_left_makes_room_for_this_one(
+    model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path
+) -> None:
+    _three(model, embedded["train"], tmp_path)
+    TaskResTrainer(
+        model,
+        _arguments(tmp_path, num_train_epochs=1, save_epochs=1, save_total_limit=1),
+        embedded["train"],
+    ).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.safetensors"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "garbage"])
 def test_the_checkpoint_before_a_broken_one_is_taken(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -16,7 +17,7 @@ from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.errors import DataError
+from taskres_hf.errors import ConfigurationError, DataError
 from taskres_hf.training import known_pictures
 
 
@@ -218,3 +219,21 @@ def test_further_metrics_are_the_users(model: Model, splits: DatasetDict) -> Non
     assert trainer.evaluate(metric_key_prefix="eval")["eval_top_3"] > trainer.evaluate()["accuracy"]
     assert "top_3" in trainer.cross_validate()
     assert model.config.metrics["top_3"] == trainer.measure()["top_3"]
+
+
+def test_further_metrics_can_be_stored_and_do_not_replace_ours(
+    model: Model, splits: DatasetDict, tmp_path: Path
+) -> None:
+    def count(prediction: Any) -> dict[str, Any]:
+        right = prediction.predictions.argmax(axis=1) == prediction.label_ids
+        return {"accuracy": 100 * right.mean(), "right": right.sum(), "half": np.float32(0.5), "t": torch.tensor(2.0)}
+
+    trainer = TaskResTrainer(model, _arguments(), eval_dataset=splits["test"], compute_metrics=count)
+    metrics = trainer.evaluate()
+    assert metrics["accuracy"] < 1
+    assert trainer.predict(splits["test"]).metrics["right"] == metrics["right"]
+    model.save_pretrained(tmp_path)
+    assert Model.from_pretrained(tmp_path).config.metrics["half"] == 0.5
+    wrong: Any = lambda _: None  # noqa: E731
+    with pytest.raises(ConfigurationError, match="compute_metrics must return a dict"):
+        TaskResTrainer(model, _arguments(), eval_dataset=splits["test"], compute_metrics=wrong).evaluate()

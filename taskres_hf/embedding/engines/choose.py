@@ -103,7 +103,7 @@ def engine_of_watched(base: PreTrainedModel, instead_of: str) -> ImageEngine | N
     name = watched_module(base)
     if name is None:
         return None
-    if not hasattr(base.get_submodule(name), "_hf_hook"):  # Accelerate's own, for placing a model
+    if not hasattr(dict(base.named_modules()).get(name), "_hf_hook"):  # Accelerate's own, for placing a model
         warnings.warn(
             f"A hook or a replaced forward on {name} takes part in the image tower: the tower runs as it is instead "
             f"of in {instead_of}.",

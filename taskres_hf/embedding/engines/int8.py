@@ -52,7 +52,7 @@ def _mixing(width: int) -> Tensor:
 
 
 def rotate_layer(layer: Any, rotation: Rotation, enter: bool, leave: bool) -> None:
-    """Let a `towers.Layer` work on a residual stream times Q, in place; what it shares with others stays as it is.
+    """Let a `rewriting.Layer` work on a residual stream times Q, in place; what it shares with others stays as it is.
 
     Args:
         layer: the layer. enter, leave: whether what comes in is not yet rotated, and what goes out no longer.
@@ -88,7 +88,7 @@ def _writes(layer: Any, rotation: Rotation) -> nn.Linear:
 
 
 def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """What takes the place of a rotated `towers.Layer`'s children: norms that give bytes, products that take them.
+    """What takes the place of a rotated `rewriting.Layer`'s children: norms that give bytes, products that take them.
 
     `dtype` is that of queries, keys and values.
     """

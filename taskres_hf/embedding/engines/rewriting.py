@@ -34,6 +34,7 @@ from .onednn import (
 )
 
 _CAPTURE = "transformers.utils.output_capturing"
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _FEW_TOKENS = 64  # up to here two small products beat the fused attention in bf16
 
 
@@ -112,15 +113,26 @@ def _layers(base: PreTrainedModel) -> Any:
 
 
 def watched_module(base: PreTrainedModel) -> str | None:
-    """Name of a module of the image side that something from outside takes part in (a hook), or None.
+    """Name of a module of the image side that something from outside takes part in (such as a hook), or None.
 
     A rewritten tower would not run it, or not on everything it sees in the tower itself.
     """
+    if any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
+        return "every module"
     for side, part in base.named_children():
         for name, module in () if side.startswith("text") else part.named_modules():
             if _watched(module):
                 return f"{side}.{name}".rstrip(".")
     return None
+
+
+def image_side_state(base: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """What differs after a module of the image side was replaced or a weight of it was changed, read in no time."""
+    parts = [part for side, part in base.named_children() if not side.startswith("text")]
+    weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    state: list[tuple[Any, ...]] = [(id(module), type(module)) for part in parts for module in part.modules()]
+    # Tensors of inference mode count no changes.
+    return state + [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in weights]
 
 
 def int8_obstacle(base: PreTrainedModel) -> str | None:
@@ -217,7 +229,8 @@ class Layer(nn.Module):
 def _watched(module: nn.Module) -> bool:
     """Whether something from outside takes part; hooks that transformers leaves to capture hidden states do not."""
     hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURE]
-    return "forward" in vars(module) or bool(hooks or module._forward_pre_hooks)
+    computed = "parametrizations" in module._modules  # weights made anew at each pass: `nn.utils.parametrize`
+    return "forward" in vars(module) or computed or bool(hooks or module._forward_pre_hooks)
 
 
 def _joined(*parts: tuple[nn.Linear, float]) -> nn.Linear:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.embedding import embedder as embedding
@@ -68,6 +69,71 @@ def test_what_hooks_into_the_tower_takes_part(
         embedder = Embedder(model.clip, model.image_processor, "torch", precision)
     assert embedder.engine.name == "torch-fp32"  # what runs is what is recorded
     torch.testing.assert_close(embedder(pictures), expected, atol=1e-3, rtol=1e-3)
+
+
+def _change(kind: str, model: Model) -> None:
+    """Another image tower, in place."""
+    layer: Any = model.clip.vision_model.encoder.layers[0]
+    if kind == "weights":
+        with torch.no_grad():
+            layer.mlp.fc1.weight.mul_(3)
+    elif kind == "module":
+        layer.mlp = nn.Identity()
+    elif kind == "class":
+        layer.mlp.fc1.__class__ = type(
+            "Tripled", (nn.Linear,), {"forward": lambda self, x: 3 * F.linear(x, self.weight)}
+        )
+    else:
+        parametrize.register_parametrization(layer.mlp.fc1, "weight", nn.Hardtanh(0.0, 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:A hook or a replaced forward:UserWarning")
+@pytest.mark.parametrize("kind", ["weights", "module", "class", "parametrization"])
+@pytest.mark.parametrize("when", ["before", "after the engine", "after the first pictures"])
+def test_a_tower_that_was_changed_is_not_the_one_of_before(
+    model: Model, stock: tuple[list[Any], Tensor], kind: str, when: str
+) -> None:
+    pictures, before = stock
+    if when == "before":
+        _change(kind, model)
+    embedder = Embedder(model.clip, model.image_processor)
+    if when == "after the first pictures":
+        torch.testing.assert_close(embedder(pictures), before, atol=1e-3, rtol=1e-3)
+    if when != "before":
+        _change(kind, model)
+    expected = model.get_image_features(**model.image_processor(images=pictures, return_tensors="pt"))
+    assert not torch.allclose(expected, before, atol=0.01)
+    torch.testing.assert_close(embedder(pictures), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_hook_on_every_module_takes_part(model: Model, stock: tuple[list[Any], Tensor]) -> None:
+    pictures, _ = stock
+    embedder = Embedder(model.clip, model.image_processor)
+    embedder.get_ready()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: 3 * output if isinstance(module, nn.Linear) else None
+    )
+    try:
+        expected = model.get_image_features(**model.image_processor(images=pictures, return_tensors="pt"))
+        with pytest.warns(UserWarning, match="takes part in the image tower"):
+            torch.testing.assert_close(embedder(pictures), expected, atol=1e-3, rtol=1e-3)
+        assert not embedder.is_reproducible
+    finally:
+        handle.remove()
+
+
+def test_a_tower_that_cannot_be_converted_runs_as_it_is(
+    model: Model, stock: tuple[list[Any], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, expected = stock
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("this operator is not known")
+
+    monkeypatch.setattr(choose, "rewritten", fail)
+    embedder = Embedder(model.clip, model.image_processor)
+    with pytest.warns(UserWarning, match="runs as it is instead: this operator is not known"):
+        torch.testing.assert_close(embedder(pictures), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("int8", marks=needs_int8)])
