@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 
 .PHONY: demo test check fix bench results clean
@@ -15,12 +16,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 # Only the tests, for work on the code: make check TESTS=tests/test_data.py
 TESTS ?= tests
 check: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	$(PYTEST) $(TESTS)
 
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

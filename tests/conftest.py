@@ -38,6 +38,13 @@ from taskres_hf.demo import demo_dataset, demo_model, demo_tasks  # noqa: E402
 TASK = "animals-plants"
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests that embed as on several cores leave them to torch, where every later test would compete for them."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """The Hub's stand-in, empty."""
