@@ -1,4 +1,4 @@
-"""Beside other libraries: transformers' Trainer, several processes, remote code, light imports, the built package."""
+"""Beside other libraries: transformers' Trainer, several processes, remote code, light imports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -252,24 +251,3 @@ except RuntimeError as error:
 """
     )
     assert "pip install taskres_hf" in _python(code, cwd=tmp_path)
-
-
-# ---------------------------------------------------------------------- the package
-
-
-def test_built_package_holds_what_it_needs(tmp_path: Path) -> None:
-    pytest.importorskip("build.__main__", reason="the `dev` extra is not installed")  # not a leftover folder build/
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    for wanted in (
-        "py.typed", "card_template.md", "templates.json", "demo_data/tiny-clip/model.safetensors",
-        "demo_data/LICENSES.md", "demo_data/food/train.parquet", "remote/modeling_taskres.py",
-    ):  # fmt: skip
-        assert f"taskres_hf/{wanted}" in names
-    assert wheel.stat().st_size < 26_000_000
-    assert not [name for name in names if name.startswith("tests")]

@@ -3,7 +3,8 @@
 Such a file is a zip archive of raw numbers and one pickle that says which numbers are which matrix. The archive's sizes
 and checksums are checked, the pickle's instructions are followed as data (a name stays a name, a call stays a record of
 the call), and the two matrices are read from the archive. So a file cannot run code, cannot take more memory than it is
-long, and cannot be damaged without notice. PyTorch's own reader does less: it believes the sizes that the pickle states.
+long, and cannot be damaged without notice. PyTorch's own reader does less: it believes the sizes that the
+pickle states.
 """
 
 from __future__ import annotations

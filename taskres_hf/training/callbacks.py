@@ -33,7 +33,7 @@ class EpochBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(
-            total=state.num_train_epochs, initial=round(state.epoch), desc="Training", unit="epoch",
+            total=state.num_train_epochs, initial=round(state.epoch or 0), desc="Training", unit="epoch",
             disable=args.disable_tqdm or not state.is_world_process_zero,
         )  # fmt: skip
 
