@@ -57,9 +57,9 @@ def encode_texts(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], 
 def image_features(base: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
     """What the base's `get_image_features` returns for processed images; `pooled` takes the embedding out."""
     family = family_of(base)
-    given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
-    given["pixel_values"] = given["pixel_values"].to(dtype=base.dtype)
-    return base.get_image_features(**given, **kwargs)  # type: ignore[operator]
+    tensors = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
+    tensors["pixel_values"] = tensors["pixel_values"].to(dtype=base.dtype)
+    return base.get_image_features(**tensors, **kwargs)  # type: ignore[operator]
 
 
 def encode_images(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

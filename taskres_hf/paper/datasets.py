@@ -381,18 +381,18 @@ def _open_copy(name: str, folder: Path | None, spec: Mapping[str, Any], names: S
     }
     renamed = {hub.get("test_split"): "test"} if hub and hub.get("test_split") and "test" not in splits else {}
     opened, notes = {}, [f"a copy in another form ({folder or hub['id']}), matched by class name"]
-    position = {_plain(text): label for label, text in enumerate(names)}
+    position = {_letters_and_digits(text): label for label, text in enumerate(names)}
     for wnid, label in zip(spec["all_wnids"] or [], range(len(names)), strict=False):
-        position[_plain(wnid)] = label
+        position[_letters_and_digits(wnid)] = label
     for split, part in splits.items():
         pictures = LabelledImages(part, **columns)
-        unknown = [text for text in pictures.class_names if _plain(text) not in position]
+        unknown = [text for text in pictures.class_names if _letters_and_digits(text) not in position]
         if unknown:
             raise DataError(
                 f"{len(unknown)} classes of this copy of {name} are not the published ones, such as {unknown[:3]}. "
                 "Use the official files with the published split."
             )
-        mapping = {text: names[position[_plain(text)]] for text in pictures.class_names}
+        mapping = {text: names[position[_letters_and_digits(text)]] for text in pictures.class_names}
         opened[renamed.get(split, split)] = pictures.aligned(names, mapping)
     return opened, notes
 
@@ -407,5 +407,5 @@ def _refuse_half_of_the_layout(folder: Path, name: str, spec: Mapping[str, Any])
         )
 
 
-def _plain(text: str) -> str:
+def _letters_and_digits(text: str) -> str:
     return "".join(character for character in text.lower() if character.isalnum())
