@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/codespell
 	$(PYTEST) --cov --cov-report=term
 
-# Only the tests, for work on the code: make check TESTS=tests/test_data.py
+# Only the tests, for work on the code: make check TESTS=tests/data
 TESTS ?= tests
 check: $(VENV)/.installed-dev
 	$(PYTEST) $(TESTS)
