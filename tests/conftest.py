@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # of processes that tests start; of this one, below
     PYTHONWARNINGS="ignore::DeprecationWarning",
 )
+
+# A shell ignores Ctrl-C for what it starts in the background, and whatever is started from there inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
