@@ -155,6 +155,11 @@ class _Terminal:
         room = available - _GAP * (len(cells) - 1)
         if sum(whole) <= room:
             return whole
+        closed = [[text.replace(" ± ", "±") for text in column] for column in cells]
+        closed_up = [max(map(cell_len, column)) for column in closed]
+        if closed_up != whole and sum(closed_up) <= room:  # rather than folding a number away from its spread
+            self.rows = [[text.replace(" ± ", "±") for text in row] for row in self.rows]
+            return closed_up
         texts = [index for index, numeric in enumerate(self.numeric) if not numeric]
         for numbers, shortest in ((whole, words), (words, words), (words, [_NARROWEST] * len(words))):
             widths = [number if numeric else w for number, w, numeric in zip(numbers, whole, self.numeric, strict=True)]

@@ -75,6 +75,14 @@ def test_eighty_columns_cut_nothing() -> None:
     assert shown.count("28.6 ± 0.5") == 5
 
 
+def test_a_number_and_its_spread_are_closed_up_before_they_are_torn_apart() -> None:
+    table = Table(
+        ["task", "zero-shot", *(f"{n} shots" for n in range(5))], [["animals-plants", 41.5, *["28.6 ± 0.5"] * 5]]
+    )
+    assert _print(table, 80).count("28.6±0.5") == 5
+    assert _print(table, 100).count("28.6 ± 0.5") == 5
+
+
 def test_what_a_row_is_about_is_folded_last() -> None:
     rows = [["a-name-to-copy-from-here", 1281167, "no commercial use"]]
     shown = _print(Table(["name", "train", "licence"], rows), 44)
