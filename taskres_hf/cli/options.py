@@ -378,7 +378,7 @@ CacheDir = Annotated[
 Fp16Residual = Annotated[bool, typer.Option("--fp16-residual", help="Half the file.", rich_help_panel=OUTPUT)]
 IncludeCode = Annotated[
     bool,
-    typer.Option("--include-code", help="Add the modules trust_remote_code needs.", rich_help_panel=OUTPUT),
+    typer.Option("--include-code", help="Add the module trust_remote_code needs.", rich_help_panel=OUTPUT),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a classifier in the output folder.", rich_help_panel=OUTPUT)
