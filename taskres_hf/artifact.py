@@ -16,6 +16,7 @@ Describing an artifact imports neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -27,26 +28,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, BaseModelError, ConfigurationError
+from .errors import ArtifactError, ConfigurationError
 from .prompts import class_prompts, prompts_digest
-from .storage import (
-    CONFIG,
-    FORMAT_VERSION,
-    PROCESSOR,
-    RESIDUAL,
-    SHIFT,
-    WEIGHTS,
-    StoredTensor,
-    is_path,
-    read_json,
-    read_stored,
-    umask,
-    write_bytes,
-    write_tensors,
-)
+from .storage import StoredTensor, is_path, read_json, read_stored, umask, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The files of an artifact, and the tensors in its weights.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+RESIDUAL = "residual"
+SHIFT = "base_shift"
+FORMAT_VERSION = 2  # of an artifact; 2 adds the image side to `base_fingerprint`
 
 _REQUIRED = (
     "base_model_name_or_path",
@@ -416,22 +411,77 @@ def commit_of(path: str) -> str | None:
     return found.group(1) if found else None
 
 
-def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:
-    """Where to load the base from; a path is taken from an artifact on this machine only, never from a download."""
-    if hasattr(base_model, "config"):
-        return str(base_model.config._name_or_path or config.base_model_name_or_path)
-    if base_model is not None:
-        return str(os.fspath(base_model))
-    name = str(config.base_model_name_or_path)
-    if local:
-        if os.path.isabs(name) and not os.path.isdir(name):
-            raise BaseModelError(
-                f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
-            )
-        return name
-    if is_path(name):
-        raise BaseModelError(
-            f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
-            "download is not followed. Pass base_model= with the base you trust."
-        )
-    return name
+def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
+    """What an artifact is, from its two files alone: the base is not loaded.
+
+    Args:
+        name_or_path: folder or Hub id. revision: branch, tag or commit of it.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
+
+    Raises:
+        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
+    """
+    name = os.fspath(name_or_path)
+    paths = find_artifact(name_or_path, revision, **hub_kwargs)
+    config, tensors = read_checked(*paths)
+    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
+    assert values is not None
+    names = {int(index): label for index, label in config["id2label"].items()}
+    metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
+    account = (config.get("data") or {}).get("account") or {}
+    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
+    return {
+        "artifact": name,
+        "commit": commit_of(paths[1]),
+        "base_model": config["base_model_name_or_path"],
+        "base_model_revision": config.get("base_model_revision"),
+        "base_model_type": config.get("base_model_type"),
+        "num_classes": len(names),
+        "class_names": [names[index] for index in sorted(names)],
+        "templates": config.get("templates"),
+        "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
+        "alpha": config["alpha"],
+        "residual": {
+            "shape": [rows, dim],
+            "side": config.get("residual_side", "text"),
+            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
+        },
+        "enhanced_base": SHIFT in tensors,
+        "shots": few_shot.get("shots"),
+        "seed": few_shot.get("seed"),
+        "train_images": few_shot.get("num_images"),
+        "recipe": (config.get("training") or {}).get("recipe"),
+        "engine": (config.get("training") or {}).get("engine"),
+        "dataset": (config.get("data") or {}).get("name"),
+        "read_as": account.get("kind"),
+        "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
+        "data_digest": (config.get("data") or {}).get("train_digest"),
+        "accuracy": metrics.get("accuracy"),
+        "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
+        "accuracy_interval": metrics.get("accuracy_interval"),
+        "measured_on": measured_on(metrics) if metrics else None,
+        "bytes": {file.name: file.stat().st_size for file in sorted(files)},
+        "format_version": config.get("format_version", 1),
+        "library_versions": config.get("library_versions"),
+    }
+
+
+def measured_on(metrics: Mapping[str, Any]) -> str:
+    """How an accuracy came about, in words: what it was measured on, and on how many pictures."""
+    count = f"{metrics.get('num_images', '?')} pictures"
+    if metrics.get("method") == "cross-validation":
+        return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
+    split = metrics.get("split") or "an evaluation set"
+    chosen = ", which also chose the epoch" if metrics.get("method") == "validation" else ""
+    return f"{split}{chosen} ({count})"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the packages that write an artifact, as recorded in it."""
+    versions = {}
+    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

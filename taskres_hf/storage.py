@@ -5,7 +5,6 @@ Imports no torch: what an artifact is can be told without it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -24,14 +23,6 @@ from .errors import ArtifactError
 
 if TYPE_CHECKING:
     import torch
-
-# The files of an artifact, and the tensors in its weights.
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PROCESSOR = "preprocessor_config.json"
-RESIDUAL = "residual"
-SHIFT = "base_shift"
-FORMAT_VERSION = 2  # of an artifact; 2 adds the image side to `base_fingerprint`
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 
@@ -186,14 +177,3 @@ def umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the packages that write an artifact, as recorded in it."""
-    versions = {}
-    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

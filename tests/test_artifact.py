@@ -20,8 +20,7 @@ from support import random_residual
 from transformers import AutoModelForImageClassification
 
 from taskres_hf import TaskResCLIPForImageClassification, artifact
-from taskres_hf.artifact import read_artifact, write_artifact
-from taskres_hf.description import describe
+from taskres_hf.artifact import describe, read_artifact, write_artifact
 from taskres_hf.errors import ArtifactError, TaskResError
 
 Model = TaskResCLIPForImageClassification
@@ -258,7 +257,7 @@ def test_describing_needs_no_torch(trained: Path) -> None:
     code = """
 import sys, json
 from taskres_hf.errors import ArtifactError, TaskResError
-from taskres_hf.description import describe
+from taskres_hf.artifact import describe
 facts = describe(sys.argv[1])
 try:
     describe(sys.argv[2])

@@ -81,8 +81,9 @@ def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _is_of_the_demo(folder: Path) -> bool:
     """Whether a folder holds a classifier of an earlier demo, which may be replaced without asking."""
+    from ..artifact import CONFIG
     from ..errors import ArtifactError
-    from ..storage import CONFIG, read_json
+    from ..storage import read_json
 
     try:
         data = read_json(folder / CONFIG).get("data")
@@ -101,8 +102,7 @@ def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, r
 
     from ..demo import demo_dataset, demo_model, demo_tasks
     from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.arguments import TaskResTrainingArguments
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer, TaskResTrainingArguments
 
     splits, spec = demo_dataset(task), demo_tasks()[task]
     model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])

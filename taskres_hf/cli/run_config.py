@@ -67,7 +67,7 @@ def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
 
 def _training_hints() -> dict[str, Any]:
     """Settings of training that have no option of their own."""
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     hints = typing.get_type_hints(TaskResTrainingArguments)
     return {name: hint for name, hint in hints.items() if name not in _NEVER | _SECRETS and name in _fields()}
@@ -76,7 +76,7 @@ def _training_hints() -> dict[str, Any]:
 def _fields() -> set[str]:
     from dataclasses import fields
 
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     return {field.name for field in fields(TaskResTrainingArguments)}
 

@@ -32,8 +32,7 @@ from .values import (
 if TYPE_CHECKING:
     from ..data import LabelledImages, TrainingData
     from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.arguments import TaskResTrainingArguments
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer, TaskResTrainingArguments
 
 
 def train(
@@ -117,7 +116,7 @@ def train(
     if not as_json:
         say("\n".join(data.account.lines()))
     model = _make_model(run, data.train.class_names)
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer
 
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
     trainer.train(resume_from_checkpoint=run["resume"] or None)
@@ -159,7 +158,7 @@ def _settle(run: dict[str, Any]) -> None:
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     report_to = run["report_to"]
     values = {**training_only(run), "dataset_name": run.get("dataset_name") or public_name(run["dataset"])}
@@ -239,7 +238,7 @@ def _without_base(name: str, error: OSError) -> Exception:
 
 
 def _what_is_kept(arguments: TaskResTrainingArguments) -> str:
-    from ..training.checkpoints import list_checkpoints
+    from ..training.run import list_checkpoints
 
     checkpoints = list_checkpoints(arguments.output_dir)
     if checkpoints:
@@ -305,7 +304,7 @@ def _show(result: dict[str, Any]) -> None:
     if "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
-        from ..description import measured_on
+        from ..artifact import measured_on
 
         row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)

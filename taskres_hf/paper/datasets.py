@@ -22,8 +22,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from ..data.labelled import LabelledImages
-from ..data.sources import load_splits
+from ..data import LabelledImages, load_splits
 from ..demo import demo_dataset, demo_styles, demo_tasks
 from ..errors import ArtifactError, ConfigurationError, DataError, ImageError
 from ..pictures import IMAGE_EXTENSIONS

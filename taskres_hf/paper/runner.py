@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..artifact import library_versions
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures, content_digest
@@ -23,10 +24,9 @@ from ..errors import ArtifactError, ConfigurationError, DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import library_versions, read_json, write_json
-from ..training.arguments import TaskResTrainingArguments
+from ..storage import read_json, write_json
+from ..training import TaskResTrainer, TaskResTrainingArguments
 from ..training.recipes import published_epochs
-from ..training.trainer import TaskResTrainer
 from .datasets import PaperData, describe_dataset, open_dataset
 
 PAPER_VIEWS = 10  # cached augmented views for recipe "paper"; the published code draws a fresh one every epoch

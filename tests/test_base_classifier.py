@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from support import random_residual
-from test_base_formats import NAMES, copied
+from test_encoders import NAMES, copied
 from transformers import CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
-from taskres_hf.base_classifier import same_base
+from taskres_hf.base_classifier import check_fingerprint, fingerprint, image_sides_differ, image_sketch, same_base
 from taskres_hf.errors import BaseMismatchError
-from taskres_hf.fingerprint import check_fingerprint, fingerprint, image_sides_differ, image_sketch
 
 
 def changed(base: str, folder: Path, edit: Any) -> str:

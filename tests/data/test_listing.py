@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from taskres_hf import load_splits, load_training_data
-from taskres_hf.data import LabelledImages, archives
+from taskres_hf.data import LabelledImages, listing
 from taskres_hf.errors import DataError, ImageError
 
 Pack = Callable[..., Path]
@@ -155,7 +155,7 @@ def test_links_inside(tmp_path: Path, pack: Pack) -> None:
 def test_members_packed_beyond_belief(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_training_data(pack({**GOOD, "cat/bomb.png": bytes(30_000_000)}))
     assert [(row.count, row.examples) for row in data.account.left_out] == [(1, ("cat/bomb.png",))]
-    monkeypatch.setattr(archives, "LARGEST_UNPACKED", 10_000_000)
+    monkeypatch.setattr(listing, "LARGEST_UNPACKED", 10_000_000)
     with pytest.raises(DataError, match=r"unpacks to more than.*zip or an uncompressed"):
         load_training_data(pack({**GOOD, "cat/bomb.png": bytes(30_000_000)}, "tar.gz"))
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from taskres_hf.data.account import Account, LeftOut, SplitAccount, duplicates, printable, shorten
+from taskres_hf.data.reading import Account, LeftOut, SplitAccount, duplicates, printable, shorten
 
 
 def test_lines_and_json_say_the_same() -> None:
