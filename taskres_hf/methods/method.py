@@ -46,7 +46,8 @@ class Fitted:
         trained_parameters: how many numbers were fitted.
         linear: the same logits as a linear classifier, which can be saved as a residual; None where there is none.
         not_linear: why not, for people.
-        selected: what was chosen, such as `{"C": 0.316}`. selected_on: `""` (nothing), `"cross-validation on the shots"`.
+        selected: what was chosen, such as `{"C": 0.316}`.
+        selected_on: `""` (nothing) or `"cross-validation on the shots"`.
         fit_seconds: wall seconds of `fit`, embedding not included.
     """
 
@@ -80,7 +81,9 @@ class Method(ABC):
     @abstractmethod
     def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted: ...
 
-    def fit(self, features: ImageFeatures, classifier: TaskResClassifier, *, seed: int = 1, model: Any = None) -> Fitted:
+    def fit(
+        self, features: ImageFeatures, classifier: TaskResClassifier, *, seed: int = 1, model: Any = None
+    ) -> Fitted:
         """Fit on the shots.
 
         Args:
