@@ -25,6 +25,8 @@ ORDER = [
     "training.arguments", "training.recipes", "training.gradient", "training.enhanced_base", "training.checkpoints",
     "training.known_pictures", "training.measuring", "training.cross_validation", "training.callbacks",
     "training.embeddings", "training.shots", "training.steps", "training.run", "training.trainer", "training",
+    "methods.method", "methods.selection", "methods.tip_adapter", "methods.ape", "methods.clip_adapter",
+    "methods.prolip", "methods.proker", "methods",
     "predicting", "demo",
     "paper.datasets", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
