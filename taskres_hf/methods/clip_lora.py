@@ -137,17 +137,13 @@ class CLIPLoRA(Method):
     def _tuned(self, base: Any, targets: list[str]) -> tuple[Any, Any]:
         """A copy of the base with an update, zero as yet, on every target; and what merges them."""
         from peft import LoraConfig
-        from peft.tuners.lora import LoraLayer, LoraModel
+        from peft.tuners.lora import LoraModel
 
         config: Any = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_rslora=True, target_modules=targets
         )
         lora = LoraModel(_copy(base, targets), {"default": config}, "default")
-        tuned = lora.model
-        for module in tuned.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_dropout.train()
-        return tuned, lora
+        return lora.model, lora
 
     def _train(
         self, tuned: Any, trained: list[Any], tokens: dict[str, Tensor], shots: _Shots, cached: Tensor | None,

@@ -99,7 +99,7 @@ def _reference(
             for part in PARTS:
                 setattr(layer.self_attn, part, _Updated(getattr(layer.self_attn, part)))
     trained = [parameter for parameter in clip.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=100.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     tokens = tokenizer([template.format(name) for name in names], padding=True, return_tensors="pt")
 
@@ -125,7 +125,9 @@ def test_steps_against_plain_torch(
     """Without what is drawn: dropout, augmentation, the start of the first matrix."""
     monkeypatch.setattr(clip_lora, "augment", lambda picture, size, generator: picture.resize(size[::-1]))
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.data.copy_(_start(*tensor.shape)))
-    fitted = CLIPLoRA(dropout=0.0, steps=6).fit(features, model.classifier, model=model, images=images)
+    fitted = CLIPLoRA(dropout=0.0, weight_decay=100.0, steps=6).fit(
+        features, model.classifier, model=model, images=images
+    )
     monkeypatch.undo()
     processor = AutoImageProcessor.from_pretrained(base, backend="pil")
     pixels = processor([images.image(row) for row in range(8)], return_tensors="pt")["pixel_values"]
@@ -194,7 +196,8 @@ def test_published_number_of_steps(
     order = [*range(8), 0]
     CLIPLoRA(batch_size=5).fit(features.select(order), model.classifier, model=model, images=images.select(order))
     assert seen == [5, 4] * 500
-    assert CLIPLoRA().batch_size == 32
+    method = CLIPLoRA()
+    assert (method.batch_size, method.weight_decay, method.dropout, method.alpha) == (32, 1e-2, 0.25, 1.0)
     assert active
     assert all(active)
 

@@ -19,6 +19,7 @@ from taskres_hf.embedding.features import ImageFeatures, embed_images
 from taskres_hf.encoders import encode_texts
 from taskres_hf.errors import BaseModelError, ConfigurationError
 from taskres_hf.families import FAMILIES
+from taskres_hf.methods import coop, towers
 from taskres_hf.methods.coop import CoOp, CoOp4, CoOpClassSpecific, CoOpMiddle, context_prompts, published_epochs
 from taskres_hf.methods.method import METHODS
 from taskres_hf.training.recipes import epoch_batches
@@ -83,7 +84,7 @@ def _reference(
         return clip.logit_scale.exp() * text / text.norm(dim=-1, keepdim=True)
 
     images = data.image_embeds / data.image_embeds.norm(dim=-1, keepdim=True)
-    optimizer = torch.optim.SGD([context], lr=1.0, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD([context], lr=1.0, momentum=0.9, weight_decay=0.5)
     for epoch in range(epochs):
         rate = 1e-5 if epoch == 0 else 2e-3 * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
         optimizer.param_groups[0]["lr"] = rate
@@ -110,13 +111,23 @@ def test_against_plain_torch(
     base: str, model: Model, features: ImageFeatures, method: Any, tokens: int, position: str, specific: bool,
     epochs: int,
 ) -> None:  # fmt: skip
-    fitted = method(epochs=epochs, batch_size=8).fit(features, model.classifier, seed=3, model=model)
+    fitted = method(epochs=epochs, batch_size=8, weight_decay=0.5).fit(features, model.classifier, seed=3, model=model)
     expected = _reference(base, model, features, tokens, position, specific, epochs, 3)
     assert fitted.linear is not None
     torch.testing.assert_close(fitted.linear.weight, expected, atol=2e-4, rtol=2e-4)
     assert fitted.trained_parameters == tokens * 192 * (8 if specific else 1)
     logits = F.normalize(features.image_embeds[0], dim=-1) @ expected.T
     torch.testing.assert_close(fitted.logits(features.image_embeds[0]), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_contexts_of_classes_in_parts(model: Model, features: ImageFeatures, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = CoOpClassSpecific(4, epochs=3)
+    whole = method.fit(features, model.classifier, model=model).linear
+    monkeypatch.setattr(coop, "in_parts", lambda embed, count: towers.in_parts(embed, count, 3))
+    parts = method.fit(features, model.classifier, model=model).linear
+    assert whole is not None
+    assert parts is not None
+    torch.testing.assert_close(parts.weight, whole.weight, atol=1e-4, rtol=1e-4)
 
 
 def test_training_lowers_the_loss_and_leaves_the_model(model: Model, features: ImageFeatures) -> None:
@@ -251,3 +262,5 @@ def test_the_names_are_registered() -> None:
         "coop-middle": (16, "middle", False),
         "coop-class-specific": (16, "end", True),
     }
+    method = CoOp()
+    assert (method.learning_rate, method.weight_decay, method.batch_size) == (2e-3, 5e-4, 32)
