@@ -96,6 +96,7 @@ def _pictures(folder: Path) -> list[Path]:
 def prepared(path: Path) -> bytes:
     """A picture as the tasks hold it: at most 160 pixels on the short side, JPEG, without metadata."""
     with PIL.Image.open(path) as opened:
+        opened.draft("RGB", (2 * SHORT_SIDE, 2 * SHORT_SIDE))  # decodes a camera's picture at a fraction of its size
         picture = PIL.ImageOps.exif_transpose(opened).convert("RGB")
     scale = SHORT_SIDE / min(picture.size)
     if scale < 1:

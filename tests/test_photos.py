@@ -165,6 +165,7 @@ def test_sixteen_shots_beat_zero_shot_and_predictions_are_the_same_everywhere(
     photo_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     spec, opened = photos.photo_tasks()["waste"], photos.photo_dataset("waste")
+    opened["test"] = opened["test"].select(range(120))
     model = TaskResCLIPForImageClassification.from_base(photos.photo_model_path(), spec["classes"], spec["template"])
     trainer = TaskResTrainer(
         model, TaskResTrainingArguments(shots=16, seed=1, disable_tqdm=True), opened["train"], opened["test"]
@@ -173,8 +174,10 @@ def test_sixteen_shots_beat_zero_shot_and_predictions_are_the_same_everywhere(
     measured = trainer.measure()
     assert measured["accuracy"] > measured["zero_shot_accuracy"] + 0.15
     trainer.save_model(tmp_path / "waste")
+    (tmp_path / "data").mkdir()
+    opened["test"].to_parquet(tmp_path / "data" / "test.parquet")
     code, text, _ = run(
-        capsys, "evaluate", tmp_path / "waste", photo_folder / "waste", "--split", "test", "--json", "--quiet"
+        capsys, "evaluate", tmp_path / "waste", tmp_path / "data", "--split", "test", "--json", "--quiet"
     )
     assert code == 0
     assert json.loads(text)["accuracy"] == pytest.approx(measured["accuracy"], abs=1e-6)

@@ -103,7 +103,8 @@ def task_runs(
     """
     train, cells = LabelledImages(splits["train"]), grid(name, shots, seeds, [recipe])
     rows = {cell: few_shot_indices(train.labels, cell.shots, cell.seed, on_short="ignore") for cell in cells}
-    trainer = TaskResTrainer(model, TaskResTrainingArguments(recipe=recipe, disable_tqdm=True))
+    options: dict[str, Any] = {"recipe": recipe, "disable_tqdm": True}
+    trainer = TaskResTrainer(model, TaskResTrainingArguments(**options))
     test = trainer.embed(splits["test"])
     settings = {"recipe": recipe, "views": PAPER_VIEWS if recipe == "paper" else 0}
     needed = sorted({row for drawn in rows.values() for row in drawn})
