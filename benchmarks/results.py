@@ -25,6 +25,17 @@ def photo_runs(task: str, shots: Sequence[int], seeds: Sequence[int], recipe: st
     return list(task_runs(model, photo_dataset(task), task, shots, seeds, recipe))
 
 
+def print_photos(
+    shots: Sequence[int] = (1, 2, 4, 8, 16), seeds: Sequence[int] = (1, 2, 3, 4, 5), recipe: str = "auto"
+) -> None:
+    """The table of the photographs as Markdown, or the sentence that says why there is none."""
+    if reason := missing():
+        print(f"Not measured: {reason}")
+        return
+    runs = [run for task in photo_tasks() for run in photo_runs(task, shots, seeds, recipe)]
+    print(accuracy_table(summarise(runs), len(seeds), first="task").markdown(), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=["auto", "paper"], default="auto")
@@ -42,14 +53,7 @@ def main() -> None:
     seeds = list(range(1, options.seeds + 1))
     if options.only != "emoji":
         print("## Photographs\n")
-        reason = missing()
-        if reason is not None:
-            print(f"Not measured: {reason}\n")
-        else:
-            runs = [
-                run for task in photo_tasks() for run in photo_runs(task, options.shots, seeds, options.recipe)
-            ]  # fmt: skip
-            print(accuracy_table(summarise(runs), len(seeds), first="task").markdown(), flush=True)
+        print_photos(options.shots, seeds, options.recipe)
     if options.only != "photos":
         print("\n## Shipped emoji\n")
         runs = run_benchmark(
