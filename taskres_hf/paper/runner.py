@@ -80,6 +80,48 @@ def few_shot_runs(
         yield cell, {name: accuracies(model, test, rows) for name, (test, rows) in tests(cell).items()}
 
 
+def task_runs(
+    model: TaskResCLIPForImageClassification,
+    splits: Mapping[str, Any],
+    name: str,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    recipe: str = "auto",
+    on_run: Callable[[], object] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Every draw of a task that is open already, trained and measured on its test split.
+
+    Only pictures that some draw needs are embedded, and those once; recipe `"paper"` embeds `PAPER_VIEWS` views of each
+    draw.
+
+    Args:
+        model: a classifier for the classes of the task. splits: with `train` and `test`, columns as `LabelledImages`
+            finds them. on_run: called after each run.
+
+    Yields:
+        Rows as `reports.summarise` takes them.
+    """
+    train, cells = LabelledImages(splits["train"]), grid(name, shots, seeds, [recipe])
+    rows = {cell: few_shot_indices(train.labels, cell.shots, cell.seed, on_short="ignore") for cell in cells}
+    options: dict[str, Any] = {"recipe": recipe, "disable_tqdm": True}
+    trainer = TaskResTrainer(model, TaskResTrainingArguments(**options))
+    test = trainer.embed(splits["test"])
+    settings = {"recipe": recipe, "views": PAPER_VIEWS if recipe == "paper" else 0}
+    needed = sorted({row for drawn in rows.values() for row in drawn})
+    place = {row: position for position, row in enumerate(needed)}
+    embedded = None if settings["views"] else trainer.embed(train.select(needed))
+
+    def drawn(cell: Cell) -> ImageFeatures | LabelledImages:
+        if embedded is None:
+            return train.select(rows[cell])
+        return embedded.select([place[row] for row in rows[cell]])
+
+    for cell, scores in few_shot_runs(model, cells, drawn, lambda _: {"": (test, None)}, lambda _: settings):
+        on_run()
+        zero_shot, trained = scores[""]
+        yield {**asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "targets": {}}
+
+
 @torch.no_grad()
 def accuracies(
     model: TaskResCLIPForImageClassification, test: ImageFeatures, rows: Sequence[int] | None = None
