@@ -26,7 +26,7 @@ ORDER = [
     "training.known_pictures", "training.measuring", "training.cross_validation", "training.callbacks",
     "training.embeddings", "training.shots", "training.steps", "training.run", "training.trainer", "training",
     "predicting", "demo",
-    "paper.datasets", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
+    "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.evaluate", "cli.predict",
     "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
