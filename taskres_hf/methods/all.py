@@ -1,0 +1,13 @@
+"""Registers every method of the library: importing this module fills `METHODS`."""
+
+from __future__ import annotations
+
+from . import clap as clap
+from . import class_mean as class_mean
+from . import cross_modal as cross_modal
+from . import gda as gda
+from . import linear_probe as linear_probe
+from . import lp_plus_plus as lp_plus_plus
+from . import taskres as taskres
+from . import zero_shot as zero_shot
+from .method import METHODS as METHODS
