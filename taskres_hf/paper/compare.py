@@ -103,6 +103,7 @@ def compare_methods(
     revision: str | None = None,
     views: int = 0,
     arguments: Mapping[str, Any] | None = None,
+    on_start: Callable[[int], None] | None = None,
     on_cell: Callable[[MethodCell, dict[str, Any], bool], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Fit and measure every method x dataset x shots x seed; what is finished is not run again.
@@ -120,6 +121,7 @@ def compare_methods(
         shots: of each class; a class with fewer pictures gives all it has.
         views: augmented views of each training picture instead of the plain one, drawn from the seed.
         arguments: settings of `TaskResTrainingArguments` that say how pictures are embedded.
+        on_start: called with the number of cells.
         on_cell: called with each cell, its result and whether it was already finished.
 
     Returns:
@@ -145,7 +147,10 @@ def compare_methods(
     })  # fmt: skip
     folder = None if output_dir is None else Path(output_dir)
     results: list[dict[str, Any]] = []
+    _load_libraries()
     shared: TaskResCLIPForImageClassification | None = None
+    if on_start is not None:
+        on_start(len(tasks) * len(shots) * len(seeds) * len(chosen))
     for task in tasks:
         run = _TaskRun(task, settings, options, shots, seeds, shared)
         shared = run.model
@@ -248,9 +253,19 @@ class _TaskRun:
         return self._embed(("train", seed if self.views else 0), self.task.train, needed, self.views, seed)
 
     def test(self, seed: int) -> ImageFeatures:
-        images, rows = self.measured(seed)
-        features, place = self._embed("all", images, range(len(images)))
+        rows = self.measured(seed)[1]
+        features, place = self._measured_on(seed)
         return features if rows is None else features.select([place[row] for row in rows if row in place])
+
+    def test_pictures(self, seed: int) -> LabelledImages:
+        """The pictures whose embeddings `test` gives."""
+        images, rows = self.measured(seed)
+        place = self._measured_on(seed)[1]
+        return images.select([row for row in (place if rows is None else rows) if row in place])
+
+    def _measured_on(self, seed: int) -> tuple[ImageFeatures, dict[int, int]]:
+        images = self.measured(seed)[0]
+        return self._embed("all", images, range(len(images)))
 
     def _embed(
         self, key: Any, images: LabelledImages, rows: Sequence[int], views: int = 0, seed: int = 1
@@ -294,10 +309,14 @@ class _TaskRun:
     def _measured(self, cell: MethodCell, train: ImageFeatures, test: ImageFeatures) -> dict[str, Any]:
         # A copy, so that no method can change what the next one starts from.
         classifier = copy.deepcopy(self.model.classifier).cpu()
-        method = METHODS[cell.method]()
+        method, pictures = METHODS[cell.method](), {}
+        if "pictures" in method.needs:
+            pictures["images"] = self.task.train.select(self.train_rows(cell))
         with PeakMemory() as memory:
-            fitted = method.fit(train, classifier, seed=cell.seed, model=self.model)
-        logits = _logits(fitted, test)
+            fitted = method.fit(train, classifier, seed=cell.seed, model=self.model, **pictures)
+        embed = getattr(fitted, "embed", None)
+        embeds = test.image_embeds[0] if embed is None else embed(self.test_pictures(cell.seed))
+        logits = _logits(fitted, embeds, len(test.class_names))
         before = self.model.classifier.zero_shot_logits(test.image_embeds[0]).detach().cpu()
         return {
             "accuracy": accuracy(logits, test.labels), "ece": expected_calibration_error(logits, test.labels),
@@ -311,20 +330,24 @@ class _TaskRun:
 
 
 @torch.no_grad()
-def _logits(fitted: Fitted, test: ImageFeatures) -> Tensor:
+def _logits(fitted: Fitted, embeds: Tensor, classes: int) -> Tensor:
     """Logits [N, K] of the test pictures.
 
     Raises:
         DataError: of another shape, or not numbers.
     """
-    logits = torch.cat([fitted.logits(part).detach().float().cpu() for part in test.image_embeds[0].split(_ROWS)])
-    if logits.shape != (len(test), len(test.class_names)):
-        raise DataError(
-            f"Logits of shape {list(logits.shape)} for {len(test)} pictures and {len(test.class_names)} classes."
-        )
+    logits = torch.cat([fitted.logits(part).detach().float().cpu() for part in embeds.split(_ROWS)])
+    if logits.shape != (len(embeds), classes):
+        raise DataError(f"Logits of shape {list(logits.shape)} for {len(embeds)} pictures and {classes} classes.")
     if not bool(torch.isfinite(logits).all()):
         raise DataError("Some logits are NaN or infinite.")
     return logits
+
+
+def _load_libraries() -> None:
+    """Load what fitting uses, so that no method's first fit pays for it in seconds and memory."""
+    for name in ("scipy.optimize", "sklearn.linear_model", "sklearn.covariance"):
+        import_module(name)
 
 
 def _reason(error: Exception) -> str:

@@ -135,7 +135,7 @@ def paired_differences(results: Sequence[Result], reference: str = REFERENCE) ->
         place = scores.setdefault(result["method"], {}).setdefault((result["dataset"], result["seed"]), {})
         place[result["shots"]] = 100 * result["accuracy"]
     ours = scores.pop(reference, {})
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method, theirs in scores.items():
         places = [place for place in ours if place in theirs and len(ours[place]) == len(theirs[place]) == len(counts)]
         if not places:
@@ -232,10 +232,10 @@ def difference_table(pairs: Sequence[Mapping[str, Any]], reference: str = REFERE
         for row in pairs
     ]
     most = max((row["pairs"] for row in pairs), default=0)
+    least = max(2 / 2**most, 1 / (_RESAMPLES + 1))
     caption = (
-        f"Mean over all shots of accuracy minus that of {reference}, in points, over {most} pairs (dataset and seed) on "
-        f"the same draws; p by flipping signs, no smaller than {max(2 / 2**most, 1 / (_RESAMPLES + 1)):.1g}; Holm: for "
-        "all methods together."
+        f"Mean over all shots of accuracy minus that of {reference}, in points, over {most} pairs (dataset and seed) "
+        f"on the same draws; p by flipping signs, no smaller than {least:.1g}; Holm: for all methods together."
     )
     return Table(["method", "difference", "better", "worse", "p", "p (Holm)"], cells, None, caption)
 

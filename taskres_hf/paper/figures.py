@@ -46,7 +46,7 @@ def write_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     files = []
     # The same file for the same numbers, with text as text.
-    options = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
+    options: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(options):
         for name, draw in (("accuracy", _against_shots), ("time", _against_time)):
             figure = draw(rows)
@@ -117,8 +117,13 @@ def _name_at_the_right(axes: Any, ends: Mapping[str, float], last: float, styles
         axes.annotate(
             name, xy=(last, ends[name]), xytext=(1.05, place), textcoords="axes fraction", va="center", fontsize=8,
             color=styles[name]["color"], fontweight="bold" if name == _OURS else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": styles[name]["color"], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            arrowprops=_thread(styles[name]),
         )  # fmt: skip
+
+
+def _thread(style: Mapping[str, Any]) -> dict[str, Any]:
+    """The thin line from a name to what it names."""
+    return {"arrowstyle": "-", "color": style["color"], "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
@@ -151,12 +156,12 @@ def _against_time(rows: Sequence[Row]) -> Any:
             axes.axhline(score, **{key: value for key, value in styles[_FLAT].items() if key != "marker"})
             axes.annotate(
                 _FLAT,
-                (1.0, score),
+                (0.01, score),
                 xycoords=("axes fraction", "data"),
                 fontsize=8,
                 color=style["color"],
                 va="bottom",
-                ha="right",
+                ha="left",
             )
             continue
         seconds = max(row["fit_seconds"], 1e-5)
@@ -176,5 +181,5 @@ def _name_points(axes: Any, ends: Mapping[str, tuple[float, float]], styles: Map
         axes.annotate(
             name, xy=ends[name], xytext=(1.05, place), textcoords="axes fraction", va="center", fontsize=8,
             color=styles[name]["color"], fontweight="bold" if name == _OURS else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": styles[name]["color"], "linewidth": 0.5, "alpha": 0.6, "shrinkB": 4},
+            arrowprops=_thread(styles[name]),
         )  # fmt: skip

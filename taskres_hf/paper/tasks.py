@@ -109,11 +109,11 @@ def open_tasks(
     if holdout is not None and not (isinstance(holdout, float) and 0 < holdout < 1):
         raise ConfigurationError(f"holdout= is a share of each class between 0 and 1, such as 0.5; got {holdout!r}.")
     tasks: list[Task] = []
-    for name, source in _named_sources(data):
+    for name, source in named_sources(data):
         if isinstance(source, str) and source in suite_datasets() and not os.path.exists(source):
             task = _described(name or source, source, root, allow_other_split, templates, holdout)
         else:
-            task = _own(name or _default_name(source), source, templates, holdout, reading or {})
+            task = _own(name or default_name(source), source, templates, holdout, reading or {})
         if task.name in {other.name for other in tasks}:
             raise ConfigurationError(
                 f"Two datasets are called {task.name!r}: name them, as in {{'first': ..., 'second': ...}} "
@@ -125,7 +125,8 @@ def open_tasks(
     return tasks
 
 
-def _named_sources(data: Any) -> list[tuple[str | None, Any]]:
+def named_sources(data: Any) -> list[tuple[str | None, Any]]:
+    """Sources and the names given to them, with `"paper"` and `"shipped"` written out; see `open_tasks`."""
     if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
         return list(data.items())
     sources = list(data) if isinstance(data, (list, tuple)) else [data]
@@ -136,7 +137,7 @@ def _named_sources(data: Any) -> list[tuple[str | None, Any]]:
     return named
 
 
-def _default_name(source: Any) -> str:
+def default_name(source: Any) -> str:
     """A Hub id as it is, of a path the last part without its ending."""
     if not isinstance(source, (str, os.PathLike)):
         return "dataset"
