@@ -26,8 +26,8 @@ from .values import (
 _EMBEDDING = ("engine", "precision", "crop", "embed_batch_size", "cache_dir", "on_error")
 _READING = {
     "train_split": "train_split", "eval_split": "eval_split", "config_name": "config_name",
-    "class_folder": "class_folder", "image_column": "image_column", "label_column": "label_column", "class_names": "class_names",
-    "drop_unlabelled": "drop_unlabelled", "dataset_revision": "revision",
+    "class_folder": "class_folder", "image_column": "image_column", "label_column": "label_column",
+    "class_names": "class_names", "drop_unlabelled": "drop_unlabelled", "dataset_revision": "revision",
 }  # fmt: skip
 
 _Data = Annotated[

@@ -314,8 +314,7 @@ class _TaskRun:
             pictures["images"] = self.task.train.select(self.train_rows(cell))
         with PeakMemory() as memory:
             fitted = method.fit(train, classifier, seed=cell.seed, model=self.model, **pictures)
-        embed = getattr(fitted, "embed", None)
-        embeds = test.image_embeds[0] if embed is None else embed(self.test_pictures(cell.seed))
+        embeds = test.image_embeds[0] if fitted.embed is None else fitted.embed(self.test_pictures(cell.seed))
         logits = _logits(fitted, embeds, len(test.class_names))
         before = self.model.classifier.zero_shot_logits(test.image_embeds[0]).detach().cpu()
         return {

@@ -158,7 +158,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     from scipy.stats import permutation_test  # type: ignore[import-untyped]
 
     values = np.asarray(differences, dtype=float)
-    if not values.any():
+    if len(values) < 2 or not values.any():
         return 1.0
     flipped = permutation_test(
         (values,), np.mean, permutation_type="samples", n_resamples=_RESAMPLES, vectorized=True, random_state=0
@@ -192,11 +192,12 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], results: Sequence[Result],
         for row in rows
     ]
     title = f"{dataset}: accuracy" if dataset else "Accuracy"
-    title += " in percent" + (f", mean of {tasks} datasets" if tasks > 1 else "")
-    title += f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    caption = "worst harm: the smallest difference to zero-shot, in points, of a dataset and a number of shots"
+    over = [f"{count} {name}" for count, name in ((tasks, "datasets"), (seeds, "seeds")) if count > 1]
+    title += " in percent" + (f", mean over {' and '.join(over)}" if over else "")
+    title += " ± standard deviation over seeds" if seeds > 1 else ""
+    caption = "harm: the worst against zero-shot, the smallest difference in points of a dataset and a number of shots"
     shots = [f"{count} shot{'s' * (count > 1)}" for count in counts]
-    return Table(["method", *shots, "worst harm"], cells, title, caption, bold=_reference_rows(rows))
+    return Table(["method", *shots, "harm"], cells, title, caption, bold=_reference_rows(rows))
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> Table:

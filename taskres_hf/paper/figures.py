@@ -76,7 +76,7 @@ def _new(xlabel: str, ylabel: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE)
-    axes = figure.add_axes((0.09, 0.1, 0.69, 0.86))  # room for names at the right
+    axes = figure.add_axes((0.09, 0.1, 0.67, 0.86))  # room for names at the right
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,24 +98,23 @@ def _against_shots(rows: Sequence[Row]) -> Any:
             axes.fill_between(
                 counts, low, high, color=style["color"], alpha=0.25 if row["method"] == _OURS else 0.08, linewidth=0
             )
-        ends[row["method"]] = scores[-1]
+        ends[row["method"]] = (counts[-1], scores[-1])
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    _name_at_the_right(axes, ends, counts[-1], styles)
+    _name_at_the_right(axes, ends, styles)
     return figure
 
 
-def _name_at_the_right(axes: Any, ends: Mapping[str, float], last: float, styles: Mapping[str, Any]) -> None:
-    """Names beside the ends of their lines, moved apart where they would lie on each other."""
+def _name_at_the_right(axes: Any, ends: Mapping[str, tuple[float, float]], styles: Mapping[str, Any]) -> None:
+    """Names in a column at the right in the order of accuracy, moved apart, each joined to its point by a thin line."""
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top)
-    height = top - bottom
-    order = sorted(ends, key=lambda name: ends[name])
-    places = apart([(ends[name] - bottom) / height for name in order], min(0.033, 1 / len(order)))
-    for name, place in zip(order, places, strict=True):
+    order = sorted(ends, key=lambda name: ends[name][1])
+    wishes = [(ends[name][1] - bottom) / (top - bottom) for name in order]
+    for name, place in zip(order, apart(wishes, min(0.033, 1 / max(len(order), 1))), strict=True):
         axes.annotate(
-            name, xy=(last, ends[name]), xytext=(1.05, place), textcoords="axes fraction", va="center", fontsize=8,
+            name, xy=ends[name], xytext=(1.07, place), textcoords="axes fraction", va="center", fontsize=8,
             color=styles[name]["color"], fontweight="bold" if name == _OURS else "normal", annotation_clip=False,
             arrowprops=_thread(styles[name]),
         )  # fmt: skip
@@ -123,7 +122,8 @@ def _name_at_the_right(axes: Any, ends: Mapping[str, float], last: float, styles
 
 def _thread(style: Mapping[str, Any]) -> dict[str, Any]:
     """The thin line from a name to what it names."""
-    return {"arrowstyle": "-", "color": style["color"], "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+    line = {"color": style["color"], "linewidth": 0.6, "alpha": 0.7}
+    return {**line, "arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
@@ -154,32 +154,11 @@ def _against_time(rows: Sequence[Row]) -> Any:
         score = row["accuracy"][count]
         if row["method"] == _FLAT:
             axes.axhline(score, **{key: value for key, value in styles[_FLAT].items() if key != "marker"})
-            axes.annotate(
-                _FLAT,
-                (0.01, score),
-                xycoords=("axes fraction", "data"),
-                fontsize=8,
-                color=style["color"],
-                va="bottom",
-                ha="left",
-            )
+            place: Any = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
+            axes.annotate(_FLAT, (0.01, score), color=style["color"], **place)
             continue
         seconds = max(row["fit_seconds"], 1e-5)
         axes.plot([seconds], [score], linestyle="", **{**style, "markersize": 7})
         ends[row["method"]] = (seconds, score)
-    _name_points(axes, ends, styles)
+    _name_at_the_right(axes, ends, styles)
     return figure
-
-
-def _name_points(axes: Any, ends: Mapping[str, tuple[float, float]], styles: Mapping[str, Any]) -> None:
-    """Names in a column at the right, in the order of accuracy, each joined to its point by a thin line."""
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, top)
-    order = sorted(ends, key=lambda name: ends[name][1])
-    places = apart([(ends[name][1] - bottom) / (top - bottom) for name in order], min(0.04, 1 / max(len(order), 1)))
-    for name, place in zip(order, places, strict=True):
-        axes.annotate(
-            name, xy=ends[name], xytext=(1.05, place), textcoords="axes fraction", va="center", fontsize=8,
-            color=styles[name]["color"], fontweight="bold" if name == _OURS else "normal", annotation_clip=False,
-            arrowprops=_thread(styles[name]),
-        )  # fmt: skip
