@@ -43,7 +43,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx,lora]"
 	touch $@
 
 clean:

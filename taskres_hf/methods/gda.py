@@ -15,7 +15,7 @@ from .method import Fitted, Linear, Method, register_method
 from .selection import CROSS_VALIDATION, NOTHING, cross_validated
 
 FACTORS = tuple(10.0**power for power in range(-4, 3))
-ONE_SHOT_FACTOR = 1e-3  # what the authors' validation sets chose most often at one shot
+ONE_SHOT_FACTOR, TWO_SHOTS_FACTOR = 1e-3, 0.1  # what the authors' validation sets chose most often at so many shots
 
 
 class GDA(Method):
@@ -23,10 +23,11 @@ class GDA(Method):
 
     `mu_k` are the class means of M unit-length samples (each view is one), S is their scatter around them, and
     P = D (S + trace(S) / (M - 1) I)^-1; then w_k = P mu_k and b_k = -log K - mu_k . P mu_k / 2. Without scatter (one
-    plain picture a class) P is zero and the classifier is zero-shot. A class without shots stands at the mean of the
-    others, so that the Gaussians say nothing about it.
+    plain picture a class) P is zero and the classifier is zero-shot. A class without shots gets the mean of the
+    others' `w` and `b`, so that its text alone speaks for or against it.
 
     The published code chooses `a` on a full validation split; here the same grid, by cross-validation on the shots.
+    With two plain pictures a class the Gaussians have no scatter without those held out: nothing can be chosen then.
     """
 
     name = "gda"
@@ -49,7 +50,11 @@ class GDA(Method):
             return _combine(classifier, fitted[fold], factor).logits(features.image_embeds[0, held_rows])
 
         chosen = cross_validated(features.labels, FACTORS, logits_of)
-        return (ONE_SHOT_FACTOR, NOTHING) if chosen is None else (chosen, CROSS_VALIDATION)
+        if chosen is None:
+            return ONE_SHOT_FACTOR, NOTHING
+        if not any(bool(gaussians.weight.any()) for gaussians in fitted.values()):
+            return TWO_SHOTS_FACTOR, "nothing (two plain shots a class)"
+        return chosen, CROSS_VALIDATION
 
 
 def discriminant(features: ImageFeatures, classes: int) -> Linear:
@@ -58,7 +63,6 @@ def discriminant(features: ImageFeatures, classes: int) -> Linear:
     images = images.double()
     sums, counts = class_sums(images, labels, classes)
     means = sums / counts.clamp_min(1)[:, None]
-    means[counts == 0] = means[counts > 0].mean(dim=0)
     centred = images - means[labels]
     scatter = centred.T @ centred
     ridge = float(scatter.trace()) / max(len(images) - 1, 1)
@@ -67,7 +71,9 @@ def discriminant(features: ImageFeatures, classes: int) -> Linear:
     else:
         scatter.diagonal().add_(ridge)
         weight = images.shape[1] * torch.linalg.solve(scatter, means.T).T
-    return Linear(weight, -math.log(classes) - (weight * means).sum(dim=1) / 2)
+    bias = -math.log(classes) - (weight * means).sum(dim=1) / 2
+    weight[counts == 0], bias[counts == 0] = weight[counts > 0].mean(dim=0), bias[counts > 0].mean()
+    return Linear(weight, bias)
 
 
 def _combine(classifier: TaskResClassifier, gaussians: Linear, factor: float) -> Linear:

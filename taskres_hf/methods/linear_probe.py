@@ -21,7 +21,7 @@ from .selection import CROSS_VALIDATION, NOTHING, cross_validated
 FIXED_C = 0.316  # CLIP's own example of a linear probe
 GRID = tuple(10.0**power for power in range(-6, 7, 2))
 ABSENT = -1e4  # the bias of a class without shots, for which the likelihood alone would say minus infinity
-_ITERATIONS = 1000
+_ITERATIONS, _TOLERANCE, _ROUGH = 1000, 1e-6, 1e-4  # rough where only the best C is wanted
 
 
 class LinearProbe(Method):
@@ -45,7 +45,7 @@ class LinearProbe(Method):
             )
         strength, selected_on = self._strength(features, classes)
         images, labels = samples(features)
-        linear = _linear(_regression(strength), images, labels, classes)
+        linear = _linear(_regression(strength, _TOLERANCE), images, labels, classes)
         trained = (classes - len(absent)) * (images.shape[1] + 1)
         return Fitted.of(linear, trained, selected={"C": strength}, selected_on=selected_on)
 
@@ -70,7 +70,9 @@ class LinearProbeCV(LinearProbe):
 
         def logits_of(strength: float, train_rows: Tensor, held_rows: Tensor) -> Tensor:
             # Of one fold, each C starts where the one before it ended.
-            regression = regressions.setdefault(tuple(held_rows.tolist()), _regression(strength, warm_start=True))
+            regression = regressions.setdefault(
+                tuple(held_rows.tolist()), _regression(strength, _ROUGH, warm_start=True)
+            )
             regression.set_params(C=strength)
             images, labels = samples(features.select(train_rows.tolist()))
             return _linear(regression, images, labels, classes).logits(features.image_embeds[0, held_rows])
@@ -82,8 +84,8 @@ class LinearProbeCV(LinearProbe):
         return (coarse if fine is None else fine), CROSS_VALIDATION
 
 
-def _regression(strength: float, warm_start: bool = False) -> LogisticRegression:
-    return LogisticRegression(C=strength, max_iter=_ITERATIONS, warm_start=warm_start)
+def _regression(strength: float, tolerance: float, warm_start: bool = False) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=tolerance, warm_start=warm_start)
 
 
 def _linear(regression: LogisticRegression, images: Tensor, labels: Tensor, classes: int) -> Linear:

@@ -66,7 +66,8 @@ class LPPlusPlus(Method):
 
 def _largest_eigenvalue(images: Tensor) -> Tensor:
     smaller = images if images.shape[0] < images.shape[1] else images.T
-    return torch.linalg.eigvalsh((smaller @ smaller.T).double())[-1]
+    largest: Tensor = torch.linalg.eigvalsh((smaller @ smaller.T).double())[-1]
+    return largest
 
 
 register_method(LPPlusPlus.name, LPPlusPlus)

@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 CROSS_VALIDATION = "cross-validation on the shots"
 NOTHING = "nothing (one shot a class)"
 _MOST_FOLDS = 5
+_ROUNDING = 1e-6
 _ALWAYS_TRAINS = -1
 
 Candidate = TypeVar("Candidate")
@@ -82,6 +83,7 @@ def cross_validated(
     best, chosen = worst, 0
     for number in range(len(candidates)):
         score: Any = (loss[number], 0.0) if by == "log loss" else (errors[number], loss[number])
-        if score < best:  # a loss that is not a number is never better
+        nearly = (score[0] + _ROUNDING, 0.0) if by == "log loss" else (score[0], score[1] + _ROUNDING)
+        if nearly < best:  # rounding alone is not better, nor is a loss that is not a number
             best, chosen = score, number
     return candidates[chosen]
