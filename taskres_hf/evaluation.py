@@ -20,8 +20,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """How far confidence is from accuracy, from 0 to 1 (Guo et al. 2017, equation 3).
 
-    The confidence of a row is its largest softmax probability. Rows are put into `bins` bins of equal width from 0 to 1,
-    each closed at its upper end; the error is the mean over rows of |accuracy - mean confidence| of the row's bin.
+    The confidence of a row is its largest softmax probability. Rows are put into bins of equal width from 0 to 1, each
+    closed at its upper end; the error is the mean over rows of |accuracy - mean confidence| of the row's bin.
 
     Args:
         logits: [N, K]. labels: [N] class ids. bins: at least 1.

@@ -32,8 +32,8 @@ ORDER = [
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
-    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate", "cli.predict",
-    "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate",
+    "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500
