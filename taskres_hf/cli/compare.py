@@ -135,7 +135,8 @@ def compare(
         _list(as_json)
         return
     run = read_run(context, config, training=False)
-    sources = _sources(context, [*(run["data"] or []), *(data_option or [])])
+    given = [*(data or []), *(data_option or [])] or run["data"] or []
+    sources = _sources(context, [given] if isinstance(given, str) else given)
     counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
     folder = Path(run["output_dir"])
     if folder.exists() and not folder.is_dir():

@@ -77,6 +77,9 @@ def test_settings_are_replayed_and_finished_fits_kept(
     assert {row["method"] for row in value["against_taskres"]} == {"zero-shot", "gda", "taskres-paper"}
     assert value["failures"] == []
     assert value["base_model"] == "shipped"
+    listed = json.loads(run(capsys, "compare", "food", "--config", "taskres-compare/run.yaml", "--json")[1])
+    assert {row["method"] for row in listed["methods"]} == {"zero-shot", "gda", "taskres", "taskres-paper"}
+    assert all("mine" not in line for line in listed["what_ran"])  # what is typed wins over the file
     code, _, error = run(capsys, "compare", "--config", "taskres-compare/run.yaml", "--template", "a {}", "-q")
     assert code == 1
     assert "Choose another output folder" in error

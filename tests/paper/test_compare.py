@@ -18,7 +18,7 @@ from datasets import DatasetDict
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
+from taskres_hf.errors import ConfigurationError, DataError, ImageError, MissingExtraError
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.methods.method import METHODS, Fitted, Linear, Method, register_method
 from taskres_hf.paper import compare, comparison, figures
@@ -32,6 +32,7 @@ from taskres_hf.paper.comparison import (
     write_report,
 )
 from taskres_hf.paper.memory import PeakMemory
+from taskres_hf.paper.runner import run_benchmark
 from taskres_hf.paper.tasks import held_out_rows, open_tasks
 
 FEW: dict[str, Any] = {"shots": [1, 2], "seeds": [1, 2]}
@@ -269,6 +270,36 @@ def test_a_method_gets_the_pictures_it_needs_and_embeds_anew(base: str, splits: 
     assert [images.digest(row) for row in range(len(images))] == list(features.digests)
     assert len(given[1]) == result["num_images"]
     assert result["accuracy"] == 1.0
+
+
+def test_a_picture_that_cannot_be_read_may_be_left_out(base: str, tmp_path: Path, splits: DatasetDict) -> None:
+    for label, name in enumerate(("mammal", "bird")):
+        (tmp_path / name).mkdir()
+        rows = [row for row in splits["train"] if row["label"] == label][:6]
+        for number, row in enumerate(rows):
+            row["image"].convert("RGB").save(tmp_path / name / f"{number}.png")
+        (tmp_path / name / "0.png").write_bytes(b"no picture")
+    options: dict[str, Any] = {"methods": ["test-seen"], "shots": [9], "seeds": [1, 2, 3]}
+    with pytest.raises(ImageError, match="2 of 12 pictures cannot be read"):
+        compare_methods(base, tmp_path, **options)
+    with pytest.warns(UserWarning, match="left out"):
+        results = compare_methods(base, tmp_path, arguments={"on_error": "skip"}, **options)
+    for (features, _), row in zip(Seen.calls, results, strict=True):
+        assert (len(features), row["train_images"]) == (row["train_images"], 10 - row["num_images"])
+
+
+def test_taskres_is_what_the_benchmark_trains(base: str) -> None:
+    (ours,) = compare_methods(base, "food", methods=["taskres"], shots=[4], seeds=[2])
+    (theirs,) = run_benchmark(base, ["food"], shots=[4], seeds=[2], recipes=["auto"])
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert ours["zero_shot_accuracy"] == theirs["zero_shot_accuracy"]
+    assert ours["pictures"]["measured"] == theirs["pictures"]["food"]
+    assert ours["pictures"]["drawn"] == theirs["pictures"]["drawn"]
+
+
+def test_views_are_drawn_from_the_seed(base: str) -> None:
+    compare_methods(base, "food", methods=["test-seen"], shots=[1], seeds=[1, 2], views=2)
+    assert [len(features.image_embeds) for features, _ in Seen.calls] == [2, 2]
 
 
 def test_choosing_methods() -> None:
