@@ -27,18 +27,20 @@ def test_every_class_keeps_a_shot_in_every_fold() -> None:
 
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
-SCORES = {"good": 2.0, "bad": -2.0, "sure": 9.0, "not a number": math.nan}
+SCORES = {"good": 2.0, "bad": -2.0, "sure": 9.0, "not a number": math.nan, "surer": 4.0, "timid": 0.1, "daring": 4.0}
+
+WRONG = {"sure": 9.0, "daring": 1.0}  # how sure of another class
 
 
 def _logits(candidate: str, train_rows: torch.Tensor, held_rows: torch.Tensor) -> torch.Tensor:
-    """The right class, as sure as the candidate is; "sure" errs on one of the five."""
+    """The right class, as sure as the candidate is; "sure" and "daring" err on one of the five."""
     assert not set(train_rows.tolist()) & set(held_rows.tolist())
     assert len(train_rows) + len(held_rows) == len(LABELS)
     assert 5 in train_rows.tolist()
     logits = torch.zeros(len(held_rows), 3)
     logits[torch.arange(len(held_rows)), LABELS[held_rows]] = SCORES[candidate]
-    if candidate == "sure" and 3 in held_rows.tolist():
-        logits[held_rows.tolist().index(3)] = torch.tensor([9.0, 0.0, 0.0])
+    if candidate in WRONG and 3 in held_rows.tolist():
+        logits[held_rows.tolist().index(3)] = torch.tensor([WRONG[candidate], 0.0, 0.0])
     return logits
 
 
@@ -50,7 +52,8 @@ def test_the_lowest_log_loss_is_chosen() -> None:
 
 def test_or_the_best_accuracy() -> None:
     assert cross_validated(LABELS, ["sure", "bad", "good"], _logits, by="accuracy") == "good"
-    SCORES["surer"] = 4.0
+    assert cross_validated(LABELS, ["timid", "daring"], _logits, by="accuracy") == "timid"
+    assert cross_validated(LABELS, ["timid", "daring"], _logits) == "daring"
     assert cross_validated(LABELS, ["good", "surer"], _logits, by="accuracy") == "surer"  # of equals
     with pytest.raises(ConfigurationError, match="log loss"):
         cross_validated(LABELS, ["good"], _logits, by="f1")
