@@ -6,6 +6,8 @@ from . import ape as ape
 from . import clap as clap
 from . import class_mean as class_mean
 from . import clip_adapter as clip_adapter
+from . import clip_lora as clip_lora
+from . import coop as coop
 from . import cross_modal as cross_modal
 from . import gda as gda
 from . import linear_probe as linear_probe

@@ -123,7 +123,7 @@ class CoOp(Method):
     ) -> None:
         images = F.normalize(features.image_embeds.float(), dim=-1).to(context.device)
         labels = features.labels.to(context.device)
-        epochs = _published_epochs(features.labels) if self.epochs is None else self.epochs
+        epochs = published_epochs(features.labels) if self.epochs is None else self.epochs
         recipe = Recipe("coop", self.learning_rate, self.weight_decay, epochs, train_batch_size=self.batch_size)
         optimizer = torch.optim.SGD([context], self.learning_rate, _MOMENTUM, weight_decay=self.weight_decay)
         for epoch in range(epochs):
@@ -231,7 +231,7 @@ def prompt_rows(base: Any, layer: nn.Embedding, prompts: ContextPrompts, context
     return in_parts(part_of, len(prompts.places))
 
 
-def _published_epochs(labels: Tensor) -> int:
+def published_epochs(labels: Tensor) -> int:
     """Published for 1, 2, 4, 8 and 16 shots: 50, 100, 100, 200, 200."""
     shots = int(torch.bincount(labels).max())
     return 50 if shots < 2 else 100 if shots < 8 else 200
