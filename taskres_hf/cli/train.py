@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import BaseModelError, ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
 from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import (
-    SHIPPED,
     check_device,
     check_output_folder,
     default_output,
@@ -27,6 +26,7 @@ from .values import (
     read_templates,
     resolve_base,
     use_device,
+    without_base,
 )
 
 if TYPE_CHECKING:
@@ -220,21 +220,7 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
             dtype=run["dtype"] or "float32", **{name: run[name] for name in names},
         )  # fmt: skip
     except OSError as error:
-        raise _without_base(run["base_model"], error) from error
-
-
-def _without_base(name: str, error: OSError) -> Exception:
-    """What to do when the base cannot be had."""
-    from ..storage import is_path
-
-    if is_path(name):
-        return error
-    return BaseModelError(
-        f"The base model {name} is neither on this machine nor could it be downloaded: "
-        f"{str(error).splitlines()[0]}\n"
-        f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
-        f"${opt.BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
-    )
+        raise without_base(run["base_model"], error) from error
 
 
 def _what_is_kept(arguments: TaskResTrainingArguments) -> str:

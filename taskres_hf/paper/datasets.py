@@ -56,6 +56,16 @@ def suite_datasets() -> dict[str, dict[str, Any]]:
     return known
 
 
+def dataset_names(name: str) -> list[str]:
+    """The name itself; of `paper` the names of the paper's 11 datasets, of `shipped` those of the shipped tasks."""
+    known = suite_datasets()
+    groups = {
+        "paper": [name for name, spec in known.items() if "template_set" in spec],
+        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
+    }
+    return groups.get(name, [name])
+
+
 @dataclass(frozen=True)
 class PaperData:
     """An opened dataset of the paper.
