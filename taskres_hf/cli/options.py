@@ -29,6 +29,7 @@ class Choice(str, Enum):
 
 class Recipe(Choice):
     AUTO = "auto"
+    AUTO_V1 = "auto-v1"
     PAPER = "paper"
 
 

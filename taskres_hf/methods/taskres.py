@@ -13,20 +13,40 @@ from ..training.arguments import RecipeName, TaskResTrainingArguments
 from ..training.enhanced_base import enhance
 from ..training.recipes import recipe_for
 from ..training.steps import fit
+from ..training.whitened import fit_whitened
 from .inputs import constant_bias
 from .method import Fitted, Linear, Method, register_method
+from .selection import CROSS_VALIDATION, NOTHING
 
 
 class TaskRes(Method):
-    """logits = s f . w_k / |w_k|, w_k = t_k + alpha x_k: the residual x is trained, with recipe `auto`.
+    """TaskRes with recipe `auto`: the residual fitted at once in the whitened metric of the shots, and a bias a class.
 
-    `alpha` is the classifier's own. Nothing is selected.
+    See `training.whitened`. Width, share of the class means and temperature are weighed by cross-validation.
     """
 
     name = "taskres"
     title = "TaskRes, our recipe"
     source = "Yu et al. 2023, arXiv 2211.10277; recipe ours"
-    recipe: ClassVar[RecipeName] = "auto"
+
+    def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted:
+        embeds, views = features.image_embeds, features.image_embeds.shape[0]
+        fitted = fit_whitened(
+            embeds.flatten(0, 1), features.labels.repeat(views), classifier.base, classifier.logit_scale, views
+        )
+        weight = fitted.weight.to(embeds)
+        bias = fitted.bias.to(embeds) + classifier.logit_bias
+        several = bool((features.labels.bincount() > 1).any())
+        return Fitted.of(
+            Linear(weight, bias), weight.numel() + bias.numel(), selected=fitted.chosen,
+            selected_on=CROSS_VALIDATION if several else NOTHING,
+        )  # fmt: skip
+
+
+class TaskResByEpochs(TaskRes):
+    """logits = s f . w_k / |w_k|, w_k = t_k + alpha x_k: the residual x is trained by epochs. Nothing is selected."""
+
+    recipe: ClassVar[RecipeName]
 
     def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted:
         base = classifier.base.detach().to(features.image_embeds.device)
@@ -42,14 +62,15 @@ class TaskRes(Method):
         return 0
 
 
-class TaskResAutoV1(TaskRes):
+class TaskResAutoV1(TaskResByEpochs):
     """TaskRes with the first version of recipe `auto`."""
 
     name = "taskres-auto-v1"
     title = "TaskRes, our first recipe"
+    recipe = "auto-v1"
 
 
-class TaskResPaper(TaskRes):
+class TaskResPaper(TaskResByEpochs):
     """TaskRes as published: Adam, learning rate 2e-3, weight decay 5e-4, 100 or 200 epochs (section 4.1).
 
     Augmented as published only as far as the embeddings are: an epoch takes a random one of a picture's V views.

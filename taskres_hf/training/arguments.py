@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import ConfigurationError, MissingExtraError
 
-RecipeName = Literal["auto", "paper"]
+RecipeName = Literal["auto", "auto-v1", "paper"]
 OnShort = Literal["warn", "raise", "ignore"]
 OnError = Literal["raise", "skip"]
 EngineName = Literal["auto", "torch", "openvino", "onnxruntime"]

@@ -1,7 +1,8 @@
 """Recipes, the learning-rate schedule and the order of batches.
 
 Recipe `paper` is TaskRes exactly as published (arXiv 2211.10277, section 4.1, and its code's configuration files).
-Recipe `auto` is ours: one setting for every task, no validation set. It keeps the residual near zero where shots are
+Recipe `auto` is ours and has no numbers to set: it fits all at once, see `training.whitened`. Recipe `auto-v1` is what
+`auto` was before, trained by epochs: one setting for every task, no validation set. It keeps the residual near zero where shots are
 few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the text embeddings,
 so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
 """
@@ -89,8 +90,8 @@ def make_recipe(
     """The recipe of that name for a head.
 
     Args:
-        shots: training pictures per class: `auto` takes what there is on average, `paper` what was asked for.
-        count: training pictures; `auto` takes four steps an epoch where there are more than 1,024, in batches of at
+        shots: training pictures per class: `auto-v1` takes what there is on average, `paper` what was asked for.
+        count: training pictures; `auto-v1` takes four steps an epoch where there are more than 1,024, in batches of at
             most 4,096: fewer, larger products are faster.
         dataset_name: `paper` has another learning rate for ImageNet, see `published_constants`.
 
@@ -102,12 +103,14 @@ def make_recipe(
         rate = published_constants(dataset_name).get("learning_rate", 2e-3)
         return Recipe("paper", learning_rate=rate, weight_decay=5e-4, num_train_epochs=epochs)
     if name == "auto":
+        return Recipe("auto", 0.0, 0.0, 1, warmup_lr=0.0, train_batch_size=max(count, 1))
+    if name == "auto-v1":
         rms = float(head.base.pow(2).mean().sqrt())
         rate = 0.035 * rms / max(abs(head.alpha), 1e-3)
         batch = min(max(256, -(-count // 4)), 4096)
         penalty = 3.0 / max(shots, 1.0)
-        return Recipe("auto", rate, 0.0, epochs, train_batch_size=batch, penalty=penalty)
-    raise ConfigurationError(f"`recipe` must be 'auto' or 'paper'; got {name!r}.")
+        return Recipe("auto-v1", rate, 0.0, epochs, train_batch_size=batch, penalty=penalty)
+    raise ConfigurationError(f"`recipe` must be 'auto', 'auto-v1' or 'paper'; got {name!r}.")
 
 
 def recipe_for(args: TaskResTrainingArguments, head: TaskResClassifier, labels: Tensor, fit_buffer: bool) -> Recipe:
@@ -123,12 +126,32 @@ def recipe_for(args: TaskResTrainingArguments, head: TaskResClassifier, labels: 
         shots: float = args.shots or int(torch.bincount(labels).max())
     else:
         shots = len(labels) / classes
-    recipe = make_recipe(args.recipe, head, shots, len(labels), args.dataset_name)
-    if fit_buffer and recipe.name == "auto":
+    name = args.recipe if args.recipe != "auto" or not why_epochs(args, head, fit_buffer) else "auto-v1"
+    recipe = make_recipe(name, head, shots, len(labels), args.dataset_name)
+    if recipe.name == "auto":
+        return recipe
+    if fit_buffer and recipe.name == "auto-v1":
         fitting = args.buffer_mb * 1_000_000 // (4 * (dim + 3 * classes))
         recipe = replace(recipe, train_batch_size=max(256, min(recipe.train_batch_size, fitting)))
-    names = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
-    return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    return replace(recipe, **{name: getattr(args, name) for name in _OF_EPOCHS if getattr(args, name) is not None})
+
+
+_OF_EPOCHS = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
+
+
+def why_epochs(args: TaskResTrainingArguments, head: TaskResClassifier, from_disk: bool = False) -> str:
+    """What asks for training by epochs, so that `auto`, which fits all at once, gives way to `auto-v1`; empty if nothing.
+
+    Args:
+        from_disk: embeddings are read from disk while training.
+    """
+    asked = [name for name in _OF_EPOCHS if getattr(args, name) is not None]
+    asked += [name for name in ("save_epochs", "enhanced_base", "augment_online") if getattr(args, name)]
+    asked += ["measuring every epoch"] if args.evaluates_epochs else []
+    asked += ["a residual on the image side"] if head.side == "image" else []
+    asked += ["alpha 0"] if head.alpha == 0 else []
+    asked += ["embeddings read from disk"] if from_disk else []
+    return ", ".join(asked)
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, augment, crop_size
 from ..embedding.engines.onednn import product
-from ..residual import TaskResClassifier
+from ..residual import AS_PUBLISHED, TaskResClassifier
 from .recipes import Recipe, epoch_batches, learning_rate
+from .whitened import fit_whitened
 
 
 def penalty_factor(recipe: Recipe, head: TaskResClassifier) -> float:
@@ -151,21 +153,58 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: i
 
 def make_step(
     head: TaskResClassifier,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     recipe: Recipe,
     closed_form: bool = True,
     accelerator: Any = None,
+    views: int = 1,
 ) -> Step:
     """The step of a run: the gradient by hand where one process trains the text side, else autograd.
 
+    Recipe `auto` has one step that takes all pictures in all views and fits the residual to them.
+
     Args:
+        views: of a picture in the batch, one view of all pictures after the other; for `auto`.
         accelerator: an `accelerate.Accelerator`, or None within one process.
     """
+    if recipe.name == "auto":
+        return _whole_step(head, views, accelerator)
+    assert optimizer is not None
     factor = penalty_factor(recipe, head)
     several = accelerator is not None and accelerator.num_processes > 1
     if closed_form and not several and head.side == "text":
         return _closed_form_step(head, optimizer, factor)
     return _autograd_step(head, optimizer, factor, accelerator)
+
+
+def batches_whole(data: ImageFeatures, head: TaskResClassifier) -> Batches:
+    """All pictures in all views at once, for recipe `auto`."""
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        count = data.image_embeds.shape[0]
+        device = head.base.device
+        yield data.image_embeds.flatten(0, 1).to(device), data.labels.repeat(count).to(device), len(data)
+
+    return batches
+
+
+def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
+    def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
+        fitted = fit_whitened(images, labels, head.base, head.logit_scale, views)
+        weight, bias = fitted.weight.to(head.base), fitted.bias.to(head.base)
+        if accelerator is not None and accelerator.num_processes > 1:  # the same numbers everywhere, to the last bit
+            weight, bias = broadcast(weight), broadcast(bias)
+        facts = {name: value for name, value in head.facts.items() if name not in AS_PUBLISHED}
+        head.set_weight(weight / head.logit_scale, class_bias=bias, normalize_weight=False)
+        head.facts.update(facts)
+        if head.facts.get("training"):
+            head.facts["training"] = {**head.facts["training"], **fitted.chosen}
+        logits = head(images[: len(images) // views])
+        truth = labels[: len(logits)]
+        correct = (logits.argmax(dim=1) == truth).sum()
+        return torch.tensor([float(F.cross_entropy(logits, truth)) * count, float(correct), count], dtype=torch.float64)
+
+    return step
 
 
 def _closed_form_step(head: TaskResClassifier, optimizer: torch.optim.Optimizer, factor: float) -> Step:
@@ -215,6 +254,10 @@ def fit(
     Args:
         epochs: end after so many of the recipe's epochs; 0 for all.
     """
+    if recipe.name == "auto":
+        whole = next(batches_whole(data, head)(0))
+        make_step(head, None, recipe, views=data.image_embeds.shape[0])(*whole)
+        return
     optimizer = make_optimizer(head, recipe)
     batches, step = batches_in_memory(data, head, recipe, seed), make_step(head, optimizer, recipe, closed_form)
     for epoch in range(min(epochs or recipe.num_train_epochs, recipe.num_train_epochs)):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.utils import logging
 
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures
@@ -39,10 +40,13 @@ from .measuring import (
     warn_of_conflicts,
     without_training_pictures,
 )
-from .recipes import Recipe, published_alpha, recipe_for
+from .recipes import Recipe, published_alpha, recipe_for, why_epochs
 from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
 from .shots import DatasetEmbeddings, TrainingPictures, training_pictures
-from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, fit, make_step
+from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, batches_whole, fit, make_step
+
+
+logger = logging.get_logger(__name__)
 
 
 class TaskResTrainer:
@@ -124,6 +128,9 @@ class TaskResTrainer:
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
+        if self.args.recipe == "auto" and recipe.name != "auto":
+            why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
+            logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)
         self._record(recipe, chosen)
         if self.args.enhanced_base:
             enhance(self.model, head, chosen.data, self.args.seed)
@@ -145,7 +152,8 @@ class TaskResTrainer:
         )  # fmt: skip
         if resume_from_checkpoint:
             run.resume(resume_from_checkpoint)
-        step = make_step(head, run.optimizer, recipe, self.args.closed_form, self.accelerator)
+        views = 1 if isinstance(chosen.data, StoredFeatures) else chosen.data.image_embeds.shape[0]
+        step = make_step(head, run.optimizer, recipe, self.args.closed_form, self.accelerator, views)
         run.train(self._batches(chosen, recipe), step)
         if run.best.residual is not None and self.model.config.training is not None:
             self.model.config.training |= {"epochs_run": run.epoch, "best_epoch": run.best.epoch}
@@ -184,6 +192,8 @@ class TaskResTrainer:
 
     def _batches(self, chosen: TrainingPictures, recipe: Recipe) -> Batches:
         head, args = self.model.classifier, self.args
+        if recipe.name == "auto" and isinstance(chosen.data, ImageFeatures):
+            return batches_whole(chosen.data, head)
         share = (self.accelerator.num_processes, self.accelerator.process_index)
         if isinstance(chosen.data, StoredFeatures):
             return batches_from_disk(chosen.data, head, recipe, args.seed, args.buffer_mb, *share)

@@ -1,0 +1,381 @@
+"""Recipe `auto`: the residual of least penalty in the whitened metric of the shots, beside what their means say.
+
+All of it is closed form or convex and draws nothing, so the same shots always give the same classifier:
+
+    logits = tau * (a * S f.u + q * (discriminant of the class means) + f A V^T)
+
+`f` and `u` are image and text embeddings of unit length, `S` the logit scale. `a` says how far the text can be trusted,
+`A` whitens with the shots' within-class covariance, shrunk as in linear discriminant analysis, and `V` has the least
+`sum of cross-entropies + |V|^2 / (2 (r S)^2)`. Cross-validation on the shots weighs several `q` and `r` against one
+another and against zero-shot; `tau` makes probabilities mean what they say. `docs/recipes.md` has what each part is
+worth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDTHS = (0.03, 0.07, 0.2, 0.5)  # r, in units of the logit scale
+SHARES = (0.25, 1.0, 4.0)  # of the discriminant, times what `_usual_share` gives
+USUAL_WIDTH = 0.07
+_MOST_FOLDS = 4
+_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed, and on one fold
+_FOR_TEXT = 2_000_000  # logits that are enough to see how far the text can be trusted
+
+
+@dataclass(frozen=True)
+class WhitenedFit:
+    """A fitted classifier: logits = f @ weight.T + bias for image embeddings f [N, D] of unit length.
+
+    Attributes:
+        weight: [K, D] fp64, the logit scale included. bias: [K] fp64.
+        chosen: `text_weight` a, `text_information` (of 0 to 1, above chance), `temperature` tau, and `candidates`, the
+            weight that each pair of share and width got; for people and the artifact.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    chosen: dict[str, Any]
+
+
+@torch.no_grad()
+def fit_whitened(
+    images: Tensor, labels: Tensor, base: Tensor, logit_scale: float, views: int = 1, iterations: int = 15
+) -> WhitenedFit:
+    """Fit recipe `auto`.
+
+    Args:
+        images: [V * N, D] embeddings of any length, one view of all N pictures after the other. labels: [V * N].
+        base: `t` [K, D]. logit_scale: S. views: V; several views of a picture count as one picture.
+        iterations: of L-BFGS; 15 are within 0.1 points of 100 (see `docs/recipes.md`).
+
+    Returns:
+        The classifier. A class without a picture keeps its text row.
+    """
+    large = len(images) * len(base) > _LARGE
+    dtype = torch.float32 if large else torch.float64
+    f, y = F.normalize(images.to("cpu", dtype), dim=1), labels.cpu()
+    u = F.normalize(base.detach().to("cpu", dtype), dim=1)
+    text = logit_scale * f @ u.T
+    trust, information = _trust(text, y, len(u), views)
+    text *= trust
+    counts = torch.bincount(y, minlength=len(u)).float() / views
+    shots = float(counts[counts > 0].median())
+    wary = (1.0 - information) ** 2  # the better the text tells classes apart, the less the means have to add
+    problem = _Problem(logit_scale, wary, views, iterations)
+    weights, temperature = problem.weigh(f, y, text, shots, large)
+    if weights is None:  # one picture a class: nothing can be held out
+        usual = _CANDIDATES.index((1.0, USUAL_WIDTH))
+        weights = torch.zeros(len(_CANDIDATES) + 1)
+        weights[usual], temperature = 1.0, max(0.3, trust_of_text(text / trust, y) / trust)
+    used = [i for i in range(len(_CANDIDATES)) if weights[i] > 0.01]
+    space = _Whitened(f, y, len(u), views)
+    rows, bias = problem.fit(space, y, text, shots, [_CANDIDATES[i] for i in used])
+    part = weights[used].to(dtype)
+    weight = float(weights.sum()) * trust * logit_scale * u + space.unwhiten(torch.einsum("b,bkr->kr", part, rows))
+    chosen = {
+        "text_weight": trust, "text_information": information, "temperature": temperature,
+        "candidates": {"share {:g}, width {:g}".format(*_CANDIDATES[i]): round(float(weights[i]), 4) for i in used},
+    }  # fmt: skip
+    return WhitenedFit(
+        (temperature * weight).double(), (temperature * torch.einsum("b,bk->k", part, bias)).double(), chosen
+    )
+
+
+_CANDIDATES = [(share, width) for share in SHARES for width in WIDTHS]
+# Steps from the usual share and width: fewer shots need better reasons to leave them.
+_STEPS = torch.tensor(
+    [abs(math.log(s)) / math.log(4.0) + abs(math.log(r / USUAL_WIDTH)) / math.log(2.5) for s, r in _CANDIDATES],
+    dtype=torch.float64,
+)
+_TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64))
+
+
+def _usual_share(shots: float) -> float:
+    """Share of the discriminant: the more pictures its means are made of, the more."""
+    return 0.025 * max(1.0, shots / 2.0) ** 1.2
+
+
+# ---------------------------------------------------------------------- how far the text can be trusted
+
+
+def trust_of_text(text: Tensor, labels: Tensor) -> float:
+    """The factor in [0, 1] on zero-shot logits [N, K] under which the labels [N] are likeliest: honest at one shot."""
+    low, high = 0.0, 1.0
+    target = text.gather(1, labels[:, None]).sum()
+
+    def slope(factor: float) -> float:
+        return float(target - (torch.softmax(factor * text, dim=1) * text).sum())
+
+    if slope(high) >= 0:
+        return high
+    if slope(low) <= 0:
+        return low
+    for _ in range(20):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return low
+
+
+def _trust(text: Tensor, labels: Tensor, classes: int, views: int) -> tuple[float, float]:
+    """`a`, twice the likeliest factor and its standard error but at most 1; and what the text tells above chance."""
+    if text.numel() > _FOR_TEXT:
+        keep = _number_in_class(labels) < max(1, _FOR_TEXT // classes**2)
+        text, labels = text[keep], labels[keep]
+    factor = trust_of_text(text, labels)
+    log_probabilities = F.log_softmax(factor * text, dim=1)
+    probabilities = log_probabilities.exp()
+    variance = float(((probabilities * text * text).sum(1) - (probabilities * text).sum(1) ** 2).sum()) / views
+    gain = float(log_probabilities.gather(1, labels[:, None]).mean()) + math.log(classes)
+    information = min(1.0, max(0.0, gain / math.log(classes))) if classes > 1 else 0.0
+    return max(min(1.0, 2.0 * (factor + 1.0 / math.sqrt(max(variance, 1e-12)))), 1e-3), information
+
+
+def _number_in_class(labels: Tensor) -> Tensor:
+    """0 for the first picture of its class, 1 for the second and so on [N]."""
+    order = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    starts = torch.cumsum(counts, 0) - counts
+    numbers = torch.empty_like(labels)
+    numbers[order] = torch.arange(len(labels)) - starts[labels[order]]
+    return numbers
+
+
+# ---------------------------------------------------------------------- the metric, and what the means say
+
+
+class _Whitened:
+    """Shots in the metric in which pictures of a class are spread alike in all directions.
+
+    Covariance within classes (around the common mean where there are too few pictures for that), shrunk towards a
+    sphere with as many pseudo-observations as dimensions: `(dof C + D c I) / (dof + D)`, `c = tr(C) / D`.
+
+    Attributes:
+        rows: [N, R] the shots, whitened, in coordinates of their span (R = min(N, D)).
+        means, bias: discriminant of the class means in the same coordinates: rows @ means.T + bias [N, K].
+        size: factor that gives whitened rows the spread that the shots had.
+    """
+
+    def __init__(self, f: Tensor, y: Tensor, classes: int, views: int) -> None:
+        count, dim = f.shape
+        numbers = torch.bincount(y, minlength=classes).to(f)
+        present = numbers > 0
+        means = torch.zeros(classes, dim, dtype=f.dtype).index_add_(0, y, f) / numbers.clamp_min(1.0)[:, None]
+        pictures, here = count / views, int(present.sum())
+        dof = pictures - here
+        if dof < max(8.0, classes / 2.0):
+            spread, dof = f - f.mean(0), pictures - 1.0
+        else:
+            spread = f - means[y]
+        self._whiten(spread, max(dof, 1e-9), views)
+        center = means[present].mean(0)
+        means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
+        rows = self._apply(f)
+        self.span = None
+        if count < dim:
+            self.span = torch.linalg.qr(rows.T)[0]
+        self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
+        self.means, self.bias = white - middle, -0.5 * (white**2 - middle**2).sum(1)
+        moved = (f - f.mean(0)).pow(2).sum() / (rows - rows.mean(0)).pow(2).sum().clamp_min(1e-12)
+        self.size = float(moved.sqrt()) if count > 1 else 1.0
+
+    def _whiten(self, spread: Tensor, dof: float, views: int) -> None:
+        count, dim = spread.shape
+        if count < dim:
+            values, vectors = torch.linalg.eigh(spread @ spread.T / views)
+            keep = values > values[-1].clamp_min(1e-30) * 1e-10
+            values, vectors = values[keep], vectors[:, keep]
+            axes = spread.T @ vectors / (values * views).sqrt()
+        else:
+            values, axes = torch.linalg.eigh(spread.T @ spread / views)
+        total = float(values.clamp_min(0.0).sum()) or 1.0
+        floor = total / dof  # D c
+        self.outside = math.sqrt((dof + dim) / floor)
+        self.axes = axes
+        self.inside = ((values.clamp_min(0.0) + floor) / (dof + dim)).rsqrt() - self.outside
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        """C^(-1/2) on rows [N, D]."""
+        return self.outside * rows + (rows @ self.axes * self.inside) @ self.axes.T
+
+    def into(self, whitened: Tensor) -> Tensor:
+        return whitened if self.span is None else whitened @ self.span
+
+    def whiten(self, f: Tensor) -> Tensor:
+        """Other embeddings [N, D] in the coordinates of `rows`."""
+        return self.into(self._apply(f))
+
+    def unwhiten(self, weight: Tensor) -> Tensor:
+        """Rows of a classifier [K, R] on whitened pictures as rows [K, D] on pictures."""
+        return self._apply(weight if self.span is None else weight @ self.span.T)
+
+
+# ---------------------------------------------------------------------- candidates
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all fits on the same shots share."""
+
+    logit_scale: float
+    wary: float
+    views: int
+    iterations: int
+
+    def fit(
+        self, space: _Whitened, y: Tensor, text: Tensor, shots: float, candidates: list[tuple[float, float]]
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [B, K, R] on whitened rows and biases [B, K] of candidates (share, width)."""
+        rows = space.rows
+        shares = torch.tensor([share for share, _ in candidates]).to(rows) * self.wary * _usual_share(shots)
+        widths = torch.tensor([width for _, width in candidates]).to(rows) * self.logit_scale
+        means = shares[:, None, None] * space.means
+        bias = shares[:, None] * space.bias
+        if not candidates:
+            return means, bias
+        offsets = text + (means @ rows.T).transpose(1, 2) + bias[:, None, :]
+        balance = _balanced(y, len(space.means)).to(rows) / self.views
+        more = _minimise(space.size * rows, y, balance, offsets, widths**-2, self.iterations)
+        return means + space.size * more, bias
+
+    def weigh(
+        self, f: Tensor, y: Tensor, text: Tensor, shots: float, large: bool
+    ) -> tuple[Tensor | None, float]:
+        """Weight of each candidate and, last, of zero-shot, with a temperature; None where nothing can be held out."""
+        folds = int(min(_MOST_FOLDS, shots))
+        if folds < 2:
+            return None, 1.0
+        number = _number_in_class(y) % max(1, len(y) // self.views)
+        fold = (number // self.views if self.views > 1 else number) % folds
+        held: list[Tensor] = []
+        order: list[Tensor] = []
+        for turn in range(1 if large else folds):
+            out, rest = fold == turn, fold != turn
+            space = _Whitened(f[rest], y[rest], text.shape[1], self.views)
+            fewer = shots * (folds - 1) / folds
+            rows = space.whiten(f[out])
+            if large:
+                weights, bias = self._means_alone(space, fewer)
+            else:
+                weights, bias = self.fit(space, y[rest], text[rest], fewer, _CANDIDATES)
+            held.append(text[out] + (weights @ rows.T).transpose(1, 2) + bias[:, None, :])
+            order.append(out.nonzero().flatten())
+        places = torch.cat(order)
+        return self._chosen(torch.cat(held, dim=1), text[places], y[places], shots, large)
+
+    def _means_alone(self, space: _Whitened, shots: float) -> tuple[Tensor, Tensor]:
+        shares = torch.tensor(SHARES).to(space.rows) * self.wary * _usual_share(shots)
+        return shares[:, None, None] * space.means, shares[:, None] * space.bias
+
+    def _chosen(self, held: Tensor, text: Tensor, y: Tensor, shots: float, large: bool) -> tuple[Tensor, float]:
+        """Weights by the log loss of held-out pictures, as it is and at each candidate's own best temperature."""
+        balance = _balanced(y, text.shape[1]) / self.views
+        steps = _STEPS[[_CANDIDATES.index((share, USUAL_WIDTH)) for share in SHARES]] if large else _STEPS
+        reluctance = max(1.5, 8.0 / shots) * steps
+        plain = torch.cat([_log_loss(held, y, balance) + reluctance, _log_loss(text[None], y, balance) + 1.0])
+        scaled = torch.stack([_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in _TEMPERATURES.tolist()])
+        best = torch.softmax(-(scaled.min(0).values + reluctance), 0)
+        free = shots / (shots + 8.0)
+        weights = (1.0 - free) * torch.softmax(-plain, 0)
+        weights[:-1] += free * best
+        mixed = torch.einsum("b,bnk->nk", weights[:-1].to(held), held) + float(weights[-1]) * text
+        losses = [float(_log_loss(t * mixed[None], y, balance)) + math.log(t) ** 2 for t in _TEMPERATURES.tolist()]
+        temperature = float(_TEMPERATURES[losses.index(min(losses))])
+        if not large:
+            return weights, temperature
+        spread = torch.zeros(len(_CANDIDATES) + 1, dtype=weights.dtype)
+        for share, value in zip(SHARES, weights[:-1].tolist(), strict=True):
+            spread[_CANDIDATES.index((share, USUAL_WIDTH))] = value
+        spread[-1] = weights[-1]
+        return spread, temperature
+
+
+def _balanced(y: Tensor, classes: int) -> Tensor:
+    """Weights [N] under which every class with a picture counts alike; 1 where all have as many."""
+    counts = torch.bincount(y, minlength=classes).double()
+    return len(y) / (float((counts > 0).sum()) * counts[y])
+
+
+def _log_loss(logits: Tensor, y: Tensor, balance: Tensor) -> Tensor:
+    """Weighted sum of cross-entropies [B] of logits [B, N, K]."""
+    target = logits.gather(2, y.expand(len(logits), -1)[..., None])[..., 0]
+    return ((torch.logsumexp(logits, dim=2) - target) * balance.to(logits)).sum(1).double()
+
+
+def _minimise(rows: Tensor, y: Tensor, weights: Tensor, offsets: Tensor, decay: Tensor, iterations: int) -> Tensor:
+    """The V [B, K, R] of least `sum_i w_i CE(offsets_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS for all B at once.
+
+    The step along a direction is Newton's, from the exact curvature along it, halved until the objective falls.
+    Logits are carried along, so an iteration takes two matrix products.
+    """
+    batch, classes, dim = len(offsets), offsets.shape[2], rows.shape[1]
+    v = rows.new_zeros(batch, classes, dim)
+    logits = offsets.clone()
+    truth = y.expand(batch, -1)[..., None]
+    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    decay = decay[:, None, None]
+
+    def objective(logits: Tensor, squares: Tensor) -> Tensor:
+        target = logits.gather(2, truth)[..., 0]
+        return ((torch.logsumexp(logits, dim=2) - target) * weights).sum(1) + 0.5 * decay[:, 0, 0] * squares
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        probabilities = torch.softmax(logits, dim=2)
+        error = probabilities * weights[:, None]
+        error.scatter_add_(2, truth, -weights.expand(batch, -1)[..., None])
+        return error.transpose(1, 2) @ rows + decay * v, probabilities
+
+    value = objective(logits, v.new_zeros(batch))
+    g, probabilities = gradient()
+    for _ in range(iterations):
+        direction = -_inverse_curvature(g, history)
+        change = (direction @ rows.T).transpose(1, 2)
+        expected = (probabilities * change).sum(2)
+        bend = (((probabilities * change * change).sum(2) - expected**2) * weights).sum(1)
+        bend = bend + decay[:, 0, 0] * direction.pow(2).sum((1, 2))
+        slope = (g * direction).sum((1, 2))
+        step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
+        for _ in range(20):
+            moved = v + step[:, None, None] * direction
+            tried = objective(logits + step[:, None, None] * change, moved.pow(2).sum((1, 2)))
+            worse = tried > value + 1e-4 * step * slope
+            if not bool(worse.any()):
+                break
+            step = torch.where(worse, 0.5 * step, step)
+        step = torch.where(tried < value, step, torch.zeros_like(step))
+        moved = step[:, None, None] * direction
+        v = v + moved
+        logits = logits + step[:, None, None] * change
+        value = torch.minimum(tried, value)
+        before = g
+        g, probabilities = gradient()
+        difference = g - before
+        product = (moved * difference).sum((1, 2))
+        history = [*history[-9:], (moved, difference, product)]
+        if bool((g.abs().amax((1, 2)) <= 1e-6 * weights.sum()).all()):
+            break
+    return v
+
+
+def _inverse_curvature(g: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """L-BFGS's product of the inverse Hessian with g [B, K, R]; pairs without curvature are passed over."""
+    result, factors = g.clone(), []
+    for moved, difference, product in reversed(history):
+        rho = torch.where(product > 1e-20, 1.0 / product.clamp_min(1e-20), torch.zeros_like(product))
+        factor = rho * (moved * result).sum((1, 2))
+        result -= factor[:, None, None] * difference
+        factors.append((rho, factor))
+    if history:
+        _, difference, product = history[-1]
+        length = difference.pow(2).sum((1, 2))
+        scale = torch.where(length > 0, product / length.clamp_min(1e-30), torch.ones_like(length))
+        result *= torch.where(product > 1e-20, scale, torch.ones_like(scale))[:, None, None]
+    for (moved, difference, _), (rho, factor) in zip(history, reversed(factors), strict=True):
+        result += (factor - rho * (difference * result).sum((1, 2)))[:, None, None] * moved
+    return result
