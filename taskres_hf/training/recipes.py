@@ -2,8 +2,8 @@
 
 Recipe `paper` is TaskRes exactly as published (arXiv 2211.10277, section 4.1, and its code's configuration files).
 Recipe `auto` is ours and has no numbers to set: it fits all at once, see `training.whitened`. Recipe `auto-v1` is what
-`auto` was before, trained by epochs: one setting for every task, no validation set. It keeps the residual near zero where shots are
-few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the text embeddings,
+`auto` was before, trained by epochs: one setting for every task, no validation set. It keeps the residual near zero
+where shots are few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the text embeddings,
 so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
 """
 
@@ -140,7 +140,7 @@ _OF_EPOCHS = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", 
 
 
 def why_epochs(args: TaskResTrainingArguments, head: TaskResClassifier, from_disk: bool = False) -> str:
-    """What asks for training by epochs, so that `auto`, which fits all at once, gives way to `auto-v1`; empty if nothing.
+    """What asks for training by epochs, so that `auto-v1` takes the place of `auto`; empty if nothing does.
 
     Args:
         from_disk: embeddings are read from disk while training.

@@ -45,7 +45,6 @@ from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch
 from .shots import DatasetEmbeddings, TrainingPictures, training_pictures
 from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, batches_whole, fit, make_step
 
-
 logger = logging.get_logger(__name__)
 
 

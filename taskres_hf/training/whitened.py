@@ -244,9 +244,7 @@ class _Problem:
         more = _minimise(space.size * rows, y, balance, offsets, widths**-2, self.iterations)
         return means + space.size * more, bias
 
-    def weigh(
-        self, f: Tensor, y: Tensor, text: Tensor, shots: float, large: bool
-    ) -> tuple[Tensor | None, float]:
+    def weigh(self, f: Tensor, y: Tensor, text: Tensor, shots: float, large: bool) -> tuple[Tensor | None, float]:
         """Weight of each candidate and, last, of zero-shot, with a temperature; None where nothing can be held out."""
         folds = int(min(_MOST_FOLDS, shots))
         if folds < 2:
@@ -279,7 +277,9 @@ class _Problem:
         steps = _STEPS[[_CANDIDATES.index((share, USUAL_WIDTH)) for share in SHARES]] if large else _STEPS
         reluctance = max(1.5, 8.0 / shots) * steps
         plain = torch.cat([_log_loss(held, y, balance) + reluctance, _log_loss(text[None], y, balance) + 1.0])
-        scaled = torch.stack([_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in _TEMPERATURES.tolist()])
+        scaled = torch.stack(
+            [_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in _TEMPERATURES.tolist()]
+        )
         best = torch.softmax(-(scaled.min(0).values + reluctance), 0)
         free = shots / (shots + 8.0)
         weights = (1.0 - free) * torch.softmax(-plain, 0)
