@@ -1,8 +1,9 @@
 """The saved folder: one residual in safetensors, a config, a processor and a card. Knows tensors and dicts, not models.
 
     config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
-    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side), and `base_shift` [K, D]
-                              where the base was enhanced; its metadata repeats config.json
+    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side); `base_shift` [K, D] where
+                              the base was enhanced, `class_bias` [K] where there is one; its metadata repeats
+                              config.json
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
 
@@ -30,8 +31,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import ArtifactError, BaseModelError, ConfigurationError
 from .prompts import class_prompts, prompts_digest
 from .storage import (
+    CLASS_BIAS,
     CONFIG,
     FORMAT_VERSION,
+    PLAIN_VERSION,
     PROCESSOR,
     RESIDUAL,
     SHIFT,
@@ -64,11 +67,9 @@ def tensor_digest(tensor: StoredTensor) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """Checksum of all tensors of an artifact; of the residual alone where there is no shift."""
-    digest = tensor_digest(tensors[RESIDUAL])
-    if SHIFT not in tensors:
-        return digest
-    return hashlib.sha256((digest + tensor_digest(tensors[SHIFT])).encode()).hexdigest()
+    """Checksum of all tensors of an artifact; of the residual alone where there is no other."""
+    digests = [tensor_digest(tensors[name]) for name in (RESIDUAL, SHIFT, CLASS_BIAS) if name in tensors]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
@@ -81,12 +82,25 @@ def _stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def check_residual(residual: StoredTensor, where: str) -> None:
-    """Refuse a residual that is not a finite floating-point matrix.
+def check_tensors(tensors: Mapping[str, StoredTensor], where: str) -> None:
+    """Refuse a residual or shift that is not a finite floating-point matrix, a class bias that is no such vector.
 
     Raises:
         ArtifactError: says what it is instead.
     """
+    for name, tensor in tensors.items():
+        if name != CLASS_BIAS:
+            _check_matrix(tensor, where)
+            continue
+        values = tensor.values()
+        if values is None or len(tensor.shape) != 1 or not all(map(math.isfinite, values)):
+            raise ArtifactError(
+                f"{where}: {CLASS_BIAS} must be K finite floating-point numbers; it is {tensor.torch_name} "
+                f"{list(tensor.shape)}, or holds NaN or infinite values. Save the model again, or download it again."
+            )
+
+
+def _check_matrix(residual: StoredTensor, where: str) -> None:
     values = residual.values()
     if values is None or len(residual.shape) != 2:
         raise ArtifactError(
@@ -105,27 +119,23 @@ def check_residual(residual: StoredTensor, where: str) -> None:
 def write_artifact(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
-    residual: Tensor,
+    tensors: Mapping[str, Tensor],
     extra: Mapping[str, bytes],
-    shift: Tensor | None = None,
 ) -> None:
     """Write an artifact; after a crash the folder holds the old one or the new one.
 
     Args:
         folder: created when missing; other files in it are left alone.
         config: the content of config.json; `residual_sha256` is filled in.
-        residual: [K, D], fp32 or fp16, finite.
+        tensors: `residual` [K, D], fp32 or fp16; `base_shift` [K, D] and `class_bias` [K] where there are such.
         extra: further files by name.
-        shift: what the enhanced base adds to the base [K, D], or None.
 
     Raises:
-        ArtifactError: the residual is not finite, or the folder cannot be written; nothing is changed then.
+        ArtifactError: a tensor is not finite, or the folder cannot be written; nothing is changed then.
     """
     folder = Path(folder)
-    tensors = {RESIDUAL: residual} if shift is None else {RESIDUAL: residual, SHIFT: shift}
     stored = {name: _stored(tensor) for name, tensor in tensors.items()}
-    for tensor in stored.values():
-        check_residual(tensor, str(folder))
+    check_tensors(stored, str(folder))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
@@ -237,12 +247,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 def read_artifact(
     config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read and verify an artifact's two files.
 
     Returns:
-        The config as a dict, the residual [K, D] ([1, D] on the image side) in fp32, and the base's shift [K, D] or
-        None.
+        The config as a dict, and by name the tensors in fp32: `residual` [K, D] ([1, D] on the image side), and
+        `base_shift` [K, D] and `class_bias` [K] where there are such.
 
     Raises:
         ArtifactError: see `read_checked`.
@@ -250,11 +260,10 @@ def read_artifact(
     import torch
 
     config, tensors = read_checked(config_path, weights_path)
-    read = {
+    return config, {
         name: torch.frombuffer(tensor.values(), dtype=torch.float32).reshape(tensor.shape).clone()
         for name, tensor in tensors.items()
     }
-    return config, read[RESIDUAL], read.get(SHIFT)
 
 
 def read_checked(
@@ -271,13 +280,12 @@ def read_checked(
     """
     config = read_json(config_path)
     tensors, metadata = read_stored(weights_path)
-    if set(tensors) not in ({RESIDUAL}, {RESIDUAL, SHIFT}):
+    if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
         raise ArtifactError(
-            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base); it "
-            f"holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
+            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base, "
+            f"{CLASS_BIAS!r} for a bias); it holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
         )
-    for tensor in tensors.values():
-        check_residual(tensor, str(weights_path))
+    check_tensors(tensors, str(weights_path))
     digest = tensors_digest(tensors)
     if config.get("residual_sha256") not in (None, digest):
         # A save was cut between the two files: the weights carry the config they were written with.
@@ -288,14 +296,17 @@ def read_checked(
                 "Download it again, or save the model again."
             )
         config = carried
-    check_config(config, str(config_path))
+    biased = CLASS_BIAS in tensors
+    check_config(config, str(config_path), biased)
     table = [len(config["id2label"]), config["projection_dim"]]
     expected = [1, table[1]] if config.get("residual_side") == "image" else table
     shapes = [list(tensors[name].shape) for name in (RESIDUAL, SHIFT) if name in tensors]
-    if shapes[0] != expected or shapes[1:] not in ([], [table]):
+    bias = list(tensors[CLASS_BIAS].shape) if biased else table[:1]
+    if shapes[0] != expected or shapes[1:] not in ([], [table]) or bias != table[:1]:
         raise ArtifactError(
-            f"The residual in {weights_path} has shape {shapes[0]}; config.json speaks of {table[0]} "
-            f"classes and projection_dim {table[1]}. The two files do not belong together."
+            f"The residual in {weights_path} has shape {shapes[0]}{f', the class bias {bias}' if biased else ''}; "
+            f"config.json speaks of {table[0]} classes and projection_dim {table[1]}. The two files do not belong "
+            "together."
         )
     return config, tensors
 
@@ -321,7 +332,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
+# What version 3 adds, with its range; 1 is as published.
+_SETTINGS: dict[str, tuple[float, float]] = {
+    "strength": (0, 1), "logit_scale_factor": (1e-6, 1e6), "normalize_weight": (False, True),
+}  # fmt: skip
+
+
+def check_config(config: Mapping[str, Any], where: str, biased: bool = False) -> None:
     """Refuse a config.json of a newer format, without a key that loading needs, or with a value of another type.
 
     Raises:
@@ -343,6 +360,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         number = not isinstance(value, float) or math.isfinite(value)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool) or not number):
             raise ArtifactError(f"{where}: {key} has the wrong type or value ({value!r:.60}). Save the artifact again.")
+    _check_settings(config, where, biased)
     stored = config["base_fingerprint"]
     image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
     numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
@@ -352,6 +370,23 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     names = config["id2label"]
     if set(names) != {str(index) for index in range(len(names))} or not all(isinstance(n, str) for n in names.values()):
         raise ArtifactError(f"{where}: id2label must name the classes 0 to K-1. Save the artifact again.")
+
+
+def _check_settings(config: Mapping[str, Any], where: str, biased: bool) -> None:
+    for key, (low, high) in _SETTINGS.items():
+        value = config.get(key, type(high)(1))
+        kind = isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(high, bool)
+        if not kind or not low <= value <= high:
+            raise ArtifactError(
+                f"{where}: {key} must be {'true or false' if high is True else f'from {low:g} to {high:g}'}; it is "
+                f"{value!r:.60}. Save the artifact again."
+            )
+    used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
+    if used and config.get("format_version", 1) <= PLAIN_VERSION:
+        raise ArtifactError(
+            f"{where} has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "
+            "library would overlook them. Set them on the model and save it."
+        )
 
 
 def _numbers(values: Any) -> bool:

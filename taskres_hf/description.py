@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import commit_of, find_artifact, read_checked
-from .storage import RESIDUAL, SHIFT
+from .storage import CLASS_BIAS, RESIDUAL, SHIFT
 
 
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
     assert values is not None
     names = {int(index): label for index, label in config["id2label"].items()}
     metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
+    training = config.get("training") or {}
     account = (config.get("data") or {}).get("account") or {}
     files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
     return {
@@ -42,6 +43,10 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "templates": config.get("templates"),
         "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
         "alpha": config["alpha"],
+        "strength": config.get("strength", 1.0),
+        "normalize_weight": config.get("normalize_weight", True),
+        "logit_scale_factor": config.get("logit_scale_factor", 1.0),
+        "class_bias": CLASS_BIAS in tensors,
         "residual": {
             "shape": [rows, dim],
             "side": config.get("residual_side", "text"),
@@ -51,8 +56,9 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "shots": few_shot.get("shots"),
         "seed": few_shot.get("seed"),
         "train_images": few_shot.get("num_images"),
-        "recipe": (config.get("training") or {}).get("recipe"),
-        "engine": (config.get("training") or {}).get("engine"),
+        "method": training.get("method"),
+        "recipe": training.get("recipe"),
+        "engine": training.get("engine"),
         "dataset": (config.get("data") or {}).get("name"),
         "read_as": account.get("kind"),
         "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
@@ -60,16 +66,20 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "accuracy": metrics.get("accuracy"),
         "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
         "accuracy_interval": metrics.get("accuracy_interval"),
-        "measured_on": measured_on(metrics) if metrics else None,
+        "measured_on": measured_on(metrics, config.get("strength", 1.0)) if metrics else None,
         "bytes": {file.name: file.stat().st_size for file in sorted(files)},
         "format_version": config.get("format_version", 1),
         "library_versions": config.get("library_versions"),
     }
 
 
-def measured_on(metrics: Mapping[str, Any]) -> str:
-    """How an accuracy came about, in words: what it was measured on, and on how many pictures."""
+def measured_on(metrics: Mapping[str, Any], strength: float = 1.0) -> str:
+    """How an accuracy came about, in words: what it was measured on, on how many pictures, and at which strength where
+    that is another than the classifier's own.
+    """
     count = f"{metrics.get('num_images', '?')} pictures"
+    if metrics.get("strength", 1.0) != strength:
+        count += f", at strength {metrics.get('strength', 1.0)}"
     if metrics.get("method") == "cross-validation":
         return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
     split = metrics.get("split") or "an evaluation set"

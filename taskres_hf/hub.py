@@ -90,7 +90,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[cell(template) for template in config.get("templates") or []],
         metrics=metrics,
-        measured_on=cell(measured_on(metrics)),
+        measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],

@@ -31,7 +31,10 @@ WEIGHTS = "model.safetensors"
 PROCESSOR = "preprocessor_config.json"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
-FORMAT_VERSION = 2  # of an artifact; 2 adds the image side to `base_fingerprint`
+CLASS_BIAS = "class_bias"
+# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
+# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
+FORMAT_VERSION, PLAIN_VERSION = 3, 2
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 

@@ -50,14 +50,14 @@ def test_files_and_their_content(trained: Path) -> None:
 
 
 def test_a_hundred_classes_take_less_than_300_kb(base: str, tmp_path: Path) -> None:
-    write_artifact(tmp_path / "a", _config(), torch.randn(100, 512), {"README.md": b"x" * 5000})
+    write_artifact(tmp_path / "a", _config(), {"residual": torch.randn(100, 512)}, {"README.md": b"x" * 5000})
     assert sum(file.stat().st_size for file in (tmp_path / "a").iterdir()) < 300_000
 
 
 def test_permissions_are_the_users(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
-        write_artifact(tmp_path / "a", _config(2, 3), torch.zeros(2, 3), {})
+        write_artifact(tmp_path / "a", _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o750
@@ -78,7 +78,7 @@ def test_saving_again_keeps_other_files_and_a_written_card(model: Model, tmp_pat
 def test_another_models_config_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ArtifactError, match="another model"):
-        write_artifact(tmp_path, _config(2, 3), torch.zeros(2, 3), {})
+        write_artifact(tmp_path, _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
     assert (tmp_path / "config.json").read_text() == '{"model_type": "clip"}'
 
 
@@ -87,7 +87,7 @@ def test_another_models_config_is_never_replaced(tmp_path: Path) -> None:
 
 def test_a_crash_between_the_files_is_healed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old, new = torch.zeros(2, 3), torch.ones(2, 3)
-    write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.5}, old, {})
+    write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.5}, {"residual": old}, {})
     real = os.replace
 
     def stop_at_config(source: Path, target: Path) -> None:
@@ -97,23 +97,23 @@ def test_a_crash_between_the_files_is_healed(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(artifact.os, "replace", stop_at_config)
     with pytest.raises(KeyboardInterrupt):
-        write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.9}, new, {})
-    config, residual, _ = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
-    assert torch.equal(residual, new)
+        write_artifact(tmp_path, {**_config(2, 3), "alpha": 0.9}, {"residual": new}, {})
+    config, tensors = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
+    assert torch.equal(tensors["residual"], new)
     assert config["alpha"] == 0.9
 
 
 def test_a_crash_before_the_weights_leaves_the_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_artifact(tmp_path, _config(2, 3), torch.zeros(2, 3), {})
+    write_artifact(tmp_path, _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
 
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(artifact, "write_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_artifact(tmp_path, _config(2, 3), torch.ones(2, 3), {"README.md": b"new"})
-    _, residual, _ = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
-    assert not residual.any()
+        write_artifact(tmp_path, _config(2, 3), {"residual": torch.ones(2, 3)}, {"README.md": b"new"})
+    _, tensors = read_artifact(tmp_path / "config.json", tmp_path / "model.safetensors")
+    assert not tensors["residual"].any()
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,12 +122,12 @@ def test_a_new_folder_appears_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(artifact, "write_tensors", fail)
     with pytest.raises(ArtifactError):
-        write_artifact(tmp_path / "new", _config(2, 3), torch.ones(2, 3), {"README.md": b"text"})
+        write_artifact(tmp_path / "new", _config(2, 3), {"residual": torch.ones(2, 3)}, {"README.md": b"text"})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path) -> None:
-    write_artifact(tmp_path / "a", _config(2, 3), torch.zeros(2, 3), {})
+    write_artifact(tmp_path / "a", _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
     before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
@@ -136,7 +136,7 @@ def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         with pytest.raises(ArtifactError, match="Nothing was changed"):
-            write_artifact(tmp_path / "a", _config(50, 512), torch.ones(50, 512), {})
+            write_artifact(tmp_path / "a", _config(50, 512), {"residual": torch.ones(50, 512)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -146,9 +146,9 @@ def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path) -> None:
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="file"):
-        write_artifact(tmp_path / "file", _config(2, 3), torch.zeros(2, 3), {})
+        write_artifact(tmp_path / "file", _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
     with pytest.raises(ArtifactError, match="Cannot write"):
-        write_artifact(tmp_path / "file" / "below", _config(2, 3), torch.zeros(2, 3), {})
+        write_artifact(tmp_path / "file" / "below", _config(2, 3), {"residual": torch.zeros(2, 3)}, {})
 
 
 # ---------------------------------------------------------------------- damage
@@ -224,7 +224,7 @@ def test_missing_config_keys(trained: Path, tmp_path: Path, key: str) -> None:
 def test_newer_format_and_broken_json(trained: Path, tmp_path: Path) -> None:
     folder = _copy(trained, tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "format_version": 3}))
+    (folder / "config.json").write_text(json.dumps({**config, "format_version": 4}))
     with pytest.raises(ArtifactError, match="upgrade"):
         _load(folder)
     (folder / "config.json").write_text("{")

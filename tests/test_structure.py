@@ -25,6 +25,7 @@ ORDER = [
     "training.arguments", "training.recipes", "training.gradient", "training.enhanced_base", "training.checkpoints",
     "training.known_pictures", "training.measuring", "training.cross_validation", "training.callbacks",
     "training.embeddings", "training.shots", "training.steps", "training.run", "training.trainer", "training",
+    "methods.method", "methods.saving", "methods",
     "predicting", "demo",
     "paper.datasets", "paper.reports", "paper.runner", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
