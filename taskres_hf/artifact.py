@@ -279,6 +279,7 @@ def read_checked(
             missing or wrong, there is another tensor than the residual, or its shape is not [classes, projection_dim].
     """
     config = read_json(config_path)
+    _check_version(config, str(config_path))  # first of all: a newer one may well hold other tensors
     tensors, metadata = read_stored(weights_path)
     if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
         raise ArtifactError(
@@ -332,6 +333,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+def _check_version(config: Mapping[str, Any], where: str) -> None:
+    version = config.get("format_version", 1)
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise ArtifactError(
+            f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
+            "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
+        )
+
+
 # What version 3 adds, with its range; 1 is as published.
 _SETTINGS: dict[str, tuple[float, float]] = {
     "strength": (0, 1), "logit_scale_factor": (1e-6, 1e6), "normalize_weight": (False, True),
@@ -344,12 +354,7 @@ def check_config(config: Mapping[str, Any], where: str, biased: bool = False) ->
     Raises:
         ArtifactError: names the version or the keys.
     """
-    version = config.get("format_version", 1)
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
-        raise ArtifactError(
-            f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
-            "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
-        )
+    _check_version(config, where)
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise ArtifactError(
