@@ -216,7 +216,7 @@ class TaskResClassifier(nn.Module):
                 of range, `alpha` 0 or a residual on the image side. Nothing is changed then.
         """
         classes, dim = self.base.shape
-        base, rows = self.base.double().cpu(), _finite(weight, (classes, dim), "weight")
+        base, rows = self.base.cpu().double(), _finite(weight, (classes, dim), "weight")
         bias = None if class_bias is None else _finite(class_bias, (classes,), "class_bias")
         normalize_weight = checked_setting("normalize_weight", normalize_weight)
         factor = checked_setting("logit_scale_factor", logit_scale_factor)
@@ -290,7 +290,7 @@ def _finite(values: Any, shape: tuple[int, ...], name: str) -> Tensor:
         ConfigurationError: another shape, or not finite.
     """
     try:
-        numbers = torch.as_tensor(values).detach().double().cpu()
+        numbers = torch.as_tensor(values).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"`{name}` must be numbers of shape {list(shape)}: {error}.") from error
     finite = bool(torch.isfinite(numbers.float()).all())  # as they will be stored

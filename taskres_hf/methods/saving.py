@@ -38,9 +38,9 @@ def write_to_model(
         reason = fitted.not_linear or "its logits are not linear in the image embeddings"
         raise ConfigurationError(f"{method or 'This classifier'} cannot be saved as a residual: {reason}.")
     head = model.classifier
-    weight = fitted.linear.weight.detach().double().cpu()
+    weight = fitted.linear.weight.detach().cpu().double()
     offset = torch.zeros(len(weight)) if fitted.linear.bias is None else fitted.linear.bias.detach()
-    bias = offset.double().cpu() - head.logit_bias
+    bias = offset.cpu().double() - head.logit_bias
     lengths = weight.norm(dim=-1)
     usual = float(lengths.pow(2).mean().sqrt())
     equal = usual > 0 and bool(((lengths - usual).abs() <= _EQUAL * usual).all())
