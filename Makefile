@@ -10,6 +10,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/taskres demo
+	@echo "The same with a public CLIP and public photographs, from the Hub: $(BIN)/taskres demo --hub"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -30,9 +31,9 @@ fix: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
-# The table of docs/results.md
+# The tables of docs/results.md: photographs first, where TASKRES_PHOTOS leads to them
 results: $(VENV)/.installed
-	$(BIN)/taskres demo --all --markdown
+	$(BIN)/python -m benchmarks.results
 
 # torch first: it decides which build (CPU or CUDA) everything else meets.
 $(VENV)/.installed: pyproject.toml
@@ -43,7 +44,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx,lora]"
 	touch $@
 
 clean:

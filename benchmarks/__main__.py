@@ -13,10 +13,11 @@ import warnings
 
 import torch
 
-from . import embedding, epochs, peers, serving
+from . import embedding, epochs, peers, results, serving
 from .timing import Report
 
 GROUPS = {
+    "photos": [lambda _: results.print_photos()],
     "start-up": [serving.start_up],
     "loading": [serving.loading],
     "serving": [serving.inference],

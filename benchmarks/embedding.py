@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessor, CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_splits
-from taskres_hf.base_model import cpu_has_bf16
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines.onednn import PackedLinear
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.embedding.preprocessing import Preprocessor
+from taskres_hf.encoders import cpu_has_bf16
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.paper.runner import few_shot_runs, grid
 from taskres_hf.pictures import find_images, read_image
@@ -149,7 +149,7 @@ def throughput(
             report.add_ratio(row, found, name, "loop", 1.3 if "fp32" in name else 3.5, note, invert=True)
     if "predict" in ways:
         goal = 3.5 if cpu_has_bf16() else 1.3
-        name = "`taskres predict` on a folder, times the plain loop"
+        name = "taskres predict on a folder, times the plain loop"
         report.add_ratio(name, found, "predict", "loop", goal, note, invert=True)
 
 

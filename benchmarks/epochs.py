@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from taskres_hf import TaskResClassifier
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.training.gradient import loss_and_gradient, penalty_factor
 from taskres_hf.training.recipes import epoch_batches, make_recipe
+from taskres_hf.training.steps import loss_and_gradient, penalty_factor
 
 from .material import OUT
 from .timing import Report, ratios, timed

@@ -13,9 +13,9 @@ import PIL.Image
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from taskres_hf.base_model import cpu_has_bf16
 from taskres_hf.demo import demo_dataset, demo_model
 from taskres_hf.embedding.engines.choose import make_engine
+from taskres_hf.encoders import cpu_has_bf16
 from taskres_hf.errors import ConfigurationError, MissingExtraError
 
 OUT = Path(__file__).parent / "out"

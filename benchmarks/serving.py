@@ -11,8 +11,8 @@ import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification
-from taskres_hf.base_formats import BaseSource
 from taskres_hf.base_model import load_image_tower
+from taskres_hf.encoders import BaseSource
 from taskres_hf.pictures import find_images, read_image
 
 from .material import clip_folder, jpeg_folder, obstacle

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from taskres_hf.tables import Table
+
 RESULTS = Path(__file__).parent / "results.json"
 PEER = "peer, times slower than ours: "
 
@@ -84,19 +86,23 @@ class Report:
 
     def markdown(self) -> str:
         """The claims against their goals, then the peers."""
-        lines = ["| measured | goal | median | min | max | |", "|---|---:|---:|---:|---:|---|"]
-        table = ["| way to a classifier | times slower than ours | what it takes, and how that was measured |"]
-        table.append("|---|---:|---|")
+        claims: list[list[str]] = []
+        peers: list[list[str]] = []
         for name, row in self.rows.items():
             if "not_measured" in row:
-                lines.append(f"| {name.removeprefix(PEER)} | | | | | not measured: {row['not_measured']} |")
-                continue
-            if name.startswith(PEER):
-                table.append(f"| {name.removeprefix(PEER)} | {row['median']:.3g} | {row['note']} |")
-                continue
-            met = row["median"] >= row["goal"] if row["higher_is_better"] else row["median"] <= row["goal"]
-            goal = f"{'>=' if row['higher_is_better'] else '<='} {row['goal']:g}"
-            numbers = " | ".join(f"{row[key]:.3g}" for key in ("median", "min", "max"))
-            note = "; ".join(filter(None, ["met" if met else "**missed**", row.get("note")]))
-            lines.append(f"| {name} | {goal} | {numbers} | {note} |")
-        return "\n".join([*lines, "", *table])
+                claims.append([name.removeprefix(PEER), "", "", "", "", f"not measured: {row['not_measured']}"])
+            elif name.startswith(PEER):
+                peers.append([name.removeprefix(PEER), _three_digits(row["median"]), row["note"]])
+            else:
+                met = row["median"] >= row["goal"] if row["higher_is_better"] else row["median"] <= row["goal"]
+                goal = f"{'>=' if row['higher_is_better'] else '<='} {row['goal']:g}"
+                numbers = [_three_digits(row[key]) for key in ("median", "min", "max")]
+                note = "; ".join(filter(None, ["met" if met else "MISSED", row.get("note")]))
+                claims.append([name, goal, *numbers, note])
+        measured = Table(["measured", "goal", "median", "min", "max", ""], claims)
+        beside = ["way to a classifier", "times slower than ours", "what it takes, and how that was measured"]
+        return f"{measured.markdown()}\n\n{Table(beside, peers).markdown()}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,g}"

@@ -11,12 +11,13 @@ A new folder appears whole or not at all. In an existing one, replacing `model.s
 carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
 Everything is written beside the old files first and read back: nothing is saved that does not load.
 
-Describing an artifact imports neither torch nor transformers.
+Checking an artifact imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -28,28 +29,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, BaseModelError, ConfigurationError
+from .errors import ArtifactError, ConfigurationError
 from .prompts import class_prompts, prompts_digest
-from .storage import (
-    CLASS_BIAS,
-    CONFIG,
-    FORMAT_VERSION,
-    PLAIN_VERSION,
-    PROCESSOR,
-    RESIDUAL,
-    SHIFT,
-    WEIGHTS,
-    StoredTensor,
-    is_path,
-    read_json,
-    read_stored,
-    umask,
-    write_bytes,
-    write_tensors,
-)
+from .storage import StoredTensor, is_path, read_json, read_stored, umask, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The files of an artifact, and the tensors in its weights.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+RESIDUAL = "residual"
+SHIFT = "base_shift"
+CLASS_BIAS = "class_bias"
+# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
+# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
+FORMAT_VERSION, PLAIN_VERSION = 3, 2
 
 _REQUIRED = (
     "base_model_name_or_path",
@@ -456,22 +452,12 @@ def commit_of(path: str) -> str | None:
     return found.group(1) if found else None
 
 
-def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:
-    """Where to load the base from; a path is taken from an artifact on this machine only, never from a download."""
-    if hasattr(base_model, "config"):
-        return str(base_model.config._name_or_path or config.base_model_name_or_path)
-    if base_model is not None:
-        return str(os.fspath(base_model))
-    name = str(config.base_model_name_or_path)
-    if local:
-        if os.path.isabs(name) and not os.path.isdir(name):
-            raise BaseModelError(
-                f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
-            )
-        return name
-    if is_path(name):
-        raise BaseModelError(
-            f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
-            "download is not followed. Pass base_model= with the base you trust."
-        )
-    return name
+def library_versions() -> dict[str, str]:
+    """Versions of the packages that write an artifact, as recorded in it."""
+    versions = {}
+    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,36 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import extract_commit_hash
 
-from .base_formats import BaseSource, check_model_type, config_file, why_not
-from .encoders import score_parameters
+from .encoders import FAMILIES, BaseSource, check_model_type, config_file, family_of, score_parameters, why_not
 from .errors import BaseModelError, ConfigurationError, MissingExtraError, TextTowerNotLoadedError
-from .families import FAMILIES, family_of
-from .fingerprint import image_sketch
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def base_name(base_model: Any) -> str:
-    """The name of a base given as a Hub id, a folder or a loaded model (empty where it has none).
-
-    Raises:
-        BaseModelError: it is something else.
-    """
-    if isinstance(base_model, PreTrainedModel):
-        family_of(base_model)
-        return str(base_model.config._name_or_path)
-    if isinstance(base_model, str | os.PathLike):
-        return str(os.fspath(base_model))
-    hint = ": give merge_and_unload() of it" if hasattr(base_model, "merge_and_unload") else ""
-    raise BaseModelError(
-        f"The base model must be a Hub id, a folder or a transformers model; got a {type(base_model).__name__}{hint}."
-    )
 
 
 def load_base(
@@ -154,10 +132,10 @@ def check_same_base(base: PreTrainedModel, config: Any) -> None:
 
 
 class ImageSide(NamedTuple):
-    """A base without its text tower; `sketch` and `score` (logit scale and bias) are those of its file, unrounded."""
+    """A base without its text tower; `weights` and `score` (logit scale and bias) are those of its file, unrounded."""
 
     base: PreTrainedModel
-    sketch: dict[str, Any] | None
+    weights: dict[str, Tensor]
     score: tuple[float, float]
 
 
@@ -167,7 +145,7 @@ def load_image_tower(
     """The base without its text tower, its weights mapped from the file instead of read.
 
     Returns:
-        The base, frozen and in eval mode, with its sketch and score as stored; None where the checkpoint is not
+        The base, frozen and in eval mode, with its weights and score as stored; None where the checkpoint is not
         one safetensors file with exactly the weights the image side needs, and `load_base` must be used.
     """
     config_path, path = source.file("config.json"), source.file("model.safetensors")
@@ -208,7 +186,7 @@ def load_image_tower(
     for leaf, parameter in base._parameters.items():
         if parameter is not None:
             base._parameters[leaf] = nn.Parameter(parameter.to(dtype), requires_grad=False)
-    return ImageSide(base, image_sketch(stored), score)
+    return ImageSide(base, stored, score)
 
 
 def _empty_base(kept: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> Any:
@@ -245,36 +223,6 @@ def _copied(module: nn.Module) -> nn.Module:
     vars(clone).update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict | set)})
     clone._modules = {name: child and _copied(child) for name, child in module._modules.items()}
     return clone
-
-
-def load_tokenizer(source: BaseSource) -> Any:
-    """The base's tokenizer.
-
-    Raises:
-        BaseModelError: its files are not there; transformers would make an empty one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, **source.hub
-        )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, OSError) and not os.path.isdir(source.name):
-            raise
-        raise BaseModelError(
-            f"The tokenizer of the base model {source.name!r} cannot be loaded ({' '.join(str(error).split())[:200]}). "
-            "Its files belong beside the model: save it there with tokenizer.save_pretrained(FOLDER)."
-        ) from error
-    whole = "tokenizer.json"
-    files = getattr(tokenizer, "vocab_files_names", None) or {}
-    parts = [file for key, file in files.items() if key != "tokenizer_file" and file != whole]
-    missing = [file for file in parts if source.file(file) is None]
-    if files and source.file(whole) is None and (missing or not parts):
-        raise BaseModelError(
-            f"The base model {source.name!r} has no tokenizer: {whole}{' is' if not parts else ', or'} "
-            f"{' and '.join(missing)}{',' if parts else ''} missing. Copy the tokenizer's files of the original model "
-            "there: tokenizer.save_pretrained(FOLDER)."
-        )
-    return tokenizer
 
 
 def load_base_fp32(
@@ -381,35 +329,3 @@ def torch_dtype(dtype: Any) -> torch.dtype:
             f"`dtype` must be torch.float32, torch.bfloat16, torch.float16 or 'auto'; got {dtype!r}."
         )
     return known  # type: ignore[no-any-return]
-
-
-def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What goes to the Hub client, and the rest."""
-    hub = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
-    return hub, {key: value for key, value in kwargs.items() if key not in HUB_KWARGS}
-
-
-def advise_on_dtype(base: PreTrainedModel) -> None:
-    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
-    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
-    if native is not None and base.device.type == "cpu" and not native():
-        warnings.warn(
-            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
-            "which is several times slower than fp32. Pass dtype=torch.float32.",
-            stacklevel=3,
-        )
-
-
-def _cpu_has_fp16() -> bool:
-    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
-    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
-    return probe is not None and bool(probe())
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        probe = getattr(torch.cpu, test, None)
-        if probe is not None and probe():
-            return True
-    return False

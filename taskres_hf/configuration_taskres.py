@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .artifact import FORMAT_VERSION, PLAIN_VERSION, library_versions
 from .errors import ConfigurationError
-from .fingerprint import image_sides_differ
-from .prompts import DEFAULT_TEMPLATE, class_prompts, sentences_by_class
+from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve_templates, sentences_by_class
 from .residual import AS_PUBLISHED, checked_alpha, setting
-from .storage import FORMAT_VERSION, PLAIN_VERSION, library_versions
 
 # How a residual came to be. Each has one writer: the trainer, or an import.
 RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base")
 
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
 # Truthy, these too mean nothing to a single small safetensors file; anything else must be None or False.
 _IGNORED_KWARGS = {
@@ -144,6 +144,39 @@ class TaskResConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def for_classes(
+        cls,
+        class_names: Any,
+        templates: str | Sequence[str] | None = None,
+        *,
+        class_descriptions: Mapping[str, Sequence[str] | str] | None = None,
+        prompt_names: Mapping[str, str] | None = None,
+        **values: Any,
+    ) -> TaskResConfig:
+        """The config of a new classifier; what is said of its base is filled in once that is loaded.
+
+        Args:
+            class_names: K names in label order, or a `datasets.ClassLabel`.
+            templates, class_descriptions, prompt_names: see `TaskResCLIPForImageClassification.from_base`.
+            **values: as in the constructor.
+
+        Raises:
+            ClassNamesError, ConfigurationError: names, templates or descriptions of the wrong form; `class_prompts`
+                checks the rest.
+        """
+        names = check_class_names(class_names)
+        if templates is not None or class_descriptions is None:
+            templates = resolve_templates(templates)
+        return cls(
+            templates=list(templates or []),
+            class_descriptions=class_descriptions,
+            prompt_names=dict(prompt_names) or None if isinstance(prompt_names, Mapping) else prompt_names,
+            id2label=dict(enumerate(names)),
+            label2id={label: index for index, label in enumerate(names)},
+            **values,
+        )
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers.
 
@@ -225,24 +258,6 @@ class TaskResConfig(PreTrainedConfig):
         )
 
 
-def check_same_bases(ours: TaskResConfig, theirs: TaskResConfig) -> None:
-    """Refuse to serve two classifiers over one base if they were made for different ones.
-
-    Raises:
-        ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
-    """
-    for name in ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise ConfigurationError(
-                f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
-                f"{getattr(theirs, name)!r} there."
-            )
-    if image_sides_differ(*((config.base_fingerprint or {}).get("image") for config in (ours, theirs))):
-        raise ConfigurationError(
-            "The classifiers have different bases: the weights of their image towers differ, though not their names."
-        )
-
-
 def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | str | None, options: dict[str, Any]) -> None:
     """Take over the values that may be given to `from_pretrained`, out of `options` and a config given beside.
 
@@ -294,3 +309,9 @@ def _comparable(config: PreTrainedConfig, key: str) -> Any:
     if key in ("id2label", "label2id") and isinstance(value, Mapping):  # ids are text in JSON, and in some scripts
         return {str(one): str(other) for one, other in value.items()}
     return None if value in (False, "single_label_classification") else value
+
+
+def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes to the Hub client, and the rest."""
+    hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
+    return hub, {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}

@@ -1,4 +1,4 @@
-"""The pictures and the checkpoint shipped with the library."""
+"""The pictures and the checkpoint shipped with the library, and those of the Hub that `taskres demo --hub` takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 from datasets import DatasetDict
 
 from .data.sources import load_splits
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DataError
 
 _DATA = Path(__file__).parent / "demo_data"
+# A task the text says little about, one it says nothing about, and one where shots add little.
+DEMO_TASKS = ("people", "digits", "food")
+HUB_MODEL = "openai/clip-vit-base-patch32"
+HUB_DATASET = "AI-Lab-Makerere/beans"  # photographs of leaves, healthy or with one of two diseases; MIT, 180 MB
+HUB_TEMPLATE = "a photo of a bean leaf, {}."
+_PATIENCE = 10.0  # seconds until a Hub that does not answer counts as out of reach
 
 
 def demo_model() -> str:
@@ -51,3 +57,23 @@ def check_task(task: str) -> str:
     if task not in demo_tasks():
         raise ConfigurationError(f"There is no task {task!r} among the shipped ones: {', '.join(demo_tasks())}.")
     return task
+
+
+def hub_dataset() -> DatasetDict:
+    """Splits `train`, `validation` and `test` of `HUB_DATASET`, with the columns `image` and `label`.
+
+    Raises:
+        DataError: the Hub cannot be reached, or does not hand the pictures out.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(HUB_DATASET, timeout=_PATIENCE)  # `load_dataset` would try for minutes
+        splits = load_splits(HUB_DATASET)
+    except Exception as error:  # the client's errors of the network have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"The Hub cannot be reached or does not give {HUB_DATASET} ({reason}). `taskres demo` without --hub runs "
+            "on what is shipped and needs no network."
+        ) from error
+    return splits.select_columns(["image", "labels"]).rename_column("labels", "label")

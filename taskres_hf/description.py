@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifact import commit_of, find_artifact, read_checked
-from .storage import CLASS_BIAS, RESIDUAL, SHIFT
+from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, commit_of, find_artifact, read_checked
 
 
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:

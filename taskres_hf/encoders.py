@@ -1,17 +1,330 @@
-"""Embeddings out of a base: text and pictures, projected and not normalised."""
+"""Dual encoders: their families, where one lies and what is none, and embeddings out of one.
+
+Families differ in how text must be padded, how a cosine becomes a logit, where their text side is and what their image
+towers are made of; each row says so, and a test compares every row with the model's own `logits_per_image`. Adding a
+family is one row and one test parameter.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .families import POSITIONS_AFTER_PADDING, family_of
+from .errors import ArtifactError, BaseModelError
+from .storage import is_path, read_json
+
+# Text towers that count positions from after the padding index, by their own `model_type`.
+POSITIONS_AFTER_PADDING = ("xlm-roberta", "altclip_text_model")
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """What is particular to one `model_type`.
+
+    Attributes:
+        padding: `"longest"`, or `"max_length"` where padding changes the answer and must be as in pretraining.
+        attention_mask: whether the text tower is given the mask.
+        score: `"exp_scale"` (cosine times exp of a learned scale), `"exp_scale_bias"` (plus a learned bias) or
+            `"temperature"` (cosine divided by a learned temperature).
+        text_length: fixed number of tokens, or None for the text tower's own maximum.
+        text_projection: path of the linear module that gives the text embedding.
+        text_modules: attributes of the text side, left out where the image tower is loaded alone; none where the two
+            are not loaded apart.
+        image_inputs: names of the processor's outputs that the image tower needs.
+        clip_layers: whether the image tower's layers have CLIP's parts (pre-norm, no attention mask), so that faster
+            engines can rewrite them.
+        reads_first_token: whether the image embedding is made of the last layer's first token alone.
+    """
+
+    padding: str = "longest"
+    attention_mask: bool = True
+    score: str = "exp_scale"
+    text_length: int | None = None
+    text_projection: str = "text_projection"
+    text_modules: tuple[str, ...] = ()
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+    clip_layers: bool = False
+    reads_first_token: bool = False
+
+
+_CLIP_TEXT = ("text_model", "text_projection")
+
+FAMILIES: dict[str, EncoderFamily] = {
+    "clip": EncoderFamily(text_modules=_CLIP_TEXT, clip_layers=True, reads_first_token=True),
+    "metaclip_2": EncoderFamily(text_modules=_CLIP_TEXT, clip_layers=True, reads_first_token=True),
+    "altclip": EncoderFamily(clip_layers=True, reads_first_token=True),
+    "chinese_clip": EncoderFamily(clip_layers=True, reads_first_token=True),
+    "blip": EncoderFamily(),
+    "vision-text-dual-encoder": EncoderFamily(),
+    "align": EncoderFamily(score="temperature"),
+    # SigLIP pools the last token: short padding or a mask would pool another one.
+    "siglip": EncoderFamily(
+        padding="max_length",
+        attention_mask=False,
+        score="exp_scale_bias",
+        text_length=64,
+        text_projection="text_model.head",
+        text_modules=("text_model",),
+        clip_layers=True,
+    ),
+    "siglip2": EncoderFamily(
+        padding="max_length",
+        attention_mask=False,
+        score="exp_scale_bias",
+        text_length=64,
+        text_projection="text_model.head",
+        image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+    ),
+}
+
+
+def family_of(model_or_config: Any) -> EncoderFamily:
+    """The row of a model or config.
+
+    Raises:
+        BaseModelError: its `model_type` is not a dual encoder in the table.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    hint = ""
+    if model_type == "taskres":
+        hint = " It is a TaskRes classifier: load it with from_pretrained, or give its base, .clip."
+    raise BaseModelError(
+        f"The base model must be a dual encoder (images and text in one space); {model_type!r} is not one this "
+        f"library knows.{hint} Supported model types: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+# A file that tells what a folder or repository is instead, and what to do then.
+_OTHER_FORMATS = {
+    "model_index.json": ("a diffusers pipeline", "Give a CLIP model that has both towers, not a pipeline."),
+    "open_clip_config.json": ("an open_clip checkpoint", "{open_clip}"),
+    "open_clip_model.safetensors": ("an open_clip checkpoint", "{open_clip}"),
+    "open_clip_pytorch_model.bin": ("an open_clip checkpoint", "{open_clip}"),
+    "adapter_config.json": ("a PEFT adapter", "Merge it into its base model, save that, and give that folder."),
+    "modules.json": ("a sentence-transformers model", "Give the CLIP model inside it, such as its folder 0_CLIPModel."),
+}
+_OPEN_CLIP = (
+    "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
+    "convert_clip_original_pytorch_to_hf.py of transformers."
+)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base comes from.
+
+    Attributes:
+        name: Hub id or folder. revision: branch, tag or commit; None for `main` or a folder.
+        hub: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `subfolder`.
+        trust_remote_code: let the base run code from its repository.
+    """
+
+    name: str
+    revision: str | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    def file(self, name: str) -> str | None:
+        """Path of one of its files, downloaded where needed; None where it has none."""
+        if os.path.isdir(self.name):
+            path = Path(self.name, self.hub.get("subfolder") or "", name)
+            return str(path) if path.is_file() else None
+        with suppress(OSError):
+            options = {**self.hub, "revision": self.revision}
+            return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **options)
+        return None
+
+    def commit(self) -> str | None:
+        """The commit its revision is now; the revision itself where that cannot be told, None for a folder."""
+        if not self.name or is_path(self.name):
+            return None
+        path = self.file("config.json")
+        return (extract_commit_hash(path, None) if path else None) or self.revision
+
+
+def config_file(source: BaseSource) -> str:
+    """The base's config.json."""
+    name = source.name
+    if is_path(name) and not os.path.isdir(name):
+        kind = "is a file: give the folder of the model" if os.path.isfile(name) else "does not exist: check the path"
+        raise BaseModelError(f"The base model {name!r} {kind}, or a Hub id such as openai/clip-vit-base-patch32.")
+    if os.path.isdir(name):
+        path = source.file("config.json")
+        if path is not None:
+            return path
+    else:
+        try:
+            found = cached_file(name, "config.json", revision=source.revision, **source.hub)
+            if found is not None:
+                return str(found)
+        except OSError as error:
+            cause = error.__cause__  # of the two, the second says only that the Hub could not be asked
+            if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
+                raise
+    raise BaseModelError(
+        _other_format(source)
+        or f"The base model {name!r} has no config.json; {_content(source)}. Give a model in "
+        "transformers' format: config.json, model.safetensors, tokenizer and image processor."
+    )
+
+
+def _other_format(source: BaseSource) -> str | None:
+    for file, (what, advice) in _OTHER_FORMATS.items():
+        if source.file(file) is not None:
+            return f"The base model {source.name!r} is {what} ({file}). {advice.format(open_clip=_OPEN_CLIP)}"
+    return None
+
+
+def _content(source: BaseSource) -> str:
+    if not os.path.isdir(source.name):
+        return "the repository holds something else"
+    folder = Path(source.name, source.hub.get("subfolder") or "")
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(os.listdir(folder))
+    return f"the folder holds {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else "it is empty"
+
+
+def check_model_type(name: str, path: str) -> None:
+    """Say what a model is that is no dual encoder.
+
+    Raises:
+        BaseModelError: with what it is and what to give instead.
+    """
+    try:
+        config = read_json(path)
+    except ArtifactError as error:
+        raise BaseModelError(f"The config.json of the base model {name!r} is damaged: {error}") from error
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        return
+    advice = "Give the whole model, with both towers."
+    if kind == "taskres":
+        what, advice = "a saved TaskRes classifier", "Load it with from_pretrained, or give its own base model."
+    elif "model_cfg" in config:
+        what, advice = "an open_clip checkpoint", _OPEN_CLIP
+    elif "_class_name" in config or "_diffusers_version" in config:
+        what = "a part of a diffusers pipeline"
+    elif kind is None:
+        what = "a timm model" if "pretrained_cfg" in config else "of no known kind: its config.json has no model_type"
+    elif {"vision_config", "text_config"} <= set(config):
+        what, advice = "a model of images and text of another family", ""
+    elif "vision" in str(kind) or {"image_size", "num_channels", "patch_size"} & set(config):
+        what = "an image model alone"
+    elif "text" in str(kind) or "vocab_size" in config:
+        what = "a text-only model"
+    else:
+        what = "another kind of model"
+    raise BaseModelError(
+        f"The base model {name!r} is {what} (model_type {kind!r}); needed is a dual encoder, images and text in one "
+        f"space. {advice} Supported model types: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def why_not(source: BaseSource, error: Exception) -> str | None:
+    """What to say instead of an error of transformers; None where that error says it best."""
+    if isinstance(error, BaseModelError | torch.OutOfMemoryError):
+        return None
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if isinstance(error, OSError) and all(source.file(file) is None for file in weights):
+        pickle = next((file for file in _PICKLES if source.file(file) is not None), None)
+        if pickle is not None:
+            return (
+                f"The base model {source.name!r} has its weights in {pickle} only, which can run code when opened and "
+                "is not read here. If you trust it, convert it once: AutoModel.from_pretrained(NAME).save_pretrained("
+                "FOLDER) with transformers, copy the tokenizer and image processor files, and give that folder."
+            )
+        other = _other_format(source)
+        if other is not None or os.path.isdir(source.name):
+            return other or f"The base model {source.name!r} has no model.safetensors; {_content(source)}."
+        return None
+    if isinstance(error, OSError) and not os.path.isdir(source.name):
+        return None
+    return f"The base model {source.name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+
+
+def base_name(base_model: Any) -> str:
+    """The name of a base given as a Hub id, a folder or a loaded model (empty where it has none).
+
+    Raises:
+        BaseModelError: it is something else.
+    """
+    if isinstance(base_model, PreTrainedModel):
+        family_of(base_model)
+        return str(base_model.config._name_or_path)
+    if isinstance(base_model, str | os.PathLike):
+        return str(os.fspath(base_model))
+    hint = ": give merge_and_unload() of it" if hasattr(base_model, "merge_and_unload") else ""
+    raise BaseModelError(
+        f"The base model must be a Hub id, a folder or a transformers model; got a {type(base_model).__name__}{hint}."
+    )
+
+
+def trusted_base_name(config: Any, base_model: Any, local: bool) -> str:
+    """Where to load the base from; a path is taken from an artifact on this machine only, never from a download."""
+    if hasattr(base_model, "config"):
+        return str(base_model.config._name_or_path or config.base_model_name_or_path)
+    if base_model is not None:
+        return str(os.fspath(base_model))
+    name = str(config.base_model_name_or_path)
+    if local:
+        if os.path.isabs(name) and not os.path.isdir(name):
+            raise BaseModelError(
+                f"The base model's folder {name} is gone. Pass base_model= with where it is now, or its Hub id."
+            )
+        return name
+    if is_path(name):
+        raise BaseModelError(
+            f"The artifact was downloaded and names {name!r} as its base, which is not a plain Hub id; a path from a "
+            "download is not followed. Pass base_model= with the base you trust."
+        )
+    return name
+
+
+def load_tokenizer(source: BaseSource) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        BaseModelError: its files are not there; transformers would make an empty one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, **source.hub
+        )
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(source.name):
+            raise
+        raise BaseModelError(
+            f"The tokenizer of the base model {source.name!r} cannot be loaded ({' '.join(str(error).split())[:200]}). "
+            "Its files belong beside the model: save it there with tokenizer.save_pretrained(FOLDER)."
+        ) from error
+    whole = "tokenizer.json"
+    files = getattr(tokenizer, "vocab_files_names", None) or {}
+    parts = [file for key, file in files.items() if key != "tokenizer_file" and file != whole]
+    missing = [file for file in parts if source.file(file) is None]
+    if files and source.file(whole) is None and (missing or not parts):
+        raise BaseModelError(
+            f"The base model {source.name!r} has no tokenizer: {whole}{' is' if not parts else ', or'} "
+            f"{' and '.join(missing)}{',' if parts else ''} missing. Copy the tokenizer's files of the original model "
+            "there: tokenizer.save_pretrained(FOLDER)."
+        )
+    return tokenizer
 
 
 def text_length(base: Any, tokenizer: Any) -> int:
@@ -107,3 +420,29 @@ def image_weights_digest(base: PreTrainedModel) -> str:
         sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
     return digest.hexdigest()
+
+
+def advise_on_dtype(base: PreTrainedModel) -> None:
+    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
+    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
+    if native is not None and base.device.type == "cpu" and not native():
+        warnings.warn(
+            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
+            "which is several times slower than fp32. Pass dtype=torch.float32.",
+            stacklevel=3,
+        )
+
+
+def _cpu_has_fp16() -> bool:
+    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
+    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
+    return probe is not None and bool(probe())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        probe = getattr(torch.cpu, test, None)
+        if probe is not None and probe():
+            return True
+    return False

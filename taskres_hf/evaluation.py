@@ -17,6 +17,30 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
 
 
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """How far confidence is from accuracy, from 0 to 1 (Guo et al. 2017, equation 3).
+
+    The confidence of a row is its largest softmax probability. Rows are put into bins of equal width from 0 to 1, each
+    closed at its upper end; the error is the mean over rows of |accuracy - mean confidence| of the row's bin.
+
+    Args:
+        logits: [N, K]. labels: [N] class ids. bins: at least 1.
+
+    Raises:
+        DataError: no rows, different lengths, or no bins.
+    """
+    if len(labels) == 0 or len(labels) != len(logits) or bins < 1:
+        raise DataError(
+            f"The calibration error needs as many labels as logits, at least one, and at least one bin; got "
+            f"{len(labels)}, {len(logits)} and {bins}."
+        )
+    confidence, predicted = F.softmax(logits.double(), dim=1).max(dim=1)
+    right = (predicted == labels.to(logits.device)).double()
+    inside = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, inside, right - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
 def metrics_from_logits(logits: Tensor, labels: Tensor, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """Accuracy, macro-F1, loss and per-class accuracy.
 

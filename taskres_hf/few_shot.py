@@ -11,8 +11,7 @@ from datasets import (
     Dataset,
 )
 
-from .data.labelled import LABEL_NAMES, column_values, find_column
-from .data.naming import is_missing
+from .data.labelled import LABEL_NAMES, column_values, find_column, is_missing
 from .errors import DataError, FewShotError
 
 

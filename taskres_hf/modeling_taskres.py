@@ -14,17 +14,22 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import as_json, find_artifact, read_artifact, trusted_base_name, write_artifact
-from .base_classifier import base_for_artifact, base_for_classes
-from .base_formats import BaseSource
-from .base_model import advise_on_dtype, base_name, load_tokenizer, split_hub_kwargs
-from .configuration_taskres import TaskResConfig, apply_config, base_options, check_same_bases
-from .encoders import image_features, pooled, score_parameters
+from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
+from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
+from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
+from .encoders import (
+    BaseSource,
+    advise_on_dtype,
+    base_name,
+    image_features,
+    load_tokenizer,
+    pooled,
+    score_parameters,
+    trusted_base_name,
+)
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, card_for, public_base_name, side_files, upload
-from .prompts import check_class_names, class_prompts, resolve_templates
 from .residual import TaskResClassifier, cross_entropy
-from .storage import CLASS_BIAS, RESIDUAL, SHIFT
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
@@ -124,12 +129,11 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             ClassNamesError, ConfigurationError: before anything is loaded.
             BaseModelError: the base is not a supported dual encoder, or its weights or tokenizer are not whole.
         """
-        names = check_class_names(class_names)
-        if templates is not None or class_descriptions is None:
-            templates = resolve_templates(templates)
-        prompts = class_prompts(
-            names, templates, underscores=underscores, descriptions=class_descriptions, prompt_names=prompt_names
-        )
+        config = TaskResConfig.for_classes(
+            class_names, templates, class_descriptions=class_descriptions, prompt_names=prompt_names,
+            underscores=underscores, prompt_average=prompt_average, alpha=alpha, residual_side=residual_side,
+        )  # fmt: skip
+        prompts = config.class_prompts()
         dtype = kwargs.pop("torch_dtype", None) or dtype
         hub, options = split_hub_kwargs(kwargs)
         options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
@@ -143,26 +147,12 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         base, table, facts, source = base_for_classes(
             loaded, source, dtype, options, prompts, prompt_average, tokenizer
         )
-        config = TaskResConfig(
-            base_model_name_or_path=str(Path(name).resolve()) if os.path.isdir(name) else name,
-            base_model_revision=None if os.path.isdir(name) else source.revision,
-            base_model_subfolder=subfolder,
-            base_model_type=base.config.model_type,
-            projection_dim=table.shape[1],
-            templates=list(templates or []),
-            class_descriptions=class_descriptions,
-            prompt_names=dict(prompt_names) if prompt_names else None,
-            underscores=underscores,
-            prompt_average=prompt_average,
-            alpha=alpha,
-            residual_side=residual_side,
-            logit_scale=facts["score"][0],
-            logit_bias=facts["score"][1],
-            base_fingerprint=facts,
-            id2label=dict(enumerate(names)),
-            label2id={label: index for index, label in enumerate(names)},
-            dtype=str(base.dtype).removeprefix("torch."),
-        )
+        local = os.path.isdir(name)
+        config.base_model_name_or_path = str(Path(name).resolve()) if local else name
+        config.base_model_revision = None if local else source.revision
+        config.base_model_subfolder, config.base_model_type = subfolder, base.config.model_type
+        config.projection_dim, config.base_fingerprint, config.dtype = table.shape[1], facts, base.dtype
+        config.logit_scale, config.logit_bias = facts["score"]
         model = cls(config, base, table)
         model._image_processor, model._tokenizer = image_processor, tokenizer
         if name:

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from PIL import ImageOps, features
 from transformers.image_utils import load_image
 
-from ._version import __version__
 from .errors import ImageError
 from .tables import visible
 
@@ -274,7 +273,7 @@ def _download(url: str, name: str) -> bytes:
     from huggingface_hub import get_session
 
     content, end = bytearray(), time.monotonic() + 120
-    headers = {"User-Agent": f"taskres_hf/{__version__}"}  # some servers refuse a library's default name
+    headers = {"User-Agent": "taskres_hf"}  # some servers refuse a library's default name
     try:
         with get_session().stream("GET", url, follow_redirects=True, timeout=30, headers=headers) as reply:
             if reply.status_code != 200:

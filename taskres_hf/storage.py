@@ -5,7 +5,6 @@ Imports no torch: what an artifact is can be told without it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -24,17 +23,6 @@ from .errors import ArtifactError
 
 if TYPE_CHECKING:
     import torch
-
-# The files of an artifact, and the tensors in its weights.
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PROCESSOR = "preprocessor_config.json"
-RESIDUAL = "residual"
-SHIFT = "base_shift"
-CLASS_BIAS = "class_bias"
-# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
-# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
-FORMAT_VERSION, PLAIN_VERSION = 3, 2
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 
@@ -189,14 +177,3 @@ def umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the packages that write an artifact, as recorded in it."""
-    versions = {}
-    for package in ("taskres_hf", "torch", "transformers", "safetensors"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -77,6 +77,16 @@ def spec() -> dict[str, Any]:
     return demo_tasks()[TASK]
 
 
+@pytest.fixture(scope="session")
+def photo_folder() -> Path:
+    """Folder of the photographs, which are no part of the project; tests of them are skipped where they are not."""
+    from benchmarks.photos import missing, photo_root
+
+    if reason := missing():
+        pytest.skip(reason)
+    return photo_root()
+
+
 @pytest.fixture
 def model(base: str, spec: dict[str, Any]) -> TaskResCLIPForImageClassification:
     """A zero-shot classifier for that task."""

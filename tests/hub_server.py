@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -155,9 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             self._error(404, "RevisionNotFound", "Invalid rev id")
         elif rest[:1] == ["tree"]:
-            under = "/".join(rest[2:])
-            found = [self._entry(p, c) for p, c in repo.commits[commit].items() if p == under or p.startswith(under)]
-            self._json(found)
+            self._json(self._tree(repo.commits[commit], "/".join(rest[2:])))
         elif rest[:1] == ["refs"]:
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.refs.items()]
             self._json({"branches": branches, "converts": [], "tags": []})
@@ -167,6 +165,19 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": repo_id, "modelId": repo_id, "sha": commit, "private": repo.private, "siblings": files,
                  "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
             )  # fmt: skip
+
+    def _tree(self, files: dict[str, bytes], under: str) -> list[dict[str, Any]]:
+        """Files below a folder, and the folders among them; only those right below it unless the client says so."""
+        deep = "recursive=true" in urlsplit(self.path).query.lower()
+        start = f"{under}/" if under else ""
+        inside = {path: content for path, content in files.items() if path.startswith(start)}
+        folders = {str(above) for path in inside for above in PurePosixPath(path).parents if str(above) != "."}
+        found = [self._entry(path, content) for path, content in inside.items()]
+        found += [
+            {"type": "directory", "path": folder, "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()}
+            for folder in sorted(folders) if folder.startswith(start)
+        ]  # fmt: skip
+        return [entry for entry in found if deep or "/" not in entry["path"].removeprefix(start)]
 
     @staticmethod
     def _entry(path: str, content: bytes) -> dict[str, Any]:

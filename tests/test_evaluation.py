@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from taskres_hf.errors import DataError
-from taskres_hf.evaluation import compare_with_zero_shot, loss_to_zero_shot, metrics_from_logits
+from taskres_hf.evaluation import (
+    compare_with_zero_shot,
+    expected_calibration_error,
+    loss_to_zero_shot,
+    metrics_from_logits,
+)
 
 NAMES = ["cat", "dog", "bird"]
 LABELS = torch.tensor([0, 0, 1, 1])
@@ -57,3 +64,34 @@ def test_below_zero_shot_names_the_classes_that_lost() -> None:
 def test_what_cannot_be_measured(logits: torch.Tensor, labels: torch.Tensor, match: str) -> None:
     with pytest.raises(DataError, match=match):
         metrics_from_logits(logits, labels)
+
+
+def test_calibration_error_by_hand() -> None:
+    shares = torch.tensor([[0.72, 0.28], [0.68, 0.32], [0.31, 0.69], [0.05, 0.95]])
+    # Two bins are taken: 10/15 to 11/15 holds three rows, two of them right; 14/15 to 1 one, which is wrong.
+    expected = abs(2 - (0.72 + 0.68 + 0.69)) / 4 + 0.95 / 4
+    assert expected_calibration_error(shares.log(), torch.tensor([0, 1, 1, 0])) == pytest.approx(expected, abs=1e-6)
+    assert expected_calibration_error(shares.log(), torch.tensor([0, 0, 1, 1]), bins=1) == pytest.approx(
+        1 - (0.72 + 0.68 + 0.69 + 0.95) / 4, abs=1e-6
+    )
+    sure = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])  # a confidence of exactly 1 is in the last bin
+    assert expected_calibration_error(sure, torch.tensor([0, 1])) == 0.0
+    assert expected_calibration_error(sure, torch.tensor([1, 1])) == pytest.approx(0.5)
+
+
+def test_calibration_error_is_that_of_a_loop(splits: Any, model: Any) -> None:
+    from taskres_hf import TaskResTrainer, TaskResTrainingArguments
+
+    test = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True)).embed(splits["test"])
+    with torch.no_grad():
+        logits = model.classifier.zero_shot_logits(test.image_embeds[0])
+    shares = logits.double().softmax(dim=1)
+    total = 0.0
+    for number in range(15):
+        low, high = number / 15, (number + 1) / 15
+        rows = [i for i, row in enumerate(shares) if low < float(row.max()) <= high]
+        right = sum(int(shares[i].argmax()) == int(test.labels[i]) for i in rows)
+        total += abs(right - sum(float(shares[i].max()) for i in rows))
+    assert expected_calibration_error(logits, test.labels) == pytest.approx(total / len(test))
+    with pytest.raises(DataError, match="as many labels as logits"):
+        expected_calibration_error(logits, test.labels[1:])

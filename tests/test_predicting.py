@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from taskres_hf import TaskResCLIPForImageClassification, predicting
-from taskres_hf.data.cells import FileCells
 from taskres_hf.data.labelled import LabelledImages
+from taskres_hf.data.reading import FileCells
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.errors import ArtifactError, ConfigurationError, ImageError

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,14 +18,22 @@ from .options import (
 from .screen import console, emit, quiet_libraries, say, when_interrupted
 from .values import check_output_folder, read_numbers
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
 _SHIPPED = " (shipped)"  # after the name of a task, in the classifier's config
 
 
 def demo(
-    task: Annotated[str, typer.Option(help="Task of the shipped pictures.")] = "animals-plants",
+    task: Annotated[str | None, typer.Option(help="One task of the shipped pictures instead of three.")] = None,
     all_tasks: Annotated[bool, typer.Option("--all", help="Every task, as one table.")] = False,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="The same with a public CLIP and public photographs: about 800 MB to fetch.")
+    ] = False,
     shots: Annotated[str, typer.Option(help="Comma list of shot counts.")] = "1,2,4,8,16",
-    seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "1,2,3",
+    seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "1,2,3,4,5",
     recipe: Annotated[Recipe, typer.Option(help="One setting for every task, or as published.")] = Recipe.AUTO,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the classifier is saved.")] = Path(
         "taskres-demo"
@@ -40,24 +49,32 @@ def demo(
     quiet_libraries(quiet or as_json)
     from tqdm.auto import tqdm
 
-    from ..demo import check_task, demo_model, demo_tasks
+    from ..demo import DEMO_TASKS, HUB_MODEL, check_task, demo_tasks
     from ..paper.reports import accuracy_table, summarise
-    from ..paper.runner import run_benchmark
+    from ..paper.runner import task_runs
 
+    if hub and (task is not None or all_tasks):
+        raise typer.BadParameter("--hub has its own pictures: leave --task and --all out.", param_hint="--hub")
     counts, draws = read_numbers(shots, "--shots"), read_numbers(seeds, "--seeds")
-    tasks = list(demo_tasks()) if all_tasks else [check_task(task)]
+    tasks = list(demo_tasks()) if all_tasks else list(DEMO_TASKS) if task is None else [check_task(task)]
     if not all_tasks:
         check_output_folder(output_dir, replace=overwrite or _is_of_the_demo(output_dir))
-    total = len(tasks) * len(counts) * len(draws)
+    grounds = [_of_the_hub()] if hub else [_shipped(name) for name in tasks]
+    total = len(grounds) * len(counts) * len(draws)
     with tqdm(total=total, desc="Training", unit="run", disable=quiet or as_json) as bar:
-        runs = run_benchmark(
-            demo_model(), tasks, shots=counts, seeds=draws, recipes=[recipe.value], targets=[],
-            on_cell=lambda *_: bar.update(),
-        )  # fmt: skip
+        runs = [
+            run
+            for ground in grounds
+            for run in task_runs(
+                ground.model, ground.splits, ground.name, counts, draws, recipe.value, on_run=bar.update
+            )
+        ]
     table = accuracy_table(summarise(runs), len(draws), first="task")
     result: dict[str, Any] = {"recipe": recipe.value, "shots": counts, "seeds": draws, "tasks": _by_task(runs)}
+    if hub:
+        result["base_model"] = HUB_MODEL
     if not all_tasks:
-        result |= _train_and_classify(task, output_dir, shots=max(counts), seed=draws[0], recipe=recipe)
+        result |= _train_and_classify(grounds[0], output_dir, shots=max(counts), seed=draws[0], recipe=recipe)
 
     def show() -> None:
         if markdown:
@@ -68,6 +85,36 @@ def demo(
             say(_story(result))
 
     emit(as_json, result, show)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What a demo trains and measures on: the name, as it is recorded, the splits, and a zero-shot classifier."""
+
+    name: str
+    recorded: str
+    splits: DatasetDict
+    model: TaskResCLIPForImageClassification
+
+
+def _shipped(task: str) -> _Ground:
+    from ..demo import demo_dataset, demo_model, demo_tasks
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    spec = demo_tasks()[task]
+    model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+    return _Ground(task, f"{task}{_SHIPPED}", demo_dataset(task), model)
+
+
+def _of_the_hub() -> _Ground:
+    """Public photographs and a public CLIP; the error of a Hub out of reach says what to do."""
+    from ..demo import HUB_DATASET, HUB_MODEL, HUB_TEMPLATE, hub_dataset
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    splits = hub_dataset()
+    names = splits["train"].features["label"]
+    model = TaskResCLIPForImageClassification.from_base(HUB_MODEL, names, HUB_TEMPLATE)
+    return _Ground(HUB_DATASET.split("/")[1], HUB_DATASET, splits, model)
 
 
 def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,17 +128,20 @@ def _by_task(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _is_of_the_demo(folder: Path) -> bool:
     """Whether a folder holds a classifier of an earlier demo, which may be replaced without asking."""
+    from ..artifact import CONFIG
+    from ..demo import HUB_DATASET
     from ..errors import ArtifactError
-    from ..storage import CONFIG, read_json
+    from ..storage import read_json
 
     try:
         data = read_json(folder / CONFIG).get("data")
     except ArtifactError:
         return False
-    return isinstance(data, dict) and str(data.get("name")).endswith(_SHIPPED)
+    name = str(data.get("name")) if isinstance(data, dict) else ""
+    return name.endswith(_SHIPPED) or name == HUB_DATASET
 
 
-def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, recipe: Recipe) -> dict[str, Any]:
+def _train_and_classify(ground: _Ground, output_dir: Path, *, shots: int, seed: int, recipe: Recipe) -> dict[str, Any]:
     """Train one classifier as a user would, save it, and classify test pictures through `pipeline`.
 
     Returns:
@@ -99,29 +149,27 @@ def _train_and_classify(task: str, output_dir: Path, *, shots: int, seed: int, r
     """
     from transformers import pipeline
 
-    from ..demo import demo_dataset, demo_model, demo_tasks
-    from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.arguments import TaskResTrainingArguments
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer, TaskResTrainingArguments
 
-    splits, spec = demo_dataset(task), demo_tasks()[task]
-    model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+    ground.model.classifier.reset()
     arguments = TaskResTrainingArguments(
         output_dir=str(output_dir), recipe=recipe.value, shots=shots, seed=seed, on_short="ignore", disable_tqdm=True,
-        dataset_name=f"{task}{_SHIPPED}",
+        dataset_name=ground.recorded,
     )  # fmt: skip
-    trainer = TaskResTrainer(model, arguments, splits["train"], splits["test"])
+    trainer = TaskResTrainer(ground.model, arguments, ground.splits["train"], ground.splits["test"])
     trainer.train()
     trainer.evaluate()
     trainer.save_model(output_dir)
     classify = pipeline("image-classification", model=str(output_dir))
-    test = splits["test"]
-    names = test.features["label"].names
+    test = ground.splits["test"]
+    names = ground.model.class_names
     pictures = []
-    for row in test.select([round(position * (len(test) - 1) / 5) for position in range(6)]):
+    for number in (round(position * (len(test) - 1) / 5) for position in range(6)):
+        row = test[number]
         best = classify(row["image"].convert("RGB"), top_k=1)[0]
+        shown = row.get("emoji_name") or f"test picture {number}"
         answer = {"prediction": best["label"], "score": best["score"]}
-        pictures.append({"picture": row["emoji_name"] or row["style"], "label": names[row["label"]], **answer})
+        pictures.append({"picture": shown, "label": names[row["label"]], **answer})
     size = sum(file.stat().st_size for file in Path(output_dir).iterdir() if file.is_file())
     return {"output_dir": str(output_dir), "bytes": size, "pictures": pictures}
 

@@ -11,7 +11,7 @@ from .screen import emit, percent, quiet_libraries, say, say_loading, show_table
 from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
     arguments = _arguments(context, device, label_map, quiet or as_json)
     from ..data import load_evaluation_data
     from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer
 
     say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
@@ -82,7 +82,7 @@ def evaluate(
 def _arguments(
     context: typer.Context, device: str | None, label_map: str | None, quiet: bool
 ) -> TaskResTrainingArguments:
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
     from .run_config import read_run, training_only
 
     values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}

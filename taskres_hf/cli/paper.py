@@ -120,13 +120,13 @@ def benchmark(
     when_interrupted(lambda: f"Finished runs are kept in {output_dir}: the same command goes on from there.")
     quiet_libraries(True)
     from ..demo import demo_model
-    from ..paper.datasets import suite_datasets
+    from ..paper.datasets import dataset_names, suite_datasets
     from ..paper.runner import run_benchmark
 
     if list_datasets:
         _list(suite_datasets(), as_json)
         return
-    names = _dataset_names(dataset)
+    names = [name for part in dataset.split(",") for name in dataset_names(part.strip())]
     if check:
         _check(names, root, allow_other_split, as_json)
         return
@@ -184,18 +184,6 @@ def _recipe_names(text: str) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"--recipes must be a comma list of {', '.join(known)}; got {unknown[0]!r}.")
     return names
-
-
-def _dataset_names(text: str) -> list[str]:
-    """Names from a comma list, with `paper` and `shipped` for all of a kind."""
-    from ..paper.datasets import suite_datasets
-
-    known = suite_datasets()
-    groups = {
-        "paper": [name for name, spec in known.items() if "template_set" in spec],
-        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
-    }
-    return [name for part in text.split(",") for name in groups.get(part.strip(), [part.strip()])]
 
 
 def _check(names: list[str], root: Path | None, allow_other_split: bool, as_json: bool) -> None:

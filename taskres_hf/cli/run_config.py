@@ -22,8 +22,12 @@ from .._version import __version__
 from ..errors import ConfigurationError
 
 RUN_FILE = "run.yaml"
+_WRITES = {"train": "this classifier, trained", "compare": "this comparison, made"}
 # Where and how a command runs, not what comes out of it: accepted in a file where it makes sense, never written.
-_NEVER = {"config", "as_json", "quiet", "debug", "dataset_option", "use_cpu", "keep_underscores", "disable_tqdm"}
+_NEVER = {
+    "config", "as_json", "quiet", "debug", "dataset_option", "data_option", "list_methods", "use_cpu",
+    "keep_underscores", "disable_tqdm",
+}  # fmt: skip
 _ACTIONS = {"output_dir", "overwrite", "resume", "cache_dir", "hub_model_id", "hub_private_repo", "include_code"}
 _SECRETS = {"hub_token", "push_to_hub"}
 # Of each pair one rules the other out: what is typed also wins over the other one in a file.
@@ -37,14 +41,16 @@ _INLINE: dict[str, tuple[type, ...]] = {
     "indices": (str, list),
     "templates": (str, list),
     "report_to": (str, list),
+    "data": (str, list),
 }
 
 
-def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
+def read_run(context: typer.Context, config: Path | None, training: bool = True) -> dict[str, Any]:
     """All settings of a command: options typed by the user, else those in the config file, else defaults.
 
     Args:
         context: of the running command. config: the file of `--config`, or None.
+        training: whether the command takes settings of training that have no option of their own.
 
     Returns:
         Name to value; choices and paths as strings.
@@ -58,7 +64,7 @@ def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
     if config is None or command is None:
         return values
     hints = typing.get_type_hints(command)
-    known = _training_hints() | {name: hints[name] for name in values if name not in _NEVER}
+    known = (_training_hints() if training else {}) | {name: hints[name] for name in values if name not in _NEVER}
     sources = {name: context.get_parameter_source(name) for name in values}
     settled = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     settled |= {pair[1 - place] for pair in _EITHER_OR for place in (0, 1) if pair[place] in settled}
@@ -67,7 +73,7 @@ def read_run(context: typer.Context, config: Path | None) -> dict[str, Any]:
 
 def _training_hints() -> dict[str, Any]:
     """Settings of training that have no option of their own."""
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     hints = typing.get_type_hints(TaskResTrainingArguments)
     return {name: hint for name, hint in hints.items() if name not in _NEVER | _SECRETS and name in _fields()}
@@ -76,7 +82,7 @@ def _training_hints() -> dict[str, Any]:
 def _fields() -> set[str]:
     from dataclasses import fields
 
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     return {field.name for field in fields(TaskResTrainingArguments)}
 
@@ -199,11 +205,12 @@ def _loader() -> Any:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def write_run(folder: Path, values: Mapping[str, Any]) -> Path:
+def write_run(folder: Path, values: Mapping[str, Any], command: str = "train") -> Path:
     """Write the settings beside a classifier, so that `taskres train --config` gives it again.
 
     Args:
         folder: of the classifier. values: settings by name; what says only where and how is left out.
+        command: whose settings they are.
     """
     import yaml
 
@@ -214,8 +221,8 @@ def write_run(folder: Path, values: Mapping[str, Any]) -> Path:
     dropped = _NEVER | _ACTIONS | _SECRETS
     stored = {name: value for name, value in values.items() if value not in (None, []) and name not in dropped}
     head = (
-        f"# The settings of this classifier, trained with taskres_hf {__version__}.\n"
-        "# The same run again: taskres train --config run.yaml -o NEW_FOLDER\n"
+        f"# The settings of {_WRITES.get(command, 'this folder')} with taskres_hf {__version__}.\n"
+        f"# The same run again: taskres {command} --config run.yaml -o NEW_FOLDER\n"
     )
     text = yaml.dump(stored, Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
     path = folder / RUN_FILE

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import BaseModelError, ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
 from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
 from .values import (
-    SHIPPED,
     check_device,
     check_output_folder,
     default_output,
@@ -27,13 +26,13 @@ from .values import (
     read_templates,
     resolve_base,
     use_device,
+    without_base,
 )
 
 if TYPE_CHECKING:
     from ..data import LabelledImages, TrainingData
     from ..modeling_taskres import TaskResCLIPForImageClassification
-    from ..training.arguments import TaskResTrainingArguments
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer, TaskResTrainingArguments
 
 
 def train(
@@ -117,7 +116,7 @@ def train(
     if not as_json:
         say("\n".join(data.account.lines()))
     model = _make_model(run, data.train.class_names)
-    from ..training.trainer import TaskResTrainer
+    from ..training import TaskResTrainer
 
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
     trainer.train(resume_from_checkpoint=run["resume"] or None)
@@ -159,7 +158,7 @@ def _settle(run: dict[str, Any]) -> None:
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
-    from ..training.arguments import TaskResTrainingArguments
+    from ..training import TaskResTrainingArguments
 
     report_to = run["report_to"]
     values = {**training_only(run), "dataset_name": run.get("dataset_name") or public_name(run["dataset"])}
@@ -221,25 +220,11 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
             dtype=run["dtype"] or "float32", **{name: run[name] for name in names},
         )  # fmt: skip
     except OSError as error:
-        raise _without_base(run["base_model"], error) from error
-
-
-def _without_base(name: str, error: OSError) -> Exception:
-    """What to do when the base cannot be had."""
-    from ..storage import is_path
-
-    if is_path(name):
-        return error
-    return BaseModelError(
-        f"The base model {name} is neither on this machine nor could it be downloaded: "
-        f"{str(error).splitlines()[0]}\n"
-        f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
-        f"${opt.BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
-    )
+        raise without_base(run["base_model"], error) from error
 
 
 def _what_is_kept(arguments: TaskResTrainingArguments) -> str:
-    from ..training.checkpoints import list_checkpoints
+    from ..training.run import list_checkpoints
 
     checkpoints = list_checkpoints(arguments.output_dir)
     if checkpoints:

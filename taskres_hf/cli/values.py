@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, ConfigurationError
+from ..errors import ArtifactError, BaseModelError, ConfigurationError
 
 SHIPPED = "shipped"
 
@@ -204,6 +204,21 @@ def resolve_base(name: str) -> str:
     from ..demo import demo_model
 
     return demo_model()
+
+
+def without_base(name: str, error: OSError) -> Exception:
+    """What to do when the base cannot be had."""
+    from ..storage import is_path
+    from .options import BASE_VARIABLE
+
+    if is_path(name):
+        return error
+    return BaseModelError(
+        f"The base model {name} is neither on this machine nor could it be downloaded: "
+        f"{str(error).splitlines()[0]}\n"
+        f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
+        f"${BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
+    )
 
 
 def check_device(name: str | None, cpu: bool = False) -> str | None:

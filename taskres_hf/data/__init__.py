@@ -1,9 +1,11 @@
 """Any source of labelled pictures, as splits with class ids."""
 
-from .account import Account as Account
-from .account import duplicates as duplicates
-from .labelled import LabelledImages as LabelledImages
-from .sources import load_splits as load_splits
-from .training_data import TrainingData as TrainingData
-from .training_data import load_evaluation_data as load_evaluation_data
-from .training_data import load_training_data as load_training_data
+from .labelled import LabelledImages, class_counts
+from .reading import Account, duplicates, shorten
+from .sources import load_splits
+from .training_data import TrainingData, load_evaluation_data, load_training_data
+
+__all__ = [
+    "Account", "LabelledImages", "TrainingData", "class_counts", "duplicates", "load_evaluation_data", "load_splits",
+    "load_training_data", "shorten",
+]  # fmt: skip

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import DataError
-from .account import LeftOut, shorten
 from .listing import Listing, is_picture, pictures_left_out
-from .reading import Reading, SplitReading, is_wrapper, natural_key, split_name
+from .reading import LeftOut, Reading, SplitReading, is_wrapper, natural_key, shorten, split_name
 
 _GENERIC = re.compile(
     r"[\W_\d]*(?:days?|weeks?|months?|years?|batch(?:es)?|sessions?|parts?|groups?|folds?|runs?|rounds?|trials?|scenes?|"

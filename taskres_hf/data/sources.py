@@ -1,4 +1,4 @@
-"""Open any source of labelled pictures as named splits."""
+"""Open any source of labelled pictures as named splits, divided by lists such as `meta/train.txt` where it has them."""
 
 from __future__ import annotations
 
@@ -25,26 +25,91 @@ from datasets import (
 from ..errors import DataError, TaskResError
 from ..storage import is_path
 from ..tables import visible
-from .account import LeftOut, printable, shorten
-from .archives import ArchiveCells, ArchiveListing, is_archive
-from .cells import FileCells
 from .folders import EXPECTED, NoClassFoldersError, read_folders, refuse_parts
-from .labelled import STREAMED
-from .listing import ARCHIVE_ENDINGS, FolderListing, Listing, is_picture, pictures_left_out, suffix
-from .naming import is_missing, name_classes
-from .reading import Reading, SplitReading, split_name
-from .shards import is_shard, read_shards
-from .split_lists import divide_by_lists
+from .labelled import STREAMED, is_missing, name_classes
+from .listing import (
+    ARCHIVE_ENDINGS,
+    ArchiveCells,
+    ArchiveListing,
+    FolderListing,
+    Listing,
+    is_archive,
+    is_picture,
+    is_shard,
+    pictures_left_out,
+    read_shards,
+    suffix,
+)
+from .reading import FileCells, LeftOut, Reading, SplitReading, printable, shorten, split_name
 from .tables import (
     TABLE_ENDINGS,
     MissingPicturesError,
     Paths,
+    Table,
     TableOptions,
     join_tables,
     parse_table,
     read_table,
     table_from_frame,
 )
+
+_ENDINGS = (".txt", ".csv", ".lst")
+
+
+def divide_by_lists(listing: Listing, reading: Reading) -> None:
+    """Divide the only split of a reading of class folders, where lists of a training and another split lie beside it.
+
+    Raises:
+        DataError: several lists for one split, or a picture in more than one.
+    """
+    (whole,) = reading.splits
+    everything = listing.cells(listing.pictures())
+    assert isinstance(whole.cells, (FileCells, ArchiveCells))
+    assert isinstance(everything, (FileCells, ArchiveCells))
+    rows = {name: row for row, name in enumerate(whole.cells.names)}
+    found: dict[str, dict[str, list[str]]] = {}
+    paths = Paths(listing, "")
+    for name in listing.files:
+        split = split_name(PurePosixPath(name).stem)
+        if split is not None and suffix(name) in _ENDINGS and name.count("/") < 3:
+            files = _pictures_of(listing, name, paths)
+            if files:
+                found.setdefault(split, {})[name] = files
+    if "train" not in found or len(found) < 2:
+        return
+    advice = "Move the others away, or read the folders alone with class_folder='first' (--class-folder first)."
+    several = next((lists for lists in found.values() if len(lists) > 1), None)
+    if several:
+        raise DataError(f"{listing.name} holds several lists of one split: {shorten(several)}. {advice}")
+    parts = {split: next(iter(lists.items())) for split, lists in found.items()}
+    named: dict[str, str] = {}
+    for origin, files in parts.values():
+        twice = next((file for file in files if named.setdefault(file, origin) != origin), None)
+        if twice is not None:
+            raise DataError(f"{twice} is named in {named[twice]} and in {origin}. {advice}")
+    reading.splits = []
+    for split, (origin, files) in parts.items():
+        cells = listing.cells(list(dict.fromkeys(files)))
+        assert isinstance(cells, (FileCells, ArchiveCells))
+        mine = sorted(rows.pop(file) for file in cells.names if file in rows)
+        labels = [whole.labels[row] for row in mine]
+        reading.splits.append(SplitReading(split, origin, None, whole.cells.select(mine), labels))
+    reading.notes.append(f"Which picture is of which split is read from {shorten(o for o, _ in parts.values())}.")
+    if rows:
+        relative = dict(zip(everything.names, listing.pictures(), strict=True))
+        examples = tuple(relative[name] for name in list(rows)[:5])
+        reading.left_out.append(LeftOut("pictures that no list of a split names", len(rows), examples))
+
+
+def _pictures_of(listing: Listing, name: str, paths: Paths) -> list[str]:
+    """The pictures that a list names, one a line; none where it is something else."""
+    try:
+        lines = listing.read(name).decode("utf-8-sig").splitlines()
+        values = [line.strip() for line in lines if line.strip()]
+        return paths.find(Table(name, {"path": values}, list(range(1, len(values) + 1))), "path")[0]
+    except (DataError, UnicodeDecodeError):
+        return []
+
 
 READABLE = (
     "Readable are folders of pictures, tables (.csv, .tsv, .txt, .json, .jsonl, .parquet), archives (.zip, .tar, "

@@ -14,10 +14,9 @@ from typing import Any
 
 from ..errors import DataError
 from ..pictures import IMAGE_EXTENSIONS
-from .account import LeftOut, printable, shorten
+from .labelled import are_measurements, is_empty_cell, labels_of_cells
 from .listing import Listing, is_picture, suffix
-from .naming import are_measurements, is_empty_cell, labels_of_cells
-from .reading import Reading, SplitReading, split_name
+from .reading import LeftOut, Reading, SplitReading, printable, shorten, split_name
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 _PATH_NAMES = (

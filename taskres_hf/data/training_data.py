@@ -14,10 +14,20 @@ from datasets import ClassLabel, Dataset
 
 from ..errors import DataError
 from ..storage import is_path
-from .account import Account, LeftOut, SplitAccount, shorten
-from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, rename_classes
-from .naming import Naming, are_codes, finder, is_missing, name_classes
-from .reading import Reading, SplitReading, natural_key, split_name
+from .labelled import (
+    LABEL_NAMES,
+    LabelledImages,
+    Naming,
+    are_codes,
+    class_counts,
+    column_values,
+    find_column,
+    finder,
+    is_missing,
+    name_classes,
+    rename_classes,
+)
+from .reading import Account, LeftOut, Reading, SplitAccount, SplitReading, natural_key, shorten, split_name
 from .sources import SourceOptions, read_source
 
 

@@ -17,8 +17,15 @@ from transformers import PreTrainedModel
 
 from ..encoders import image_weights_digest
 from ..errors import TaskResError
-from .engines.choose import engine_of_watched, make_engine, stock_engine
-from .engines.probe import agrees, is_faster, probe_pictures, remembered_choice
+from .engines.choose import (
+    agrees,
+    engine_of_watched,
+    is_faster,
+    make_engine,
+    probe_pictures,
+    remembered_choice,
+    stock_engine,
+)
 from .engines.rewriting import image_side_state, watched_module
 from .preprocessing import Preprocessor
 

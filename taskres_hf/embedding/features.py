@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from ..data.labelled import LabelledImages
 from ..errors import ConfigurationError, ImageError
 from ..pictures import Remarks
-from .augmentation import augment, crop_size
 from .cache import EmbeddingCache
 from .embedder import Embedder
+from .preprocessing import augment, crop_size
 
 _FORMAT = 4
 

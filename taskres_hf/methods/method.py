@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError
 from ..residual import TaskResClassifier
@@ -42,12 +43,15 @@ class Fitted:
     """A fitted classifier and what fitting took.
 
     Attributes:
-        logits: image embeddings [N, D] as the base gives them to logits [N, K].
+        logits: image embeddings [N, D] as the base gives them (or `embed`, where there is one) to logits [N, K].
         trained_parameters: how many numbers were fitted.
         linear: the same logits as a linear classifier, which can be saved as a residual; None where there is none.
         not_linear: why not, for people.
-        selected: what was chosen, such as `{"C": 0.316}`. selected_on: `""` (nothing), `"cross-validation on the shots"`.
+        selected: what was chosen, such as `{"C": 0.316}`.
+        selected_on: `""` (nothing) or `"cross-validation on the shots"`.
         fit_seconds: wall seconds of `fit`, embedding not included.
+        embed: pictures (`LabelledImages` or PIL pictures) to the embeddings [N, D] that `logits` takes, where fitting
+            changed the image tower; None where those of the base are the ones.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -57,6 +61,7 @@ class Fitted:
     selected: dict[str, Any] = field(default_factory=dict)
     selected_on: str = ""
     fit_seconds: float = 0.0
+    embed: Callable[[LabelledImages | Sequence[Any]], Tensor] | None = None
 
     @classmethod
     def of(cls, linear: Linear, trained_parameters: int, **facts: Any) -> Fitted:
@@ -78,25 +83,49 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted: ...
+    def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted:
+        """What `fit` does; a method that needs the pictures takes `images: LabelledImages | None = None` too."""
 
-    def fit(self, features: ImageFeatures, classifier: TaskResClassifier, *, seed: int = 1, model: Any = None) -> Fitted:
+    def fit(
+        self,
+        features: ImageFeatures,
+        classifier: TaskResClassifier,
+        *,
+        seed: int = 1,
+        model: Any = None,
+        images: LabelledImages | None = None,
+    ) -> Fitted:
         """Fit on the shots.
 
         Args:
             features: embeddings [V, N, D] of N pictures in V views (view 0 alone where V is 1), and their labels [N].
             classifier: the zero-shot classifier: base `t` [K, D], logit scale and bias. It is not changed.
             seed: of whatever is drawn. model: the whole model, for methods that need its text tower or the pictures.
+            images: the N pictures themselves, in the order of `features`, for methods that need them.
 
         Raises:
-            ConfigurationError: the method needs what was not given.
+            ConfigurationError: the method needs what was not given, or the pictures are not those of `features`.
         """
         if self.needs and model is None:
             raise ConfigurationError(f"{self.name} needs the {' and the '.join(sorted(self.needs))}: pass model=.")
+        pictures: dict[str, Any] = {}
+        if "pictures" in self.needs:
+            pictures["images"] = _checked_pictures(self.name, images, features)
         start = time.perf_counter()
-        fitted = self._fit(features, classifier, seed, model)
+        fitted = self._fit(features, classifier, seed, model, **pictures)
         fitted.fit_seconds = time.perf_counter() - start
         return fitted
+
+
+def _checked_pictures(name: str, images: LabelledImages | None, features: ImageFeatures) -> LabelledImages:
+    if images is None:
+        raise ConfigurationError(f"{name} needs the pictures of the shots: pass images=, in the order of the features.")
+    if images.labels != features.labels.tolist():
+        raise ConfigurationError(
+            f"The {len(images)} pictures of images= are not those of the {len(features)} embeddings, or in another "
+            "order: their labels differ. Select the same rows of both."
+        )
+    return images
 
 
 METHODS: dict[str, Callable[[], Method]] = {}

@@ -7,7 +7,7 @@ import torch
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..training.known_pictures import remember
+from ..training.measuring import remember
 from .method import Fitted
 
 _EQUAL = 1e-5  # relative: lengths and biases closer than that are the same up to fp32

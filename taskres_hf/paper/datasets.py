@@ -22,8 +22,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from ..data.labelled import LabelledImages
-from ..data.sources import load_splits
+from ..data import LabelledImages, load_splits
 from ..demo import demo_dataset, demo_styles, demo_tasks
 from ..errors import ArtifactError, ConfigurationError, DataError, ImageError
 from ..pictures import IMAGE_EXTENSIONS
@@ -55,6 +54,16 @@ def suite_datasets() -> dict[str, dict[str, Any]]:
             "layout": {"kind": "shipped_target"}, "hub": None, "traps": [],
         }  # fmt: skip
     return known
+
+
+def dataset_names(name: str) -> list[str]:
+    """The name itself; of `paper` the names of the paper's 11 datasets, of `shipped` those of the shipped tasks."""
+    known = suite_datasets()
+    groups = {
+        "paper": [name for name, spec in known.items() if "template_set" in spec],
+        "shipped": [name for name, spec in known.items() if spec["layout"]["kind"] == "shipped"],
+    }
+    return groups.get(name, [name])
 
 
 @dataclass(frozen=True)

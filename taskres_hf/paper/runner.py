@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,21 +15,20 @@ from typing import Any
 
 import torch
 
-from ..base_classifier import same_base
+from ..artifact import library_versions
 from ..data.labelled import LabelledImages
 from ..embedding.features import ImageFeatures, content_digest
-from ..errors import ArtifactError, ConfigurationError, DataError
+from ..errors import DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import library_versions, read_json, write_json
-from ..training.arguments import TaskResTrainingArguments
+from ..storage import write_json
+from ..training import TaskResTrainer, TaskResTrainingArguments
 from ..training.recipes import published_epochs
-from ..training.trainer import TaskResTrainer
+from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, write_draw
 from .datasets import PaperData, describe_dataset, open_dataset
 
 PAPER_VIEWS = 10  # cached augmented views for recipe "paper"; the published code draws a fresh one every epoch
-_CHANGE_NOTHING = ("embed_batch_size", "cache_dir", "buffer_mb", "use_cpu")  # settings that only cost or save time
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,48 @@ def few_shot_runs(
         options = {"seed": cell.seed, "on_short": "ignore", "disable_tqdm": True, **settings(cell)}
         TaskResTrainer(model, TaskResTrainingArguments(**options), train(cell)).train()
         yield cell, {name: accuracies(model, test, rows) for name, (test, rows) in tests(cell).items()}
+
+
+def task_runs(
+    model: TaskResCLIPForImageClassification,
+    splits: Mapping[str, Any],
+    name: str,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    recipe: str = "auto",
+    on_run: Callable[[], object] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Every draw of a task that is open already, trained and measured on its test split.
+
+    Only pictures that some draw needs are embedded, and those once; recipe `"paper"` embeds `PAPER_VIEWS` views of each
+    draw.
+
+    Args:
+        model: a classifier for the classes of the task. splits: with `train` and `test`, columns as `LabelledImages`
+            finds them. on_run: called after each run.
+
+    Yields:
+        Rows as `reports.summarise` takes them.
+    """
+    train, cells = LabelledImages(splits["train"]), grid(name, shots, seeds, [recipe])
+    rows = {cell: few_shot_indices(train.labels, cell.shots, cell.seed, on_short="ignore") for cell in cells}
+    options: dict[str, Any] = {"recipe": recipe, "disable_tqdm": True}
+    trainer = TaskResTrainer(model, TaskResTrainingArguments(**options))
+    test = trainer.embed(splits["test"])
+    settings = {"recipe": recipe, "views": PAPER_VIEWS if recipe == "paper" else 0}
+    needed = sorted({row for drawn in rows.values() for row in drawn})
+    place = {row: position for position, row in enumerate(needed)}
+    embedded = None if settings["views"] else trainer.embed(train.select(needed))
+
+    def drawn(cell: Cell) -> ImageFeatures | LabelledImages:
+        if embedded is None:
+            return train.select(rows[cell])
+        return embedded.select([place[row] for row in rows[cell]])
+
+    for cell, scores in few_shot_runs(model, cells, drawn, lambda _: {"": (test, None)}, lambda _: settings):
+        on_run()
+        zero_shot, trained = scores[""]
+        yield {**asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "targets": {}}
 
 
 @torch.no_grad()
@@ -148,7 +188,7 @@ def run_benchmark(
     settings: dict[str, Any] = {
         "base_model": base_model, "revision": revision, "views": views, "augment_online": augment_online,
         "enhanced_base": enhanced_base, "keep_underscores": keep_underscores,
-        "arguments": {key: value for key, value in options.items() if key not in _CHANGE_NOTHING},
+        "arguments": {key: value for key, value in options.items() if key not in CHANGE_NOTHING},
     }  # fmt: skip
     results = []
     opened = {name: open_dataset(name, root, allow_other_split=allow_other_split) for name in datasets}
@@ -244,33 +284,16 @@ class _DatasetRun:
         Raises:
             ConfigurationError: it was not; says what differs.
         """
-        if not path.is_file():
-            return None
-        try:
-            result = read_json(path)
-        except ArtifactError as error:
-            warnings.warn(f"{error} This run is made again.", stacklevel=3)
+        result = read_cell(path)
+        if result is None:
             return None
         now = {
-            "settings": json.loads(json.dumps(self.settings)), "targets": sorted(self.target_names),
+            "settings": plain(self.settings), "targets": sorted(self.target_names),
             "engine": self.engine(cell.recipe)[0], "notes": self.data.notes,
         }  # fmt: skip
         then = {**result, "targets": sorted(result.get("targets", {}))}
-        different = [key for key, value in now.items() if then.get(key) != value]
-        if not same_base(result.get("base") or {}, self.model(cell.recipe).config.base_fingerprint or {}):
-            different.insert(0, "base")
-        if not different and then.get("pictures") != self.pictures(cell):
-            different.append("pictures")
-        if different:
-            said = {
-                "base": "the base's weights, tokenizer or prompts were others",
-                "pictures": f"pictures or labels of {self.data.name} were others",
-            }
-            shown = "; ".join(said.get(key) or f"{key} was {json.dumps(then.get(key))[:300]}" for key in different)
-            raise ConfigurationError(
-                f"{path} was run otherwise ({shown}), so its numbers do not belong beside new ones. Choose another "
-                "output folder, or remove that one."
-            )
+        base = self.model(cell.recipe).config.base_fingerprint
+        require_same_run(path, then, now, base, self.data.name, lambda: self.pictures(cell))
         return result
 
     def pictures(self, cell: Cell) -> dict[str, str]:
@@ -287,7 +310,7 @@ class _DatasetRun:
         """Run a cell and, with a folder, store its draw and its result."""
         rows, model = self.draws[cell.shots, cell.seed], self.model(cell.recipe)
         if folder is not None:
-            self._write_draw(cell, folder, rows)
+            write_draw(folder, cell.dataset, cell.shots, cell.seed, self.data.splits["train"], rows)
         ((_, scores),) = few_shot_runs(model, [cell], self._train, self._tests, self._settings)
         zero_shot, trained = scores.pop("")
         test = self._test(self.data.name, cell.recipe)[0]
@@ -296,7 +319,7 @@ class _DatasetRun:
             **asdict(cell), "zero_shot_accuracy": zero_shot, "accuracy": trained, "num_images": len(test),
             "train_images": len(rows), "seen_in_training": sum(digest in drawn for digest in test.digests),
             "pictures": self.pictures(cell),
-            "settings": json.loads(json.dumps(self.settings)), "notes": self.data.notes,
+            "settings": plain(self.settings), "notes": self.data.notes,
             "targets": {name: {"zero_shot_accuracy": pair[0], "accuracy": pair[1]} for name, pair in scores.items()},
             "base": model.config.base_fingerprint, "base_model_type": model.config.base_model_type,
             "engine": self.engine(cell.recipe)[0],
@@ -309,7 +332,7 @@ class _DatasetRun:
         }  # fmt: skip
         if folder is not None:
             write_json(folder / "cells" / cell.file_name, result)
-        return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+        return dict(plain(result))
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
         values = self.arguments(cell.recipe, self.views(cell.recipe))
@@ -360,17 +383,3 @@ class _DatasetRun:
         """A trainer that only embeds."""
         values = {**self.arguments(recipe, views), "augment_online": False, "seed": seed, "disable_tqdm": True}
         return TaskResTrainer(self.model(recipe), TaskResTrainingArguments(**values))
-
-    def _write_draw(self, cell: Cell, folder: Path, rows: Sequence[int]) -> None:
-        """Which pictures were drawn, by row, label and file, to replay it elsewhere."""
-        path = folder / "few_shot" / cell.dataset / f"shot_{cell.shots}-seed_{cell.seed}.json"
-        if path.exists():
-            return
-        train = self.data.splits["train"]
-        files = []
-        for row in rows:
-            source = train.source(row)
-            place = source.get("path") if isinstance(source, Mapping) else source
-            files.append("/".join(Path(str(place)).parts[-2:]) if place else train.digest(row))
-        draw = {"dataset": cell.dataset, "shots": cell.shots, "seed": cell.seed, "indices": list(rows)}
-        write_json(path, {**draw, "labels": [train.labels[row] for row in rows], "files": files})

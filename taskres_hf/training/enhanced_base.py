@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..embedding.features import ImageFeatures
-from ..embedding.stored import StoredFeatures
-from ..encoders import encode_texts
+from ..base_model import has_text_tower
+from ..embedding import ImageFeatures, StoredFeatures
+from ..encoders import encode_texts, family_of
 from ..errors import BaseModelError, ConfigurationError
-from ..families import family_of
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
 
@@ -123,3 +122,19 @@ def tune_projection(
         loss.backward()
         optimizer.step()
     return (inputs @ delta.detach().T).contiguous()
+
+
+def published_base(model: TaskResCLIPForImageClassification) -> tuple[Tensor, dict[str, Any] | None] | None:
+    """`t` [K, D] with the underscores of class names kept, and its fingerprint; None where nothing differs."""
+    config = model.config
+    if config.underscores == "keep" or not any("_" in name for name in model.class_names):
+        return None
+    # Made by the one function that makes base classifiers; from the name where this base lacks a text tower or fp32.
+    reusable = has_text_tower(model.clip) and model.clip.dtype == torch.float32
+    source: Any = model.clip if reusable else config.base_model_name_or_path
+    options = {"tokenizer": model.tokenizer} if reusable else {"revision": config.base_model_revision}
+    made = type(model).from_base(
+        source, model.class_names, config.templates or None, class_descriptions=config.class_descriptions,
+        prompt_names=config.prompt_names, underscores="keep", prompt_average=config.prompt_average, **options,
+    )  # fmt: skip
+    return made.classifier.base, made.config.base_fingerprint

@@ -1,22 +1,96 @@
-"""Measuring a classifier on pictures that it was not trained on."""
+"""Measuring a classifier on pictures that it was not trained on: held out, or by stratified cross-validation.
+
+Which pictures a residual was trained on is remembered in its config by their content.
+"""
 
 from __future__ import annotations
 
+import base64
+import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
-from ..data.account import shorten
-from ..embedding.features import ImageFeatures
+from ..data import LabelledImages, duplicates, shorten
+from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import compare_with_zero_shot, metrics_from_logits
-from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
-from .known_pictures import Name, known_rows
+
+Name = Callable[[int], str]  # a picture's position to what a person calls it
+
+_BYTES = 5  # of each SHA-256: two different pictures among a million share them once in 10^6 cases
+_MOST = 20_000  # pictures named, 133 kB in the config
+
+
+def remember(digests: Sequence[str]) -> dict[str, Any]:
+    """The training pictures for `config.data["train_pictures"]`.
+
+    Args:
+        digests: N SHA-256 digests in hexadecimal.
+
+    Returns:
+        `count`, the number of different pictures, and `sha256_prefixes`: the first five bytes of each digest, sorted,
+        in base64. Of more than 20,000 pictures only those with the smallest digests are named.
+    """
+    prefixes = sorted({bytes.fromhex(digest)[:_BYTES] for digest in digests})
+    return {"count": len(prefixes), "sha256_prefixes": base64.b64encode(b"".join(prefixes[:_MOST])).decode("ascii")}
+
+
+def known_rows(data: ImageFeatures, provenance: Mapping[str, Any] | None) -> tuple[list[int], bool]:
+    """Positions of pictures that the residual was trained on, and whether those are all.
+
+    Args:
+        data: N pictures. provenance: `config.data` of the classifier.
+
+    Returns:
+        The positions; False where the training pictures were too many to name each.
+    """
+    provenance = provenance or {}
+    if provenance.get("train_digest") == data.digest:
+        return list(range(len(data))), True
+    stored = provenance.get("train_pictures")
+    if not isinstance(stored, Mapping) or not data.digests:
+        return [], True
+    packed = base64.b64decode(str(stored.get("sha256_prefixes", "")))
+    known = {packed[start : start + _BYTES] for start in range(0, len(packed), _BYTES)}
+    rows = [row for row, digest in enumerate(data.digests) if bytes.fromhex(digest)[:_BYTES] in known]
+    return rows, len(known) >= int(stored.get("count", 0))
+
+
+def picture_names(images: LabelledImages | None) -> Name:
+    """What to call each picture in a message: its file, else its row."""
+
+    def name(position: int) -> str:
+        if images is None:
+            return f"row {position}"
+        cell = images.source(position)
+        path = cell.get("path") if isinstance(cell, Mapping) else cell
+        return str(path) if isinstance(path, str) and path else f"row {images.indices[position]}"
+
+    return name
+
+
+def warn_of_conflicts(data: ImageFeatures, name: Name) -> int:
+    """Name pictures that are there under several labels; their number."""
+    groups = duplicates(data.digests, data.labels.tolist()).conflicting if data.digests else []
+    if groups:
+        listed = shorten(
+            " and ".join(f"{name(row)} as {data.class_names[int(data.labels[row])]!r}" for row in group)
+            for group in groups
+        )
+        warnings.warn(
+            f"{len(groups)} pictures are there under more than one label: {listed}. Decide what each is, or leave it "
+            "out; with both labels it only blurs the classes.",
+            stacklevel=5,
+        )
+    return len(groups)
+
 
 Metrics = dict[str, Any]
 ComputeMetrics = Callable[[EvalPrediction], Metrics]
@@ -67,15 +141,16 @@ def prefixed(metrics: Metrics, prefix: str = "eval") -> Metrics:
     return {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value for key, value in metrics.items()}
 
 
-def without_training_pictures(
-    model: TaskResCLIPForImageClassification, data: ImageFeatures, name: Name
-) -> ImageFeatures:
+def without_training_pictures(provenance: Mapping[str, Any] | None, data: ImageFeatures, name: Name) -> ImageFeatures:
     """The pictures that the residual was not trained on; leaving some out is said in a warning that names them.
+
+    Args:
+        provenance: `config.data` of the classifier. name: what to call a picture by its row.
 
     Raises:
         OnlyTrainingPicturesError: none is left, or of too many training pictures not all can be told.
     """
-    rows, complete = known_rows(data, model.config.data)
+    rows, complete = known_rows(data, provenance)
     if not rows:
         return data
     listed = shorten(map(name, rows[:6]), 5) if len(rows) < 6 else f"{shorten(map(name, rows[:5]))} and so on"
@@ -96,3 +171,92 @@ def split_name(dataset: Any) -> str | None:
     """The split's name that came with the data."""
     split = getattr(dataset, "split", None)
     return str(split) if split else None
+
+
+_ALWAYS_TRAINS = -1
+
+
+def fold_of_each_picture(labels: Sequence[int], digests: Sequence[str], folds: int, seed: int) -> list[int]:
+    """The fold in which each picture is tested, from 0; -1 for pictures that only ever train.
+
+    Classes are spread evenly (scikit-learn's `StratifiedKFold`). Equal pictures are in the same fold, whatever their
+    labels. A class with one picture cannot be tested: without it nothing would be known of the class.
+
+    Args:
+        labels: N class ids. digests: N digests of the pictures, or none where they are not known.
+
+    Raises:
+        DataError: no class has two different pictures.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    keys = list(digests) if digests else [str(row) for row in range(len(labels))]
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    counts = Counter(labels[row] for row in first.values())
+    tested = [row for row in first.values() if counts[labels[row]] > 1]
+    if not tested:
+        raise DataError(
+            "No class has two different pictures, so nothing can be measured honestly by cross-validation: the only "
+            "picture of a class is needed to train it. Add pictures, or measure on a held-out split."
+        )
+    truth = [labels[row] for row in tested]
+    splitter = StratifiedKFold(min(folds, max(Counter(truth).values())), shuffle=True, random_state=seed)
+    fold_of_key: dict[str, int] = {}
+    with warnings.catch_warnings():
+        # Classes with fewer pictures than folds are what few shots are: each picture is then tested by itself.
+        warnings.filterwarnings("ignore", message="The least populated class")
+        for fold, (_, held_out) in enumerate(splitter.split(truth, truth)):
+            fold_of_key |= {keys[tested[place]]: fold for place in held_out.tolist()}
+    return [fold_of_key.get(key, _ALWAYS_TRAINS) for key in keys]
+
+
+def cross_validate(
+    head: TaskResClassifier,
+    train: ImageFeatures,
+    plain: ImageFeatures,
+    folds: int,
+    seed: int,
+    fit: Callable[[TaskResClassifier, ImageFeatures], None],
+    compute: ComputeMetrics | None = None,
+) -> Metrics:
+    """Train on all folds but one and test on that one, in turn; the head that is given does not change.
+
+    Args:
+        head: whose base, scale and `alpha` each fold starts from, with a zero residual.
+        train: N embeddings to train on. plain: the same N pictures, not augmented, to test on.
+        folds: at least 2; fewer are made where no class has so many pictures.
+        fit: trains a head on a part of `train`.
+        compute: further metrics, see `TaskResTrainer`.
+
+    Returns:
+        Metrics over all tested pictures, each classified by a head that was not trained on it; `folds`;
+        `untested_classes`, the names of those with a single picture.
+    """
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
+    assigned = torch.tensor(fold_of_each_picture(train.labels.tolist(), plain.digests, folds, seed))
+    count = int(assigned.max()) + 1
+    logits: list[Tensor] = []
+    zero_shot: list[Tensor] = []
+    rows: list[int] = []
+    for fold in range(count):
+        apart = copy.deepcopy(head)
+        apart.reset()
+        fit(apart, train.select(torch.nonzero(assigned != fold).flatten().tolist()))
+        held_out = torch.nonzero(assigned == fold).flatten().tolist()
+        for found, some in zip((logits, zero_shot), both_logits(apart, plain.select(held_out)), strict=True):
+            found.append(some)
+        rows += held_out
+    labels = plain.labels[rows]
+    metrics = full_metrics(torch.cat(logits), torch.cat(zero_shot), labels, train.class_names, compute)
+    single = sorted(set(train.labels.tolist()) - set(labels.tolist()))
+    untested = [train.class_names[label] for label in single]
+    if untested:
+        warnings.warn(
+            f"{len(untested)} of {len(train.class_names)} classes have a single picture, which is needed to train "
+            f"them: nothing was measured of {shorten(untested)}. The accuracy is that of the others alone.",
+            stacklevel=3,
+        )
+    return metrics | {"folds": count, "untested_classes": untested}

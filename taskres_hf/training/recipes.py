@@ -12,14 +12,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base_model import has_text_tower
 from ..errors import ConfigurationError
-from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
 
@@ -132,22 +129,6 @@ def recipe_for(args: TaskResTrainingArguments, head: TaskResClassifier, labels: 
         recipe = replace(recipe, train_batch_size=max(256, min(recipe.train_batch_size, fitting)))
     names = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_lr", "train_batch_size", "penalty")
     return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-
-
-def published_base(model: TaskResCLIPForImageClassification) -> tuple[Tensor, dict[str, Any] | None] | None:
-    """`t` [K, D] with the underscores of class names kept, and its fingerprint; None where nothing differs."""
-    config = model.config
-    if config.underscores == "keep" or not any("_" in name for name in model.class_names):
-        return None
-    # Made by the one function that makes base classifiers; from the name where this base lacks a text tower or fp32.
-    reusable = has_text_tower(model.clip) and model.clip.dtype == torch.float32
-    source: Any = model.clip if reusable else config.base_model_name_or_path
-    options = {"tokenizer": model.tokenizer} if reusable else {"revision": config.base_model_revision}
-    made = type(model).from_base(
-        source, model.class_names, config.templates or None, class_descriptions=config.class_descriptions,
-        prompt_names=config.prompt_names, underscores="keep", prompt_average=config.prompt_average, **options,
-    )  # fmt: skip
-    return made.classifier.base, made.config.base_fingerprint
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:

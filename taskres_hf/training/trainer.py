@@ -16,35 +16,32 @@ from datasets import Dataset
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from ..data.labelled import LabelledImages
-from ..embedding.embedder import Embedder
-from ..embedding.features import ImageFeatures
-from ..embedding.stored import StoredFeatures
+from ..data import LabelledImages
+from ..embedding import Embedder, ImageFeatures, StoredFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
-from .callbacks import EpochBar, EpochFlow, Trackers, check_epoch_choice
-from .cross_validation import cross_validate
-from .embeddings import DatasetEmbeddings
-from .enhanced_base import EPOCHS, enhance
-from .known_pictures import remember, warn_of_conflicts
+from .enhanced_base import EPOCHS, enhance, published_base
 from .measuring import (
     ComputeMetrics,
     Metrics,
     OnlyTrainingPicturesError,
     both_logits,
+    cross_validate,
     epoch_metrics,
     full_metrics,
     own_metrics,
     prefixed,
+    remember,
     split_name,
+    warn_of_conflicts,
     without_training_pictures,
 )
-from .recipes import Recipe, published_alpha, published_base, recipe_for
-from .run import Events, TrainingRun, describe_run
-from .shots import TrainingPictures, training_pictures
+from .recipes import Recipe, published_alpha, recipe_for
+from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
+from .shots import DatasetEmbeddings, TrainingPictures, training_pictures
 from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, fit, make_step
 
 
@@ -349,7 +346,7 @@ class TaskResTrainer:
         return chosen_on is not None and self._new_pictures(dataset).digest == chosen_on
 
     def _new_pictures(self, dataset: Any) -> ImageFeatures:
-        return without_training_pictures(self.model, self.embed(dataset), self._embeddings.names(dataset))
+        return without_training_pictures(self.model.config.data, self.embed(dataset), self._embeddings.names(dataset))
 
     # ------------------------------------------------------------------ saving
 

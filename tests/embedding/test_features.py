@@ -18,9 +18,9 @@ from datasets import Dataset, Features, Image, Value
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding import features as features
-from taskres_hf.embedding.augmentation import augment
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import embed_images
+from taskres_hf.embedding.preprocessing import augment
 from taskres_hf.embedding.stored import StoredFeatures
 from taskres_hf.errors import ConfigurationError, DataError, ImageError
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support import PAPER, run
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.demo import demo_dataset
 from taskres_hf.embedding import embedder as embedder_module
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.few_shot import few_shot_indices
@@ -28,7 +29,7 @@ from taskres_hf.paper.reports import (
     summarise,
     write_reports,
 )
-from taskres_hf.paper.runner import accuracies, few_shot_runs, grid, run_benchmark
+from taskres_hf.paper.runner import accuracies, few_shot_runs, grid, run_benchmark, task_runs
 from taskres_hf.storage import write_json
 
 
@@ -338,3 +339,13 @@ def test_the_table_fills_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with commands._Live(2, 1, show=True) as live:
         assert live.shown
         live.add(None, {**run, "targets": {}}, False)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "paper"])
+def test_an_open_task_gives_what_the_benchmark_gives(base: str, recipe: str) -> None:
+    options: dict[str, Any] = {"shots": [1, 2], "seeds": [1]}
+    expected = run_benchmark(base, ["food"], recipes=[recipe], targets=[], **options)
+    spec = suite_datasets()["food"]
+    model = TaskResCLIPForImageClassification.from_base(base, spec["class_names"], spec["template"])
+    found = list(task_runs(model, demo_dataset("food"), "food", recipe=recipe, **options))
+    assert [row.items() <= result.items() for row, result in zip(found, expected, strict=True)] == [True, True]

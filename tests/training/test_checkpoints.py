@@ -17,7 +17,7 @@ from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.embedding.features import ImageFeatures
 from taskres_hf.errors import ArtifactError, ConfigurationError
-from taskres_hf.training.checkpoints import list_checkpoints
+from taskres_hf.training.run import list_checkpoints
 
 
 def _arguments(folder: Path, **options: Any) -> TaskResTrainingArguments:

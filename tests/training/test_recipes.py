@@ -13,7 +13,6 @@ from taskres_hf import TaskResClassifier, TaskResTrainingArguments
 from taskres_hf.embedding.engines import onednn as linear
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.paper.datasets import suite_datasets
-from taskres_hf.training.gradient import loss_and_gradient, penalty_factor
 from taskres_hf.training.recipes import (
     epoch_batches,
     learning_rate,
@@ -22,6 +21,7 @@ from taskres_hf.training.recipes import (
     published_constants,
     recipe_for,
 )
+from taskres_hf.training.steps import loss_and_gradient, penalty_factor
 
 
 def _head(dtype: torch.dtype = torch.float64) -> TaskResClassifier:

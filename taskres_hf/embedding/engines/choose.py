@@ -1,31 +1,322 @@
-"""Runs the frozen image tower in the fastest form the machine has, and says which that was.
+"""Engines, the forms a frozen image tower can run in: runs it in the fastest the machine has, and says which that was.
 
 `engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, `"int8"`, or `"auto"`.
 Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the processor
-multiplies it natively and the tower is large enough to gain, else fp32. int8, in torch, is faster yet and rounds more:
-it is the user's explicit choice. What ran is recorded.
+multiplies it natively and the tower is large enough to gain, else fp32. Whether another form gives the stock tower's
+embeddings, and whether it is faster here, is tried. int8, in torch, is faster yet and rounds more: it is the user's
+explicit choice. What ran is recorded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...base_model import cpu_has_bf16
-from ...encoders import encode_images
-from ...errors import ConfigurationError
-from ...families import family_of
-from .engine import ImageEngine
+from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_digest
+from ...errors import ArtifactError, ConfigurationError, MissingExtraError
+from ...storage import cache_root, read_json, umask, write_json
 from .onednn import onednn
-from .onnxruntime import onnxruntime_engine
-from .openvino import openvino_engine
 from .rewriting import best_batch_size, int8_obstacle, rewritten, takes_bytes, watched_module
+
+_FORMAT = 5  # of converted towers kept on disk
+_SHEET = "sha256.json"  # the checksums of a converted tower's files
+
+
+@dataclass(frozen=True)
+class ImageEngine:
+    """A way to run the tower: call it with pixel values [B, 3, H, W] to get embeddings [B, D] fp32 on the CPU.
+
+    Attributes:
+        engine, precision: what was chosen. batch_size: pictures a pass at which it is fastest.
+        prepare: converts the tower and returns what runs it; called when the first pictures come.
+        takes_bytes: whether the pixel values it takes are bytes, uint8, not yet normalised.
+        is_stock: whether it is the tower as it is, so that there is nothing to compare it with.
+    """
+
+    engine: str
+    precision: str
+    batch_size: int
+    prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
+    takes_bytes: bool = False
+    is_stock: bool = False
+
+    def get_ready(self) -> None:
+        """Convert the tower now rather than when the first pictures come."""
+        _ = self._run
+
+    @cached_property
+    def _run(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return self.prepare()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self.takes_bytes and inputs["pixel_values"].dtype != torch.uint8:
+            raise TypeError(f"This engine takes pictures as bytes; got {inputs['pixel_values'].dtype}.")
+        return self._run(inputs)
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.precision}"
+
+
+class Tower(nn.Module):
+    """Pixel values to embeddings, as one module to convert."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.base = rewritten(base)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return encode_images(self.base, {"pixel_values": pixel_values})
+
+
+def picture_size(base: PreTrainedModel) -> tuple[int, int]:
+    size = base.config.vision_config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Callable[[Path], None]) -> Path:
+    """A file of a converted tower, kept in the cache folder for the next time.
+
+    Args:
+        engine: folder to keep it in. name: of the file that opens it. convert: writes this file, given its path, and
+            what belongs to it into the same folder.
+
+    A folder of files that is damaged is made again; one that cannot be kept lasts as long as the process.
+    """
+    folder = cache_root() / engine / f"{image_weights_digest(base)[:24]}-{_FORMAT}"
+    if folder.is_dir():
+        if _is_whole(folder):
+            return folder / name
+        warnings.warn(f"The converted tower in {folder} is damaged and is made again.", stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+    staging: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        convert(staging / name)
+        sums = {file.name: _sha256(file) for file in staging.iterdir()}
+        (staging / _SHEET).write_text(json.dumps(sums), encoding="utf-8")
+        staging.chmod(0o777 & ~umask())
+        os.rename(staging, folder)
+    except OSError as error:
+        if not folder.is_dir():  # or another process was faster
+            warnings.warn(f"The converted tower is not kept for the next run: {error}.", stacklevel=2)
+            folder = Path(tempfile.mkdtemp(prefix="taskres-"))
+            weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
+            convert(folder / name)
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return folder / name
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / _SHEET).read_text(encoding="utf-8"))
+        return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def openvino_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError('engine="openvino" needs its package: pip install "taskres_hf[openvino]".') from error
+    return ImageEngine(
+        "openvino",
+        precision,
+        best_batch_size(base, torch.get_num_threads()),
+        lambda: _openvino_tower(openvino, base, precision),
+    )
+
+
+def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    height, width = picture_size(base)
+    core = openvino.Core()
+
+    def convert(file: Path) -> None:
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        # What `openvino.convert_model` does, without its reports of usage: some thirty, each sent by a fork of this
+        # process, unless the user has opted out.
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
+            traced = TorchScriptPythonDecoder(Tower(base).eval(), example_input=torch.zeros(1, 3, height, width))
+            model = frontend.convert(frontend.load(traced))
+        model.reshape([-1, 3, height, width])
+        openvino.save_model(model, file, compress_to_fp16=False)
+
+    model = core.read_model(converted_tower("openvino", "tower.xml", base, convert))
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    )
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
+
+    return run
+
+
+def onnxruntime_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
+    if precision == "bf16":
+        raise ConfigurationError("engine='onnxruntime' runs in fp32 on the CPU. Pass precision='fp32'.")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise MissingExtraError('engine="onnxruntime" needs its packages: pip install "taskres_hf[onnx]".') from error
+    size = best_batch_size(base, torch.get_num_threads())
+    return ImageEngine("onnxruntime", "fp32", size, lambda: _onnxruntime_tower(onnxruntime, base))
+
+
+def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    height, width = picture_size(base)
+
+    def convert(file: Path) -> None:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it misses
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                Tower(base), (torch.zeros(2, 3, height, width),), str(file), input_names=["pixel_values"],
+                output_names=["image_embeds"], dynamo=True, external_data=False, verbose=False,
+                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            )  # fmt: skip
+
+    file = converted_tower("onnx", "tower.onnx", base, convert)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0])
+
+    return run
+
+
+# Largest error relative to an embedding's length: it tells another tower from rounding, no more.
+_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
+_CENTRED = 0.9  # least cosine between what two pictures' embeddings differ by
+_ROUNDS = 2
+
+
+def probe_pictures() -> list[PIL.Image.Image]:
+    """Two pictures that have little in common."""
+    generator = np.random.default_rng(0)
+    coarse = [generator.integers(0, 256, (4, 5, 3), dtype=np.uint8), generator.integers(0, 120, (40, 50, 3), np.uint8)]
+    return [PIL.Image.fromarray(pixels).resize((320, 256), PIL.Image.Resampling.BICUBIC) for pixels in coarse]
+
+
+def agrees(embeds: Tensor, expected: Tensor, precision: str) -> bool:
+    """Whether embeddings [2, D] of the probe pictures are those of the tower as it is, but for rounding.
+
+    What most embeddings have in common would hide an error, so what the two differ by is compared too, where a tower
+    tells them apart at all (one with random weights may not).
+    """
+    if embeds.shape != expected.shape or not bool(embeds.isfinite().all()):
+        return not bool(expected.isfinite().all()) and embeds.shape == expected.shape
+    tolerance = _TOLERANCE[precision]
+    lengths = expected.norm(dim=1)
+    if bool(((embeds - expected).norm(dim=1) > tolerance * lengths).any()):
+        return False
+    difference, wanted = embeds[0] - embeds[1], expected[0] - expected[1]
+    told_apart = bool(wanted.norm() > tolerance * lengths.mean())
+    return not told_apart or bool(torch.cosine_similarity(difference, wanted, dim=0) >= _CENTRED)
+
+
+def remembered_choice(base: PreTrainedModel, engine: ImageEngine) -> bool | None:
+    """Whether this engine was measured to be faster than the tower as it is, on this machine; None if never."""
+    with suppress(ArtifactError):
+        seconds = read_json(_file()).get(_key(base, engine))
+        if isinstance(seconds, Mapping) and all(isinstance(seconds.get(key), float) for key in ("engine", "stock")):
+            return bool(seconds["engine"] <= seconds["stock"])
+    return None
+
+
+def is_faster(
+    base: PreTrainedModel, engine: ImageEngine, run: Callable[[], Any], stock: Callable[[], Any], threads: int
+) -> bool:
+    """Time both on so many threads, in turn, and remember which was faster; `run` and `stock` embed the same."""
+    best = {"engine": float("inf"), "stock": float("inf")}
+    cores = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number in range(_ROUNDS + 1):
+            for name, work in (("engine", run), ("stock", stock)):
+                seconds = _seconds(work)
+                if number:  # the first round warms up
+                    best[name] = min(best[name], seconds)
+    finally:
+        torch.set_num_threads(cores)
+    with suppress(ArtifactError):  # what cannot be remembered is measured again
+        write_json(_file(), {**_remembered(), _key(base, engine): best})
+    return best["engine"] <= best["stock"]
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        return read_json(_file())
+    except ArtifactError:
+        return {}
+
+
+def _file() -> Path:
+    return cache_root() / "engines.json"
+
+
+def _key(base: PreTrainedModel, engine: ImageEngine) -> str:
+    """What a speed depends on: the processor, the libraries, the tower's shape and the engine."""
+    vision = getattr(base.config, "vision_config", base.config)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    shape = [base.config.model_type, *(getattr(vision, name, None) for name in names)]
+    return json.dumps([_processor(), os.cpu_count(), torch.__version__, shape, engine.name])
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 

@@ -18,19 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...base_model import cpu_has_bf16
-from ...families import family_of
-from .int8 import Rotation, int8_parts, rotate_layer
+from ...encoders import cpu_has_bf16, family_of
 from .onednn import (
     ACTIVATIONS,
     LINEAR,
     Int8Linear,
     PackedLinear,
+    Rotation,
     factored,
     frozen_linear,
     in_bytes,
+    int8_parts,
     onednn,
     onednn_int8,
+    rotate_layer,
 )
 
 _CAPTURE = "transformers.utils.output_capturing"

@@ -14,16 +14,14 @@ from torch import Tensor
 from transformers import AutoModel
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.base_formats import BaseSource
 from taskres_hf.base_model import load_image_tower
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose as engines
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.rewriting import int8_obstacle
-from taskres_hf.encoders import encode_images
+from taskres_hf.encoders import FAMILIES, BaseSource, encode_images
 from taskres_hf.errors import ConfigurationError, MissingExtraError
-from taskres_hf.families import FAMILIES
 
 Model = TaskResCLIPForImageClassification
 COMBINATIONS = [

@@ -15,10 +15,9 @@ from torch.nn.utils import parametrize
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.embedding import embedder as embedding
 from taskres_hf.embedding.embedder import Embedder
-from taskres_hf.embedding.engines import choose, onednn, probe
-from taskres_hf.embedding.engines.choose import make_engine
+from taskres_hf.embedding.engines import choose, onednn
+from taskres_hf.embedding.engines.choose import agrees, make_engine, probe_pictures
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.embedding.engines.probe import agrees, probe_pictures
 
 Model = TaskResCLIPForImageClassification
 
@@ -194,7 +193,7 @@ def _timed(monkeypatch: pytest.MonkeyPatch, cache: Path, engine: float, stock: f
         measured.append(stock if len(measured) % 2 else engine)
         return measured[-1]
 
-    monkeypatch.setattr(probe, "_seconds", seconds)
+    monkeypatch.setattr(choose, "_seconds", seconds)
     return measured
 
 
@@ -262,7 +261,7 @@ def test_what_is_remembered_is_of_this_machine_and_tower(
         ("torch", type("T", (), {**vars(torch), "__version__": "9"})),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(probe, attribute, value)
+            patch.setattr(choose, attribute, value)
             assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock
     (tmp_path / "engines.json").write_text(json.dumps({"x": 1})[:-1])
     assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock

@@ -17,8 +17,7 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import onednn as linear
 from taskres_hf.embedding.engines import rewriting as towers
 from taskres_hf.embedding.engines.choose import make_engine
-from taskres_hf.embedding.engines.int8 import Rotation, rotate_layer
-from taskres_hf.embedding.engines.onednn import onednn, onednn_int8
+from taskres_hf.embedding.engines.onednn import Rotation, onednn, onednn_int8, rotate_layer
 from taskres_hf.embedding.engines.rewriting import (
     BytePatches,
     Layer,
@@ -27,9 +26,8 @@ from taskres_hf.embedding.engines.rewriting import (
     rewritten,
     takes_bytes,
 )
-from taskres_hf.encoders import encode_images
+from taskres_hf.encoders import FAMILIES, encode_images
 from taskres_hf.errors import ConfigurationError
-from taskres_hf.families import FAMILIES
 
 Model = TaskResCLIPForImageClassification
 REWRITABLE = sorted(name for name, family in FAMILIES.items() if family.clip_layers)
