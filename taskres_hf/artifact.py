@@ -1,8 +1,9 @@
 """The saved folder: one residual in safetensors, a config, a processor and a card. Knows tensors and dicts, not models.
 
     config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
-    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side), and `base_shift` [K, D]
-                              where the base was enhanced; its metadata repeats config.json
+    model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side); `base_shift` [K, D] where
+                              the base was enhanced, `class_bias` [K] where there is one; its metadata repeats
+                              config.json
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
 
@@ -10,7 +11,7 @@ A new folder appears whole or not at all. In an existing one, replacing `model.s
 carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
 Everything is written beside the old files first and read back: nothing is saved that does not load.
 
-Describing an artifact imports neither torch nor transformers.
+Checking an artifact imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ WEIGHTS = "model.safetensors"
 PROCESSOR = "preprocessor_config.json"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
-FORMAT_VERSION = 2  # of an artifact; 2 adds the image side to `base_fingerprint`
+CLASS_BIAS = "class_bias"
+# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
+# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
+FORMAT_VERSION, PLAIN_VERSION = 3, 2
 
 _REQUIRED = (
     "base_model_name_or_path",
@@ -59,11 +63,9 @@ def tensor_digest(tensor: StoredTensor) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """Checksum of all tensors of an artifact; of the residual alone where there is no shift."""
-    digest = tensor_digest(tensors[RESIDUAL])
-    if SHIFT not in tensors:
-        return digest
-    return hashlib.sha256((digest + tensor_digest(tensors[SHIFT])).encode()).hexdigest()
+    """Checksum of all tensors of an artifact; of the residual alone where there is no other."""
+    digests = [tensor_digest(tensors[name]) for name in (RESIDUAL, SHIFT, CLASS_BIAS) if name in tensors]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
@@ -76,12 +78,25 @@ def _stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def check_residual(residual: StoredTensor, where: str) -> None:
-    """Refuse a residual that is not a finite floating-point matrix.
+def check_tensors(tensors: Mapping[str, StoredTensor], where: str) -> None:
+    """Refuse a residual or shift that is not a finite floating-point matrix, a class bias that is no such vector.
 
     Raises:
         ArtifactError: says what it is instead.
     """
+    for name, tensor in tensors.items():
+        if name != CLASS_BIAS:
+            _check_matrix(tensor, where)
+            continue
+        values = tensor.values()
+        if values is None or len(tensor.shape) != 1 or not all(map(math.isfinite, values)):
+            raise ArtifactError(
+                f"{where}: {CLASS_BIAS} must be K finite floating-point numbers; it is {tensor.torch_name} "
+                f"{list(tensor.shape)}, or holds NaN or infinite values. Save the model again, or download it again."
+            )
+
+
+def _check_matrix(residual: StoredTensor, where: str) -> None:
     values = residual.values()
     if values is None or len(residual.shape) != 2:
         raise ArtifactError(
@@ -100,27 +115,23 @@ def check_residual(residual: StoredTensor, where: str) -> None:
 def write_artifact(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
-    residual: Tensor,
+    tensors: Mapping[str, Tensor],
     extra: Mapping[str, bytes],
-    shift: Tensor | None = None,
 ) -> None:
     """Write an artifact; after a crash the folder holds the old one or the new one.
 
     Args:
         folder: created when missing; other files in it are left alone.
         config: the content of config.json; `residual_sha256` is filled in.
-        residual: [K, D], fp32 or fp16, finite.
+        tensors: `residual` [K, D], fp32 or fp16; `base_shift` [K, D] and `class_bias` [K] where there are such.
         extra: further files by name.
-        shift: what the enhanced base adds to the base [K, D], or None.
 
     Raises:
-        ArtifactError: the residual is not finite, or the folder cannot be written; nothing is changed then.
+        ArtifactError: a tensor is not finite, or the folder cannot be written; nothing is changed then.
     """
     folder = Path(folder)
-    tensors = {RESIDUAL: residual} if shift is None else {RESIDUAL: residual, SHIFT: shift}
     stored = {name: _stored(tensor) for name, tensor in tensors.items()}
-    for tensor in stored.values():
-        check_residual(tensor, str(folder))
+    check_tensors(stored, str(folder))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
@@ -232,12 +243,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 def read_artifact(
     config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read and verify an artifact's two files.
 
     Returns:
-        The config as a dict, the residual [K, D] ([1, D] on the image side) in fp32, and the base's shift [K, D] or
-        None.
+        The config as a dict, and by name the tensors in fp32: `residual` [K, D] ([1, D] on the image side), and
+        `base_shift` [K, D] and `class_bias` [K] where there are such.
 
     Raises:
         ArtifactError: see `read_checked`.
@@ -245,11 +256,10 @@ def read_artifact(
     import torch
 
     config, tensors = read_checked(config_path, weights_path)
-    read = {
+    return config, {
         name: torch.frombuffer(tensor.values(), dtype=torch.float32).reshape(tensor.shape).clone()
         for name, tensor in tensors.items()
     }
-    return config, read[RESIDUAL], read.get(SHIFT)
 
 
 def read_checked(
@@ -265,14 +275,14 @@ def read_checked(
             missing or wrong, there is another tensor than the residual, or its shape is not [classes, projection_dim].
     """
     config = read_json(config_path)
+    _check_version(config, str(config_path))  # first of all: a newer one may well hold other tensors
     tensors, metadata = read_stored(weights_path)
-    if set(tensors) not in ({RESIDUAL}, {RESIDUAL, SHIFT}):
+    if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
         raise ArtifactError(
-            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base); it "
-            f"holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
+            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base, "
+            f"{CLASS_BIAS!r} for a bias); it holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
         )
-    for tensor in tensors.values():
-        check_residual(tensor, str(weights_path))
+    check_tensors(tensors, str(weights_path))
     digest = tensors_digest(tensors)
     if config.get("residual_sha256") not in (None, digest):
         # A save was cut between the two files: the weights carry the config they were written with.
@@ -283,14 +293,17 @@ def read_checked(
                 "Download it again, or save the model again."
             )
         config = carried
-    check_config(config, str(config_path))
+    biased = CLASS_BIAS in tensors
+    check_config(config, str(config_path), biased)
     table = [len(config["id2label"]), config["projection_dim"]]
     expected = [1, table[1]] if config.get("residual_side") == "image" else table
     shapes = [list(tensors[name].shape) for name in (RESIDUAL, SHIFT) if name in tensors]
-    if shapes[0] != expected or shapes[1:] not in ([], [table]):
+    bias = list(tensors[CLASS_BIAS].shape) if biased else table[:1]
+    if shapes[0] != expected or shapes[1:] not in ([], [table]) or bias != table[:1]:
         raise ArtifactError(
-            f"The residual in {weights_path} has shape {shapes[0]}; config.json speaks of {table[0]} "
-            f"classes and projection_dim {table[1]}. The two files do not belong together."
+            f"The residual in {weights_path} has shape {shapes[0]}{f', the class bias {bias}' if biased else ''}; "
+            f"config.json speaks of {table[0]} classes and projection_dim {table[1]}. The two files do not belong "
+            "together."
         )
     return config, tensors
 
@@ -316,18 +329,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config.json of a newer format, without a key that loading needs, or with a value of another type.
-
-    Raises:
-        ArtifactError: names the version or the keys.
-    """
+def _check_version(config: Mapping[str, Any], where: str) -> None:
     version = config.get("format_version", 1)
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
             f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
             "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
         )
+
+
+# What version 3 adds, with its range; 1 is as published.
+_SETTINGS: dict[str, tuple[float, float]] = {
+    "strength": (0, 1), "logit_scale_factor": (1e-6, 1e6), "normalize_weight": (False, True),
+}  # fmt: skip
+
+
+def check_config(config: Mapping[str, Any], where: str, biased: bool = False) -> None:
+    """Refuse a config.json of a newer format, without a key that loading needs, or with a value of another type.
+
+    Raises:
+        ArtifactError: names the version or the keys.
+    """
+    _check_version(config, where)
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise ArtifactError(
@@ -338,6 +361,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         number = not isinstance(value, float) or math.isfinite(value)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool) or not number):
             raise ArtifactError(f"{where}: {key} has the wrong type or value ({value!r:.60}). Save the artifact again.")
+    _check_settings(config, where, biased)
     stored = config["base_fingerprint"]
     image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
     numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
@@ -347,6 +371,23 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     names = config["id2label"]
     if set(names) != {str(index) for index in range(len(names))} or not all(isinstance(n, str) for n in names.values()):
         raise ArtifactError(f"{where}: id2label must name the classes 0 to K-1. Save the artifact again.")
+
+
+def _check_settings(config: Mapping[str, Any], where: str, biased: bool) -> None:
+    for key, (low, high) in _SETTINGS.items():
+        value = config.get(key, type(high)(1))
+        kind = isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(high, bool)
+        if not kind or not low <= value <= high:
+            raise ArtifactError(
+                f"{where}: {key} must be {'true or false' if high is True else f'from {low:g} to {high:g}'}; it is "
+                f"{value!r:.60}. Save the artifact again."
+            )
+    used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
+    if used and config.get("format_version", 1) <= PLAIN_VERSION:
+        raise ArtifactError(
+            f"{where} has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "
+            "library would overlook them. Set them on the model and save it."
+        )
 
 
 def _numbers(values: Any) -> bool:
@@ -409,71 +450,6 @@ def commit_of(path: str) -> str | None:
     """The commit of a file in the Hub's cache; None for one elsewhere."""
     found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", os.fspath(path))
     return found.group(1) if found else None
-
-
-def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
-    """What an artifact is, from its two files alone: the base is not loaded.
-
-    Args:
-        name_or_path: folder or Hub id. revision: branch, tag or commit of it.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
-
-    Raises:
-        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
-    """
-    name = os.fspath(name_or_path)
-    paths = find_artifact(name_or_path, revision, **hub_kwargs)
-    config, tensors = read_checked(*paths)
-    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
-    assert values is not None
-    names = {int(index): label for index, label in config["id2label"].items()}
-    metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
-    account = (config.get("data") or {}).get("account") or {}
-    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
-    return {
-        "artifact": name,
-        "commit": commit_of(paths[1]),
-        "base_model": config["base_model_name_or_path"],
-        "base_model_revision": config.get("base_model_revision"),
-        "base_model_type": config.get("base_model_type"),
-        "num_classes": len(names),
-        "class_names": [names[index] for index in sorted(names)],
-        "templates": config.get("templates"),
-        "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
-        "alpha": config["alpha"],
-        "residual": {
-            "shape": [rows, dim],
-            "side": config.get("residual_side", "text"),
-            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
-        },
-        "enhanced_base": SHIFT in tensors,
-        "shots": few_shot.get("shots"),
-        "seed": few_shot.get("seed"),
-        "train_images": few_shot.get("num_images"),
-        "recipe": (config.get("training") or {}).get("recipe"),
-        "engine": (config.get("training") or {}).get("engine"),
-        "dataset": (config.get("data") or {}).get("name"),
-        "read_as": account.get("kind"),
-        "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
-        "data_digest": (config.get("data") or {}).get("train_digest"),
-        "accuracy": metrics.get("accuracy"),
-        "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
-        "accuracy_interval": metrics.get("accuracy_interval"),
-        "measured_on": measured_on(metrics) if metrics else None,
-        "bytes": {file.name: file.stat().st_size for file in sorted(files)},
-        "format_version": config.get("format_version", 1),
-        "library_versions": config.get("library_versions"),
-    }
-
-
-def measured_on(metrics: Mapping[str, Any]) -> str:
-    """How an accuracy came about, in words: what it was measured on, and on how many pictures."""
-    count = f"{metrics.get('num_images', '?')} pictures"
-    if metrics.get("method") == "cross-validation":
-        return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
-    split = metrics.get("split") or "an evaluation set"
-    chosen = ", which also chose the epoch" if metrics.get("method") == "validation" else ""
-    return f"{split}{chosen} ({count})"
 
 
 def library_versions() -> dict[str, str]:

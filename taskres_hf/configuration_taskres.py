@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .artifact import FORMAT_VERSION, library_versions
+from .artifact import FORMAT_VERSION, PLAIN_VERSION, library_versions
 from .errors import ConfigurationError
 from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve_templates, sentences_by_class
-from .residual import checked_alpha
+from .residual import AS_PUBLISHED, checked_alpha, setting
 
 # How a residual came to be. Each has one writer: the trainer, or an import.
 RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base")
@@ -23,11 +23,12 @@ _IGNORED_KWARGS = {
     "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
     "weights_only", "code_revision", "trust_remote_code", "offload_state_dict",
 }  # fmt: skip
-_SETTABLE = ("alpha", "return_dict")  # values of the config that `from_pretrained` takes
+_SETTABLE = ("alpha", "strength", "return_dict")  # values of the config that `from_pretrained` takes
 # What makes the classifier, which a config given beside the artifact must agree on.
 _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
     "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
+    "normalize_weight", "logit_scale_factor",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ class TaskResConfig(PreTrainedConfig):
         residual_side: `"text"` (published) or `"image"` (one shared residual on image embeddings).
         enhanced_base: how the base's shift was made (TaskRes*), or None for the regular base.
         logit_scale: factor on the cosine, exponentiated; logit_bias: constant on every logit.
+        strength, normalize_weight, logit_scale_factor: see `TaskResClassifier`.
         base_fingerprint: what the base classifier was made from, checked on loading.
         few_shot: the draw: `shots`, `seed`, `num_images`, `indices`.
         training: the run: recipe, its numbers, `seed`, `engine`.
@@ -110,13 +112,18 @@ class TaskResConfig(PreTrainedConfig):
         data: dict[str, Any] | None = None,
         library_versions: dict[str, str] | None = None,
         residual_sha256: str | None = None,
-        format_version: int = FORMAT_VERSION,
+        strength: float = 1.0,
+        normalize_weight: bool = True,
+        logit_scale_factor: float = 1.0,
+        format_version: int = PLAIN_VERSION,
         **kwargs: Any,
     ) -> None:
         recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base), strict=True))
         # Shared with the head of a model (`TaskResClassifier.facts`): one home for each fact.
         self.facts: dict[str, Any] = {"alpha": checked_alpha(alpha)}
         self.facts.update({key: value for key, value in recorded.items() if value is not None})
+        self.strength, self.normalize_weight = strength, normalize_weight
+        self.logit_scale_factor = logit_scale_factor
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_subfolder = base_model_subfolder
@@ -195,6 +202,9 @@ class TaskResConfig(PreTrainedConfig):
     def alpha(self, value: float) -> None:
         self.facts["alpha"] = checked_alpha(value)
 
+    strength = setting("strength")
+    normalize_weight = setting("normalize_weight")
+    logit_scale_factor = setting("logit_scale_factor")
     few_shot = _recorded("few_shot")
     training = _recorded("training")
     metrics = _recorded("metrics")
@@ -205,21 +215,29 @@ class TaskResConfig(PreTrainedConfig):
         """Everything that goes into config.json."""
         values: dict[str, Any] = super().to_dict()
         facts = values.pop("facts", {})
-        return {**values, "alpha": facts.get("alpha", self.alpha), **{key: facts.get(key) for key in RECORDED}}
+        head = {key: facts.get(key, published) for key, published in AS_PUBLISHED.items()}
+        return {
+            **values, "alpha": facts.get("alpha", self.alpha), **head, **{key: facts.get(key) for key in RECORDED},
+        }  # fmt: skip
 
-    def to_save(self, base_name: str | None, enhanced: bool, auto_map: dict[str, str] | None) -> dict[str, Any]:
+    def to_save(
+        self, base_name: str | None, enhanced: bool, biased: bool, auto_map: dict[str, str] | None
+    ) -> dict[str, Any]:
         """The content of an artifact's config.json, without the checksum.
 
         Args:
-            base_name: what to call the base. enhanced: whether a shift is saved beside the residual.
+            base_name: what to call the base. enhanced, biased: whether a shift or a class bias is saved beside the
+                residual.
             auto_map: the classes for `trust_remote_code`, where their module is saved too.
         """
-        self.library_versions, self.format_version = library_versions(), FORMAT_VERSION
+        plain = {key for key in AS_PUBLISHED if key not in self.facts}
+        newest = biased or plain != set(AS_PUBLISHED)
+        self.library_versions, self.format_version = library_versions(), FORMAT_VERSION if newest else PLAIN_VERSION
         values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
         values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}
         dtype = str(self.dtype).removeprefix("torch.")
         values["dtype"] = dtype if dtype in ("bfloat16", "float16") else "float32"  # no base is loaded in another
-        dropped = {"auto_map"} if enhanced else {"auto_map", "enhanced_base"}
+        dropped = {"auto_map", *plain} | (set() if enhanced else {"enhanced_base"})
         values = {key: value for key, value in values.items() if key not in dropped}
         return values if auto_map is None else {**values, "auto_map": auto_map}
 
@@ -257,10 +275,10 @@ def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | str | None, o
                 why = "classes, prompts and base belong to the residual, for other classes make a model with from_base"
             raise ConfigurationError(
                 f"The config given differs from the artifact's in {', '.join(different)}: {why}. On loading, only "
-                f"{' and '.join(_SETTABLE)} can be changed."
+                f"{', '.join(_SETTABLE)} can be changed."
             )
         for key in _SETTABLE:
-            setattr(loaded, key, getattr(config, key))
+            setattr(loaded, key, getattr(config, key, getattr(loaded, key)))
     for key in _SETTABLE:
         if options.get(key) is not None:
             setattr(loaded, key, options[key])
@@ -279,7 +297,7 @@ def base_options(options: Mapping[str, Any], method: str, positional: Sequence[A
     if shown or positional:
         own = set(wrong) & {*_FIXED, *RECORDED, "label2id", "num_labels"}
         why = " Classes, prompts and base belong to the residual: make a new model with from_base." if own else ""
-        more = f" Of the config, only {' and '.join(_SETTABLE)} can be given." if method == "from_pretrained" else ""
+        more = f" Of the config, only {', '.join(_SETTABLE)} can be given." if method == "from_pretrained" else ""
         raise TypeError(
             f"{method}() got unexpected arguments: {', '.join([*map(repr, positional), *shown])}.{why}{more}"
         )
@@ -287,7 +305,7 @@ def base_options(options: Mapping[str, Any], method: str, positional: Sequence[A
 
 
 def _comparable(config: PreTrainedConfig, key: str) -> Any:
-    value = getattr(config, key, None)
+    value = getattr(config, key, AS_PUBLISHED.get(key))
     if key in ("id2label", "label2id") and isinstance(value, Mapping):  # ids are text in JSON, and in some scripts
         return {str(one): str(other) for one, other in value.items()}
     return None if value in (False, "single_label_classification") else value

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, measured_on, read_checked
+from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, read_checked
+from .description import measured_on
 from .storage import is_path, read_json, write_bytes, write_json
 
 # A card without this line was written by a person and is never replaced.
@@ -89,7 +90,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[cell(template) for template in config.get("templates") or []],
         metrics=metrics,
-        measured_on=cell(measured_on(metrics)),
+        measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.import_utils import is_torchvision_available
 
-from .artifact import RESIDUAL, as_json, find_artifact, read_artifact, write_artifact
+from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
 from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
@@ -191,8 +191,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             text_tower: load the text tower too. Classifying does not need it: once the base classifier is known on
                 this machine, only the image tower is mapped into memory.
             **kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies` (both repositories);
-                `device_map`, `attn_implementation`, `quantization_config` (the base); `alpha` or `return_dict` instead
-                of the stored value. Other arguments of transformers' `from_pretrained` may be None or False.
+                `device_map`, `attn_implementation`, `quantization_config` (the base); `alpha`, `strength` or
+                `return_dict` instead of the stored value. Other arguments of transformers' may be None or False.
 
         Returns:
             The model in eval mode; with `output_loading_info`, also a dict of (empty) missing and unexpected keys.
@@ -207,9 +207,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         name, older = os.fspath(pretrained_model_name_or_path), kwargs.pop("torch_dtype", None)
         dtype, subfolder = older if dtype is None else dtype, subfolder or ""
         hub, options = split_hub_kwargs(kwargs)
-        values, residual, shift = read_artifact(
-            *find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
-        )
+        values, tensors = read_artifact(*find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub))
         loaded = TaskResConfig.from_dict(values)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
@@ -236,8 +234,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         loaded._name_or_path = name
         model = cls(loaded, base, table)
         with torch.no_grad():
-            model.classifier.residual.copy_(residual)
-        model.classifier.shift = shift
+            model.classifier.residual.copy_(tensors[RESIDUAL])
+        model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
         at = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
         model._processor_source = (name, {**hub, **at})
         model._base_source = source
@@ -278,13 +276,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             raise ConfigurationError("Pass either pixel_values or image_embeds; got both or neither.")
         features = None
         if image_embeds is None:
-            options: dict[str, Any] = {}
-            if kwargs.get("interpolate_pos_encoding"):
-                options["interpolate_pos_encoding"] = True
-            if output_attentions:
-                options["output_attentions"] = True
-            if output_hidden_states:
-                options["output_hidden_states"] = True
+            names = ("interpolate_pos_encoding", "output_attentions", "output_hidden_states")
+            asked = (kwargs.get(names[0]), output_attentions, output_hidden_states)
+            options = {name: True for name, wanted in zip(names, asked, strict=True) if wanted}
             inputs = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in _IMAGE_INPUTS}}
             with torch.no_grad():
                 features = image_features(self.clip, inputs, **options)
@@ -343,6 +337,15 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         if hasattr(self, "clip"):
             self.clip.eval()
         return self
+
+    @property
+    def strength(self) -> float:
+        """From 0 (the zero-shot classifier) to 1 (as trained, the default); set it at any time."""
+        return float(self.classifier.strength)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.classifier.strength = value
 
     @property
     def class_names(self) -> list[str]:
@@ -427,20 +430,20 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         self, folder: Any, base_name: str | None, state: Any, dtype: torch.dtype, include_code: bool, kwargs: Any
     ) -> None:
         """Write the artifact, naming the base `base_name`."""
-        state = state or {}
-        residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, self.classifier.residual))
+        state, head = state or {}, self.classifier
+        residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, head.residual))
+        found = {RESIDUAL: (residual, dtype), SHIFT: (head.shift, dtype), CLASS_BIAS: (head.class_bias, torch.float32)}
+        tensors = {name: tensor.detach().to(kind) for name, (tensor, kind) in found.items() if tensor is not None}
         include_code = include_code or getattr(self, "_auto_class", None) is not None
         self.config.architectures, self.config.dtype = [type(self).__name__], self.clip.dtype
-        enhanced = self.classifier.shift is not None
-        values = as_json(self.config.to_save(base_name, enhanced, AUTO_MAP if include_code else None))
+        auto_map = AUTO_MAP if include_code else None
+        values = as_json(self.config.to_save(base_name, SHIFT in tensors, CLASS_BIAS in tensors, auto_map))
         has_processor = self._image_processor is not None or self._processor_source is not None
         extra = side_files(self.image_processor if has_processor else None, include_code)
         card = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")
         if card is not None:
             extra["README.md"] = card
-        shift = self.classifier.shift
-        shift = None if shift is None else shift.to(dtype)
-        write_artifact(folder, values, residual.detach().to(dtype), extra, shift)
+        write_artifact(folder, values, tensors, extra)
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -169,12 +169,15 @@ def classify_to_file(
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
     top_k = min(top_k, len(model.class_names))
+    head = model.classifier
+    bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
         "files": _digest(*(os.fsencode(name) for file in files for name in (file, os.path.abspath(file)))),
         "classifier": _digest(
-            model.classifier.weight().detach().cpu().numpy().tobytes(),
-            model.classifier.residual.detach().cpu().numpy().tobytes(),
-            json.dumps([model.classifier.extra_repr(), *model.class_names]).encode(),
+            head.weight().detach().cpu().numpy().tobytes(),
+            head.residual.detach().cpu().numpy().tobytes(),
+            *bias,
+            json.dumps([head.extra_repr(), *model.class_names]).encode(),
         ),
         "base model or engine": _digest(json.dumps([*embedder.key, embedder.engine.is_stock]).encode()),
         "top_k": top_k,

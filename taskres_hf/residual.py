@@ -3,6 +3,13 @@
     weight_k = t_k + alpha * x_k
     logits   = scale * norm(image) @ norm(weight).T + bias
 
+What other methods than TaskRes fit is written as a residual too (`set_weight`), and `strength` s goes from the
+zero-shot classifier (0) to the trained one (1) without training again:
+
+    weight_k = t_k + s * alpha * x_k
+    logits   = scale * factor^s * norm(image) @ W.T + bias + s * class_bias
+    W_k      = weight_k / |weight_k|, or weight_k / |t_k| where `normalize_weight` is off
+
 On the image side instead (TaskRes-Image, an ablation of the paper) one shared `x` [1, D] is added to every image
 embedding: logits = scale * norm(image + alpha * x) @ norm(t).T + bias.
 
@@ -23,6 +30,10 @@ from torch import Tensor, nn
 
 from .errors import ConfigurationError
 
+# What the head adds to the published classifier, as it is where nothing of it is used.
+AS_PUBLISHED: dict[str, Any] = {"strength": 1.0, "logit_scale_factor": 1.0, "normalize_weight": True}
+_RANGES = {"strength": (0.0, 1.0), "logit_scale_factor": (1e-6, 1e6)}
+_SAME = 1e-6  # of a row's length: what rounding alone makes of a row that was not changed
 LARGEST_ALPHA, SMALLEST_ALPHA = 1e4, 1e-4  # beyond them fp32 overflows, or Adam cannot move the residual
 _LARGEST_LOGIT = 1e5
 
@@ -42,6 +53,37 @@ def checked_alpha(alpha: Any) -> float:
     return float(alpha)
 
 
+def checked_setting(name: str, value: Any) -> Any:
+    """`strength` (0 to 1) or `logit_scale_factor` (1e-6 to 1e6) as a float, `normalize_weight` as a bool.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if name == "normalize_weight":
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"`normalize_weight` must be True or False; got {value!r}.")
+        return value
+    low, high = _RANGES[name]
+    if type(value) is bool or not isinstance(value, Real) or not low <= float(value) <= high:
+        raise ConfigurationError(f"`{name}` must be a number from {low:g} to {high:g}; got {value!r}.")
+    return float(value)
+
+
+def setting(name: str) -> Any:
+    """A property over one entry of `facts` that is not there where the value is as published."""
+
+    def read(owner: Any) -> Any:
+        return owner.facts.get(name, AS_PUBLISHED[name])
+
+    def write(owner: Any, value: Any) -> None:
+        checked = checked_setting(name, value)
+        owner.facts.pop(name, None)
+        if checked != AS_PUBLISHED[name]:
+            owner.facts[name] = checked
+
+    return property(read, write)
+
+
 class TaskResClassifier(nn.Module):
     """A linear classifier over image embeddings: a frozen base plus a scaled, trainable residual.
 
@@ -55,8 +97,12 @@ class TaskResClassifier(nn.Module):
     Attributes:
         base: buffer [K, D] fp32, not part of the state dict (it is recomputed from the base model).
         shift: buffer [K, D] fp32 or None: what the enhanced base (TaskRes*) adds to `base`; frozen.
+        class_bias: buffer [K] fp32 or None: added to the logits; frozen.
         residual: parameter [K, D] ([1, D] on the image side) fp32, same units as `base`, zeros at the start.
-        facts: the alpha, and how the residual came to be (`few_shot`, `training`, `metrics`, `data`, `enhanced_base`).
+        strength: from 0 (the zero-shot classifier, bit for bit) to 1 (as trained); can be set at any time.
+        logit_scale_factor: factor on `logit_scale` (1e-6 to 1e6). normalize_weight: see above. Both by `set_weight`.
+        facts: the alpha, those three where they are not as published, and how the residual came to be (`few_shot`,
+            `training`, `metrics`, `data`, `enhanced_base`).
             A model's config reads and writes this very dict, so that the two never differ.
 
     Raises:
@@ -65,6 +111,7 @@ class TaskResClassifier(nn.Module):
 
     base: Tensor
     shift: Tensor | None
+    class_bias: Tensor | None
     facts: dict[str, Any]
 
     def __init__(
@@ -96,6 +143,7 @@ class TaskResClassifier(nn.Module):
         self.logit_bias = float(logit_bias)
         self.register_buffer("base", base.detach().to(torch.float32).clone(), persistent=False)
         self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("class_bias", None, persistent=False)
         self.side = side
         self.residual = nn.Parameter(torch.zeros_like(self.base if side == "text" else self.base[:1]))
 
@@ -108,20 +156,93 @@ class TaskResClassifier(nn.Module):
     def alpha(self, value: float) -> None:
         self.facts["alpha"] = checked_alpha(value)
 
+    strength = setting("strength")
+    logit_scale_factor = setting("logit_scale_factor")
+    normalize_weight = setting("normalize_weight")
+
     def frozen_weight(self) -> Tensor:
-        """What the residual is added to [K, D]: the base classifier, enhanced if it was."""
-        return self.base if self.shift is None else self.base + self.shift
+        """What the residual is added to [K, D]: the base classifier, and `strength` of its shift if it was enhanced."""
+        return self.base if self.shift is None else self.base + self.strength * self.shift
 
     def weight(self) -> Tensor:
-        """The classifier's rows before normalisation [K, D]: `t + alpha * x` on the text side."""
+        """The classifier's rows before normalisation [K, D]: `t + strength * alpha * x` on the text side."""
         frozen = self.frozen_weight()
-        return frozen + self.alpha * self.residual if self.side == "text" else frozen
+        return frozen + self.strength * self.alpha * self.residual if self.side == "text" else frozen
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether every answer is the base classifier's."""
+        plain = self.shift is None and self.class_bias is None and self.logit_scale_factor == 1.0
+        return self.strength == 0.0 or (plain and not bool(self.residual.any()))
+
+    def check_trainable(self) -> None:
+        """Refuse to train what is not the published classifier at full strength: recipes and gradients are its own.
+
+        Raises:
+            ConfigurationError: says what differs.
+        """
+        used = [name for name in AS_PUBLISHED if name in self.facts] + ["class_bias"] * (self.class_bias is not None)
+        if used:
+            raise ConfigurationError(
+                f"Training is for the published classifier; this one has another {', '.join(used)}. Start from "
+                "zero-shot with classifier.reset(), or, where it is the strength alone, set classifier.strength = 1.0."
+            )
+
+    @torch.no_grad()
+    def set_weight(
+        self,
+        weight: Any,
+        *,
+        class_bias: Any = None,
+        normalize_weight: bool = True,
+        logit_scale_factor: float = 1.0,
+    ) -> None:
+        """Write a linear classifier over unit-length image embeddings as the residual of the base classifier:
+
+            logits = logit_scale * logit_scale_factor * norm(image) @ weight.T + logit_bias + class_bias
+
+        Whatever was there before goes, what was recorded about it included; the strength becomes 1. Rows equal to the
+        base classifier's up to rounding (1e-6 of their length) get a residual of exactly zero.
+
+        Args:
+            weight: [K, D], tensor or array. Rows about as long as 1 lose nothing to rounding: put what is common to
+                their lengths into `logit_scale_factor`.
+            class_bias: [K] or None.
+            normalize_weight: rows count by their direction, as published; False keeps their lengths.
+            logit_scale_factor: 1e-6 to 1e6.
+
+        Raises:
+            ConfigurationError: of another shape, not finite, a row of length zero where directions count, a factor out
+                of range, `alpha` 0 or a residual on the image side. Nothing is changed then.
+        """
+        classes, dim = self.base.shape
+        base, rows = self.base.cpu().double(), _finite(weight, (classes, dim), "weight")
+        bias = None if class_bias is None else _finite(class_bias, (classes,), "class_bias")
+        normalize_weight = checked_setting("normalize_weight", normalize_weight)
+        factor = checked_setting("logit_scale_factor", logit_scale_factor)
+        if self.side != "text" or self.alpha == 0.0:
+            raise ConfigurationError(
+                f"A classifier can be written only where the residual is on the text side with an alpha other than 0; "
+                f"here it is on the {self.side} side with alpha {self.alpha:g}."
+            )
+        own = base.norm(dim=1, keepdim=True)
+        lengths = rows.norm(dim=1, keepdim=True) if normalize_weight else torch.ones_like(own)
+        if not bool(lengths.all()) or not bool(own.all()):
+            advice = "pass normalize_weight=False" if bool(own.all()) else "it is one of the base classifier's"
+            raise ConfigurationError(f"A row of length zero has no direction: {advice}.")
+        difference = own * rows / lengths - base
+        difference[(difference.abs() <= _SAME * own).all(dim=1)] = 0.0
+        residual = _finite(difference.float() / self.alpha, (classes, dim), "weight")
+        self.reset()
+        self.residual.copy_(residual)
+        self.class_bias = None if bias is None else bias.to(self.base)
+        self.normalize_weight, self.logit_scale_factor = normalize_weight, factor
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the zero-shot classifier: a zero residual on the regular base, and nothing recorded about it."""
         self.residual.zero_()
-        self.shift = None
+        self.shift = self.class_bias = None
         alpha = self.alpha
         self.facts.clear()
         self.alpha = alpha
@@ -133,24 +254,52 @@ class TaskResClassifier(nn.Module):
             ConfigurationError: a logit is NaN or infinite (not checked while torch traces or compiles).
         """
         if self.side == "image":
-            image_embeds = image_embeds.to(self.residual) + self.alpha * self.residual
-        return self._logits(image_embeds, self.weight())
+            image_embeds = image_embeds.to(self.residual) + self.strength * self.alpha * self.residual
+        weight, scale = self.weight(), self.logit_scale * self.logit_scale_factor**self.strength
+        if self.normalize_weight:
+            rows = F.normalize(weight, dim=-1)
+        else:  # the very arithmetic of F.normalize, so that a zero residual is zero-shot to the last bit
+            rows = weight / self.frozen_weight().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        bias = None if self.class_bias is None else self.strength * self.class_bias
+        return self._logits(image_embeds, rows, scale, bias)
 
     def zero_shot_logits(self, image_embeds: Tensor) -> Tensor:
         """Logits [N, K] of the base classifier alone, as if the residual were zero."""
-        return self._logits(image_embeds, self.base)
+        return self._logits(image_embeds, F.normalize(self.base, dim=-1), self.logit_scale)
 
-    def _logits(self, image_embeds: Tensor, weight: Tensor) -> Tensor:
+    def _logits(self, image_embeds: Tensor, rows: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
         # fp32 throughout: a bf16 tower must not round the classifier.
-        images = F.normalize(image_embeds.to(device=weight.device, dtype=weight.dtype), dim=-1)
-        logits = self.logit_scale * images @ F.normalize(weight, dim=-1).T + self.logit_bias
+        images = F.normalize(image_embeds.to(device=rows.device, dtype=rows.dtype), dim=-1)
+        logits = scale * images @ rows.T + self.logit_bias
+        logits = logits if bias is None else logits + bias
         if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
             _check_finite(logits)
         return logits
 
     def extra_repr(self) -> str:
         classes, dim = self.base.shape
-        return f"classes={classes}, dim={dim}, alpha={self.alpha}, logit_scale={self.logit_scale:.4g}"
+        used = {name: self.facts[name] for name in AS_PUBLISHED if name in self.facts}
+        more = "".join(f", {name}={value}" for name, value in used.items())
+        return f"classes={classes}, dim={dim}, alpha={self.alpha}, logit_scale={self.logit_scale:.4g}{more}"
+
+
+def _finite(values: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """Numbers of a shape, in fp64 on the CPU.
+
+    Raises:
+        ConfigurationError: another shape, or not finite.
+    """
+    try:
+        numbers = torch.as_tensor(values).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"`{name}` must be numbers of shape {list(shape)}: {error}.") from error
+    finite = bool(torch.isfinite(numbers.float()).all())  # as they will be stored
+    if tuple(numbers.shape) != shape or not finite:
+        raise ConfigurationError(
+            f"`{name}` must be finite numbers of shape {list(shape)}; got shape {list(numbers.shape)}"
+            f"{'' if finite else ' with NaN or infinite values'}."
+        )
+    return numbers
 
 
 def _check_finite(logits: Tensor) -> None:

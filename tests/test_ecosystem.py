@@ -17,6 +17,7 @@ import torch
 import train_both_ways
 from datasets import DatasetDict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import random_residual
 from transformers import AutoModelForImageClassification, CLIPModel, Trainer, TrainingArguments
 
@@ -113,6 +114,23 @@ def test_transformers_trainer(model: Model, splits: DatasetDict, tmp_path: Path)
     assert trainer.state.epoch == 3
 
 
+def test_what_transformers_trainer_saves_keeps_the_head(model: Model, tmp_path: Path) -> None:
+    """Its gradient is autograd's, so it trains whatever the head computes; its checkpoints hold all of it."""
+    head = model.classifier
+    head.set_weight(torch.randn(8, 192), class_bias=torch.ones(8), normalize_weight=False, logit_scale_factor=0.5)
+    head.strength = 0.5
+    rows = [{"image_embeds": torch.randn(192), "labels": number % 8} for number in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=2, learning_rate=0.1, remove_unused_columns=False,
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    before = head.residual.detach().clone()
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(head.residual, before)
+    loaded, images = Model.from_pretrained(tmp_path / "checkpoint-2"), torch.randn(4, 192)
+    assert torch.equal(loaded(image_embeds=images).logits, model(image_embeds=images).logits)
+
+
 # ---------------------------------------------------------------------- several processes
 
 
@@ -195,7 +213,17 @@ def test_remote_code_gives_the_same_logits_without_the_library(
         "enhanced": random_residual(Model.from_base(base, names)),
         "bf16": random_residual(Model.from_base(base, names, dtype="bfloat16")),
         "siglip": random_residual(Model.from_base(_tiny_siglip(base, tmp_path / "tiny-siglip"), names)),
+        "written": Model.from_base(base, names),
+        "half": random_residual(Model.from_base(base, names)),
+        "half-image": random_residual(Model.from_base(base, names, residual_side="image")),
+        "none": random_residual(Model.from_base(base, names)),
     }
+    bias, rows = torch.linspace(-3, 3, len(names)), torch.randn(len(names), 192)
+    models["written"].classifier.set_weight(rows, class_bias=bias, normalize_weight=False, logit_scale_factor=0.3)
+    for name in ("half", "half-image", "none"):
+        head = models[name].classifier
+        head.class_bias, head.shift, head.logit_scale_factor = bias, torch.randn_like(head.base), 1.75
+        head.strength = 0.0 if name == "none" else 0.5
     models["enhanced"].classifier.shift = torch.randn_like(models["enhanced"].classifier.base)
     expected, lines = {}, []
     for name, model in {**models, "tester/with-code": online}.items():
@@ -223,8 +251,12 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
     changed.save_pretrained(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / name).write_bytes((Path(base) / name).read_bytes())
-    for name in ("flipped", "renamed"):
+    for name in ("flipped", "renamed", "stronger", "biased"):
         shutil.copytree(tmp_path / "a", tmp_path / name)
+    config = json.loads((tmp_path / "stronger" / "config.json").read_text())
+    (tmp_path / "stronger" / "config.json").write_text(json.dumps({**config, "strength": 2, "format_version": 3}))
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    save_file({**tensors, "class_bias": torch.ones(8)}, tmp_path / "biased" / "model.safetensors")
     content = bytearray((tmp_path / "flipped" / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (tmp_path / "flipped" / "model.safetensors").write_bytes(content)
@@ -236,6 +268,7 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
         + """
 for name, options, words in (
     ("flipped", {}, "checksum"), ("renamed", {}, "classes or templates"), ("a", {"base_model": "other"}, "image tower"),
+    ("stronger", {}, "strength"), ("a", {"strength": -1}, "strength"), ("biased", {}, "checksum"),
 ):
     try:
         AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True, **options)
@@ -243,7 +276,11 @@ for name, options, words in (
         assert words in str(error), error
     else:
         raise AssertionError(name)
-model = AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained("a", trust_remote_code=True, strength=0.5)
+assert model.strength == 0.5
+images = torch.randn(3, 192)
+half, model.strength = model(image_embeds=images).logits, 1.0
+assert not torch.allclose(model(image_embeds=images).logits, half)
 try:
     model.save_pretrained("again")
 except RuntimeError as error:

@@ -237,6 +237,31 @@ def test_card_says_what_the_artifact_is(trained: Path) -> None:
         assert text in card
 
 
+def test_card_says_the_strength_and_the_one_measured_at(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    assert "strength" not in model_card(config)
+    card = model_card({**config, "strength": 0.5, "training": {"method": "gda"}})
+    assert "| strength | 0.5 " in card
+    assert "(159 pictures, at strength 1.0)" in card
+    assert "| method | gda |" in card
+    card = model_card({**config, "strength": 0.5, "metrics": {**config["metrics"], "strength": 0.5}})
+    assert "(159 pictures)" in card
+
+
+def test_a_classifier_with_a_bias_is_pushed_and_loaded(online: Model, hub: HubServer, tmp_path: Path) -> None:
+    online.classifier.set_weight(
+        torch.randn(online.classifier.base.shape), class_bias=torch.ones(len(online.class_names))
+    )
+    online.strength = 0.75
+    images = torch.randn(4, 192)
+    expected = online(image_embeds=images).logits
+    online.push_to_hub("tester/whole")
+    online.save_pretrained(tmp_path / "a")
+    push_folder(tmp_path / "a", "tester/as-it-is")
+    for name in ("tester/whole", "tester/as-it-is"):
+        assert torch.equal(Model.from_pretrained(name)(image_embeds=images).logits, expected)
+
+
 def test_card_names_a_dataset_only_if_the_hub_can_have_it(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     for name, expected in (("food", None), ("me/food", ["me/food"])):

@@ -295,6 +295,25 @@ def test_classifiers_are_swapped_on_a_live_model(model: Model, base: str, pixel_
         Model.from_base(base, ["a", "b"]).use_classifier(other)
 
 
+def test_each_classifier_brings_its_own_strength(model: Model, base: str) -> None:
+    other = random_residual(Model.from_base(base, ["cat", "dog", "fish"]))
+    other.strength = 0.5
+    images = torch.randn(4, 192)
+    expected = other(image_embeds=images).logits
+    model.use_classifier(other)
+    assert model.strength == 0.5
+    assert torch.equal(model(image_embeds=images).logits, expected)
+    model.strength = 0.0
+    assert torch.equal(model(image_embeds=images).logits, model.zero_shot_logits(image_embeds=images))
+
+
+def test_a_class_bias_moves_with_the_model(model: Model) -> None:
+    model.classifier.set_weight(torch.randn(8, 192), class_bias=torch.ones(8))
+    model.to("meta")
+    assert model.classifier.class_bias is not None
+    assert model.classifier.class_bias.device.type == "meta"
+
+
 # ---------------------------------------------------------------------- arguments of from_pretrained
 
 

@@ -348,12 +348,20 @@ def test_another_run_is_not_continued(
     other = TaskResCLIPForImageClassification.from_pretrained(trained)
     with torch.no_grad():
         other.classifier.residual[0, 0] += 1e-3
+    weaker = TaskResCLIPForImageClassification.from_pretrained(trained, strength=0.5)
+    biased = TaskResCLIPForImageClassification.from_pretrained(trained)
+    biased.classifier.class_bias = torch.ones(8)
+    longer = TaskResCLIPForImageClassification.from_pretrained(trained)
+    longer.classifier.logit_scale_factor = 2.0
     for model, names, changed, what in (
         (classifier, files, {"top_k": 3}, "other top_k,"),
         (classifier, files, {"batch_size": 4}, "other batch_size,"),
         (classifier, files[:-1], {}, "other files,"),
         (classifier, files[::-1], {}, "other files,"),
         (other, files, {}, "other classifier,"),
+        (weaker, files, {}, "other classifier,"),
+        (biased, files, {}, "other classifier,"),
+        (longer, files, {}, "other classifier,"),
     ):
         with pytest.raises(ConfigurationError, match=f"begun with {what} so its 6 rows would not fit"):
             classify_to_file(model, names, output, resume=True, **{**options, **changed})

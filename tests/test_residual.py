@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +156,175 @@ def test_alpha_of_numpy() -> None:
     assert checked_alpha(np.int64(1)) == 1.0
     with pytest.raises(ConfigurationError, match="`alpha`"):
         checked_alpha(np.bool_(True))
+
+
+# ---------------------------------------------------------------------- strength, bias and lengths
+
+
+def _general(side: str = "text", **settings: Any) -> TaskResClassifier:
+    """A head that uses everything there is."""
+    head = _head(alpha=0.7, logit_scale=50.0, logit_bias=-3.0, side=side)
+    with torch.no_grad():
+        head.residual.normal_()
+    head.shift, head.class_bias = torch.randn(5, 16), torch.randn(5)
+    for name, value in {"logit_scale_factor": 1.5, **settings}.items():
+        setattr(head, name, value)
+    return head
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_equation_of_the_head(normalize: bool, strength: float) -> None:
+    head = _general(strength=strength, normalize_weight=normalize)
+    images = torch.randn(4, 16)
+    frozen = head.base.double() + strength * head.shift.double()  # type: ignore[union-attr]
+    weight = frozen + strength * 0.7 * head.residual.detach().double()
+    rows = weight / (weight if normalize else frozen).norm(dim=1, keepdim=True)
+    cosine = (images / images.norm(dim=1, keepdim=True)).double() @ rows.T
+    expected = 50.0 * 1.5**strength * cosine - 3.0 + strength * head.class_bias.double()  # type: ignore[union-attr]
+    torch.testing.assert_close(head(images).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_strength_zero_is_zero_shot_and_one_is_the_trained_bit_for_bit(side: str, normalize: bool) -> None:
+    head, images = _general(side, normalize_weight=normalize), torch.randn(4, 16)
+    trained = head(images)
+    head.strength = 0.0
+    assert torch.equal(head(images), head.zero_shot_logits(images))
+    assert head.is_zero_shot
+    head.strength = 1.0
+    assert torch.equal(head(images), trained)
+    assert not torch.equal(trained, head.zero_shot_logits(images))
+    assert "strength" not in head.facts
+
+
+def test_a_zero_residual_with_lengths_kept_is_zero_shot() -> None:
+    head, images = _head(), torch.randn(4, 16)
+    head.normalize_weight = False
+    assert torch.equal(head(images), head.zero_shot_logits(images))
+    assert head.is_zero_shot
+
+
+@pytest.mark.parametrize("what", ["residual", "shift", "class_bias", "logit_scale_factor"])
+def test_what_is_not_zero_shot(what: str) -> None:
+    head = _head()
+    assert head.is_zero_shot
+    if what == "residual":
+        torch.nn.init.ones_(head.residual)
+    else:
+        setattr(head, what, {"shift": torch.ones(5, 16), "class_bias": torch.ones(5)}.get(what, 2.0))
+    assert not head.is_zero_shot
+    head.reset()
+    assert head.is_zero_shot
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_any_linear_classifier_is_a_residual(normalize: bool) -> None:
+    head, images = _general(strength=0.5), torch.randn(40, 16)
+    weight, bias = torch.randn(5, 16).double(), torch.linspace(-50, 50, 5).double()
+    weight *= torch.tensor([0.02, 0.3, 1.0, 1.0, 4.0]).double()[:, None]
+    head.facts["training"] = {"recipe": "auto"}
+    head.set_weight(weight.numpy(), class_bias=bias.numpy(), normalize_weight=normalize, logit_scale_factor=0.4)
+    rows = weight / weight.norm(dim=1, keepdim=True) if normalize else weight
+    expected = 50.0 * 0.4 * F.normalize(images.double(), dim=1) @ rows.T - 3.0 + bias
+    torch.testing.assert_close(head(images).double(), expected, atol=1e-4, rtol=1e-5)
+    assert head.shift is None
+    assert head.strength == 1.0
+    assert "training" not in head.facts  # it spoke of what was there before
+
+
+def test_rows_that_stay_are_exactly_those_of_the_base() -> None:
+    head, images = _head(), torch.randn(4, 16)
+    weight = F.normalize(head.base, dim=1)
+    weight[2] = torch.randn(16)
+    head.set_weight(weight)
+    assert head.residual.any(dim=1).tolist() == [False, False, True, False, False]
+    assert torch.equal(head(images)[:, [0, 1, 3, 4]], head.zero_shot_logits(images)[:, [0, 1, 3, 4]])
+
+
+_ROWS = torch.ones(5, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": _ROWS[:4]}, r"`weight` must be finite numbers of shape \[5, 16\]; got shape \[4, 16\]"),
+        ({"weight": _ROWS * float("nan")}, "`weight`.*NaN"),
+        ({"weight": _ROWS.double() * 1e200}, "`weight`.*infinite"),
+        ({"weight": "no"}, "`weight` must be numbers"),
+        ({"weight": _ROWS * 0}, "normalize_weight=False"),
+        ({"weight": _ROWS, "class_bias": torch.ones(4)}, r"`class_bias`.*\[5\]; got shape \[4\]"),
+        ({"weight": _ROWS, "class_bias": torch.ones(5, 1)}, "`class_bias`"),
+        ({"weight": _ROWS, "class_bias": torch.full((5,), float("inf"))}, "`class_bias`.*infinite"),
+        ({"weight": _ROWS, "logit_scale_factor": 0.0}, "`logit_scale_factor`"),
+        ({"weight": _ROWS, "normalize_weight": "yes"}, "`normalize_weight`"),
+    ],
+)
+def test_what_cannot_be_written_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    head, images = _general(strength=0.5), torch.randn(4, 16)
+    before = head(images)
+    with pytest.raises(ConfigurationError, match=message):
+        head.set_weight(**arguments)
+    assert torch.equal(head(images), before)
+
+
+def test_where_there_is_no_room_to_write() -> None:
+    for head in (_head(side="image"), _head(alpha=0.0)):
+        with pytest.raises(ConfigurationError, match="text side with an alpha other than 0"):
+            head.set_weight(_ROWS)
+    base = torch.randn(5, 16)
+    base[1] = 0.0
+    with pytest.raises(ConfigurationError, match="one of the base classifier's"):
+        TaskResClassifier(base).set_weight(_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strength", 2), ("strength", -0.1), ("strength", True), ("strength", "1"), ("strength", math.nan),
+        ("strength", None), ("logit_scale_factor", 0), ("logit_scale_factor", -1), ("logit_scale_factor", math.nan),
+        ("logit_scale_factor", math.inf), ("logit_scale_factor", "1"), ("normalize_weight", "yes"),
+        ("normalize_weight", 1), ("normalize_weight", None),
+    ],
+)  # fmt: skip
+def test_settings_of_the_head_that_cannot_be(name: str, value: Any) -> None:
+    head = _head()
+    with pytest.raises(ConfigurationError, match=f"`{name}` must be"):
+        setattr(head, name, value)
+    assert head.facts == {"alpha": 0.5}
+
+
+def test_reset_brings_all_back() -> None:
+    head, images = _general(strength=0.5, normalize_weight=False), torch.randn(4, 16)
+    head.reset()
+    assert head.facts == {"alpha": 0.7}
+    assert head.class_bias is head.shift is None
+    assert (head.strength, head.normalize_weight, head.logit_scale_factor) == (1.0, True, 1.0)
+    assert torch.equal(head(images), head.zero_shot_logits(images))
+
+
+@pytest.mark.parametrize("what", ["strength", "normalize_weight", "logit_scale_factor", "class_bias"])
+def test_only_the_published_classifier_is_trained(what: str) -> None:
+    head = _head()
+    head.check_trainable()
+    values = {"strength": 0.5, "normalize_weight": False, "logit_scale_factor": 2.0, "class_bias": torch.ones(5)}
+    setattr(head, what, values[what])
+    with pytest.raises(ConfigurationError, match=f"another {what}.*reset"):
+        head.check_trainable()
+
+
+def test_the_head_says_what_it_is() -> None:
+    assert repr(_head()) == "TaskResClassifier(classes=5, dim=16, alpha=0.5, logit_scale=100)"
+    assert "strength=0.25" in repr(_general(strength=0.25))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_compiled_traced_and_copied_it_is_the_same(normalize: bool) -> None:
+    head, images = _general(strength=0.5, normalize_weight=normalize), torch.randn(4, 16)
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), head(images))
+    head.strength = 0.25
+    torch.testing.assert_close(compiled(images), head(images))
+    torch.testing.assert_close(torch.export.export(head, (images,)).module()(images), head(images))
+    assert torch.equal(copy.deepcopy(head)(images), head(images))

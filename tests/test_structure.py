@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation", "artifact",
+    "description",
     "encoders", "base_model", "base_classifier", "configuration_taskres", "hub", "modeling_taskres", "pictures",
     "data.reading", "data.listing", "data.labelled", "data.folders", "data.tables", "data.sources",
     "data.training_data", "data", "few_shot",

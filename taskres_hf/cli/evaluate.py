@@ -30,6 +30,7 @@ def evaluate(
     class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
+    strength: opt.Strength = None,
     revision: opt.Revision = None,
     base_model: opt.BaseModel = None,
     dtype: opt.Dtype = None,
@@ -61,8 +62,9 @@ def evaluate(
 
     say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
-    )
+        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
+        strength=strength,
+    )  # fmt: skip
     pictures = load_evaluation_data(
         source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
         label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
@@ -97,5 +99,6 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
     title = f"{metrics['split']}: {images} pictures"
+    title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
     title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
     show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])

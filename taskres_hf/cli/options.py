@@ -111,6 +111,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 Artifact = Annotated[str, typer.Argument(help="Folder or Hub id of a trained classifier.", show_default=False)]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, metavar="S", rich_help_panel=MODEL, show_default=False,
+        help="From 0 (zero-shot) to 1 (as trained); default: as saved.",
+    ),
+]  # fmt: skip
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the classifier.", rich_help_panel=MODEL)
 ]

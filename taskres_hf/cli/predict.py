@@ -38,6 +38,7 @@ def predict(
     top_k: Annotated[int, typer.Option(help="Classes per picture.", min=1, metavar="N")] = 1,
     output: Output = None,
     device: opt.Device = None,
+    strength: opt.Strength = None,
     revision: opt.Revision = None,
     base_model: opt.BaseModel = None,
     dtype: opt.Dtype = None,
@@ -73,8 +74,9 @@ def predict(
         raise DataError(f"There are no pictures in {', '.join(images)}.")
     say_loading(model, quiet or as_json)
     classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value
-    )
+        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
+        strength=strength,
+    )  # fmt: skip
     if device:
         classifier.to(device)
     how: dict[str, Any] = {

@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """What a classifier is: base, classes, prompts, shots, accuracy, sizes, versions. The base is not loaded."""
     quiet_libraries(True, heavy=False, collect=as_json)
-    from ..artifact import describe
+    from ..description import describe
 
     facts = describe(model, revision=revision)
 

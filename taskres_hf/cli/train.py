@@ -290,7 +290,7 @@ def _show(result: dict[str, Any]) -> None:
     if "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
-        from ..artifact import measured_on
+        from ..description import measured_on
 
         row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)

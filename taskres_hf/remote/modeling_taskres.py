@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedM
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.hub import cached_file
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _TOLERANCE = {"float32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
 _IMAGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 # Families whose text is padded to a fixed number of tokens and has no mask; all others pad to the longest, with one.
@@ -36,20 +36,25 @@ class TaskResConfig(PreTrainedConfig):
 
 
 class TaskResCLIPForImageClassification(PreTrainedModel):
-    """`weight_k = t_k + alpha * x_k` over the image embeddings of a frozen dual encoder (TaskRes, arXiv 2211.10277)."""
+    """`weight_k = t_k + alpha * x_k` over the image embeddings of a frozen dual encoder (TaskRes, arXiv 2211.10277).
+
+    `strength`, from 0 (zero-shot) to 1 (as trained), can be set at any time.
+    """
 
     config_class = TaskResConfig
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, config, base=None, table=None, residual=None):
+    def __init__(self, config, base=None, table=None, tensors=None):
         super().__init__(config)
         if base is None:
             raise ValueError("A TaskRes model needs its base model: use from_pretrained(folder_or_repo).")
         self.clip = base.requires_grad_(False)
         self.register_buffer("table", table, persistent=False)
-        self.residual = torch.nn.Parameter(residual, requires_grad=False)
+        for name in ("base_shift", "class_bias"):
+            self.register_buffer(name, tensors.get(name), persistent=False)
+        self.residual = torch.nn.Parameter(tensors["residual"], requires_grad=False)
         self.post_init()
         self.eval()
 
@@ -58,7 +63,10 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, revision=None, subfolder="", **kwargs):
-        """Load an artifact and its base; `base_model=` is another place for the base, `dtype=` what it runs in."""
+        """Load an artifact and its base.
+
+        `base_model=` is another place for the base, `dtype=` what it runs in, `strength=` goes before the stored one.
+        """
         name = str(pretrained_model_name_or_path)
         hub = {k: kwargs.pop(k) for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
         where = {**hub, "revision": revision, "subfolder": subfolder}
@@ -78,12 +86,23 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         table = base_classifier(base, tokenizer, prompts, config.prompt_average)
         check_fingerprint(base, table, prompts, config, base_name)
         config.logit_scale, config.logit_bias = score_parameters(base)
-        if "base_shift" in tensors:
-            table = table + tensors["base_shift"].float()
         config._name_or_path = name
-        model = cls(config, base.to(dtype), table, tensors["residual"].float())
+        model = cls(config, base.to(dtype), table, {key: tensor.float() for key, tensor in tensors.items()})
+        if kwargs.get("strength") is not None:
+            model.strength = kwargs["strength"]
         notes = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (model, notes) if kwargs.get("output_loading_info") else model
+
+    @property
+    def strength(self):
+        """From 0 (the zero-shot classifier) to 1 (as trained)."""
+        return self.config.strength
+
+    @strength.setter
+    def strength(self, value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"strength must be a number from 0 to 1; got {value!r}.")
+        self.config.strength = float(value)
 
     def forward(self, pixel_values=None, image_embeds=None, labels=None, return_dict=None, **kwargs):
         """Logits [N, K] fp32 of pictures [N, 3, H, W] or of their embeddings [N, D]; `labels` [N] add the loss."""
@@ -91,14 +110,19 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             names = ("pixel_attention_mask", "spatial_shapes", "interpolate_pos_encoding")
             inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             image_embeds = _pooled(self.clip.get_image_features(pixel_values.to(self.clip.dtype), **inputs))
-        image_embeds, shared = image_embeds.to(self.residual), self.config.alpha * self.residual
-        weight = self.table
-        if self.config.residual_side == "image":
-            image_embeds = image_embeds + shared
+        config, strength = self.config, self.config.strength
+        image_embeds, shared = image_embeds.to(self.residual), strength * config.alpha * self.residual
+        frozen = self.table if self.base_shift is None else self.table + strength * self.base_shift
+        if config.residual_side == "image":
+            image_embeds, weight = image_embeds + shared, frozen
         else:
-            weight = weight + shared
-        cosine = self.config.logit_scale * F.normalize(image_embeds, dim=-1) @ F.normalize(weight, dim=-1).T
-        logits = cosine + self.config.logit_bias
+            weight = frozen + shared
+        rows = weight if config.normalize_weight else frozen  # whose lengths the rows are divided by
+        rows = weight / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = config.logit_scale * config.logit_scale_factor**strength
+        logits = scale * F.normalize(image_embeds, dim=-1) @ rows.T + config.logit_bias
+        if self.class_bias is not None:
+            logits = logits + strength * self.class_bias
         loss = None if labels is None else F.cross_entropy(logits, labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if return_dict or return_dict is None else output.to_tuple()
@@ -115,17 +139,25 @@ def read_artifact(config_path, weights_path):
         raise ValueError(f"{config_path} was made by a newer taskres_hf: install it and load the classifier with it.")
     with safe_open(weights_path, framework="pt") as stream:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    digests = [_digest(tensors[key]) for key in ("residual", "base_shift") if key in tensors]
+    digests = [_digest(tensors[key]) for key in ("residual", "base_shift", "class_bias") if key in tensors]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     if values.get("residual_sha256") != digest:
         raise ValueError(f"The checksum of {weights_path} is not the one in config.json: download both again.")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise ValueError(f"{weights_path} holds NaN or infinite values.")
     defaults = {"residual_side": "text", "prompt_average": "raw", "underscores": "replace", "logit_bias": 0.0}
+    defaults |= {"strength": 1.0, "logit_scale_factor": 1.0, "normalize_weight": True}
     config = TaskResConfig.from_dict({**defaults, "base_model_revision": None, **values})
     shape = [1 if config.residual_side == "image" else len(config.id2label), config.projection_dim]
     if list(tensors["residual"].shape) != shape:
         raise ValueError(f"{weights_path} holds a residual {list(tensors['residual'].shape)}, not {shape}.")
+    if "class_bias" in tensors and list(tensors["class_bias"].shape) != [len(config.id2label)]:
+        raise ValueError(f"{weights_path} holds a class bias {list(tensors['class_bias'].shape)}.")
+    for key, low, high in (("strength", 0, 1), ("logit_scale_factor", 1e-6, 1e6), ("normalize_weight", False, True)):
+        value = getattr(config, key)
+        number = isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(low, bool)
+        if not number or not low <= value <= high:
+            raise ValueError(f"{config_path}: {key} must be from {low} to {high}; it is {value!r}.")
     return config, tensors
 
 

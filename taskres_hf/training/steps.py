@@ -139,7 +139,12 @@ def _ready(images: Tensor, head: TaskResClassifier) -> Tensor:
 
 
 def make_optimizer(head: TaskResClassifier, recipe: Recipe) -> torch.optim.Optimizer:
-    """The published optimizer over the residual, which starts without a gradient."""
+    """The published optimizer over the residual, which starts without a gradient.
+
+    Raises:
+        ConfigurationError: the head is not the published one, see `TaskResClassifier.check_trainable`.
+    """
+    head.check_trainable()
     head.residual.grad = None  # whatever a caller or an earlier run left there
     return torch.optim.Adam([head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 

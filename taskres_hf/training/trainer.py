@@ -115,9 +115,10 @@ class TaskResTrainer:
 
         Raises:
             DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture.
-            ConfigurationError: the checkpoint is of another run, training diverged, or the epoch would be chosen on
-                a test split.
+            ConfigurationError: the checkpoint is of another run, training diverged, the epoch would be chosen on a
+                test split, or the classifier has a strength, a bias or lengths of its own (`check_trainable`).
         """
+        self.model.classifier.check_trainable()
         events = self._events
         chooses = check_epoch_choice(
             self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks
@@ -265,6 +266,7 @@ class TaskResTrainer:
         Raises:
             DataError: nothing to train on, embeddings on disk, or no class with two pictures.
         """
+        self.model.classifier.check_trainable()
         chosen = self._training_pictures()
         data = chosen.data
         if isinstance(data, StoredFeatures):
@@ -333,13 +335,14 @@ class TaskResTrainer:
 
     def _measure_held_out(self, dataset: Any, include_train_pictures: bool) -> Metrics:
         data, head = self.embed(dataset), self.model.classifier
-        untrained = head.shift is None and not bool(head.residual.any())
-        new = data if include_train_pictures or untrained else self._new_pictures(dataset)
+        new = data if include_train_pictures or head.is_zero_shot else self._new_pictures(dataset)
         logits, zero_shot = both_logits(head, new)
         metrics = full_metrics(logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics)
         metrics["method"] = "validation" if self._chose_the_epoch(dataset) else "held-out"
         if split := split_name(dataset):
             metrics["split"] = split
+        if head.strength != 1.0:
+            metrics["strength"] = head.strength
         if len(new) < len(data):
             metrics["train_pictures_left_out"] = len(data) - len(new)
         if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):

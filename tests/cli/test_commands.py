@@ -107,6 +107,26 @@ def test_predict_files(capsys: pytest.CaptureFixture[str], trained: Path, pictur
             assert float(row["score_2"]) == pytest.approx(cells["scores"][1], abs=1e-5)
 
 
+def test_strength(capsys: pytest.CaptureFixture[str], trained: Path, pictures: Path) -> None:
+    data = ["--dataset", DATA / "animals-plants"]
+    metrics = json.loads(run(capsys, "evaluate", trained, *data, "--strength", 0, "--json")[1])
+    assert metrics["accuracy"] == metrics["zero_shot_accuracy"]
+    assert metrics["strength"] == 0.0
+    assert "strength" not in json.loads(run(capsys, "evaluate", trained, *data, "--json")[1])
+    assert "at strength 0.5" in run(capsys, "evaluate", trained, *data, "--strength", 0.5, "--quiet")[1]
+    scores = []
+    for strength in (None, 1, 0.5, 0):
+        words = [] if strength is None else ["--strength", strength]
+        code, text, _ = run(capsys, "predict", trained, pictures / "deep", "--top-k", 8, "--json", *words)
+        assert code == 0
+        scores.append({top["label"]: top["score"] for top in json.loads(text)[0]["predictions"]})
+    assert scores[0] == scores[1]
+    assert scores[1] != scores[2] != scores[3]
+    for wrong in (2, -0.5, "much"):
+        assert run(capsys, "predict", trained, pictures / "deep", "--strength", wrong)[0] == 2
+    assert run(capsys, "predict", trained, pictures / "deep", "--strength", "nan")[0] in (1, 2)
+
+
 def test_predictions_are_those_of_pipeline(trained: Path, pictures: Path) -> None:
     from transformers import pipeline
 

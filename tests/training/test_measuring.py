@@ -86,6 +86,20 @@ def test_a_residual_of_zero_was_trained_on_nothing(model: Model, splits: Dataset
     assert TaskResTrainer(model, _arguments(), eval_dataset=splits["train"]).evaluate()["num_images"] == 179
 
 
+def test_at_strength_zero_nothing_was_trained_and_another_strength_is_recorded(
+    model: Model, splits: DatasetDict
+) -> None:
+    trainer = TaskResTrainer(model, _arguments(), splits["train"], splits["test"])
+    trainer.train()
+    model.strength = 0.0
+    assert TaskResTrainer(model, _arguments()).evaluate(splits["train"])["num_images"] == len(splits["train"])
+    model.strength = 0.5
+    metrics = trainer.evaluate()
+    assert metrics["strength"] == model.config.metrics["strength"] == 0.5
+    model.strength = 1.0
+    assert "strength" not in trainer.evaluate()
+
+
 def test_epochs_are_not_chosen_on_training_pictures(model: Model, splits: DatasetDict) -> None:
     both = concatenate_datasets([splits["validation"], splits["train"].cast(splits["validation"].features)])
     trainer = TaskResTrainer(model, _arguments(shots=None, early_stopping_patience=2), splits["train"], both)

@@ -18,6 +18,8 @@ from taskres_hf.embedding.features import ImageFeatures
 from taskres_hf.errors import ConfigurationError, DataError, FewShotError
 from taskres_hf.evaluation import metrics_from_logits
 from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.training.recipes import make_recipe
+from taskres_hf.training.steps import make_optimizer
 
 Model = TaskResCLIPForImageClassification
 
@@ -147,3 +149,20 @@ def test_enhanced_base_is_stored_and_beats_the_regular_one(
     loaded = Model.from_pretrained(tmp_path)
     assert torch.equal(loaded.classifier.weight(), model.classifier.weight())
     assert json.loads((tmp_path / "config.json").read_text())["enhanced_base"]["epochs"] == 50
+
+
+@pytest.mark.parametrize("what", ["strength", "normalize_weight", "logit_scale_factor", "class_bias"])
+def test_only_the_published_classifier_is_trained(model: Model, embedded: dict[str, ImageFeatures], what: str) -> None:
+    values = {"strength": 0.5, "normalize_weight": False, "logit_scale_factor": 2.0, "class_bias": torch.ones(8)}
+    setattr(model.classifier, what, values[what])
+    model.config.training = {"method": "gda"}
+    trainer = TaskResTrainer(model, _arguments(), embedded["train"])
+    for call in (trainer.train, trainer.cross_validate):
+        with pytest.raises(ConfigurationError, match=f"another {what}"):
+            call()
+    with pytest.raises(ConfigurationError, match=f"another {what}"):
+        make_optimizer(model.classifier, make_recipe("auto", model.classifier, 4))
+    assert model.config.training == {"method": "gda"}
+    model.classifier.reset()
+    trainer.train()
+    assert model.classifier.residual.any()

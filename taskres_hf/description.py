@@ -1,0 +1,86 @@
+"""What an artifact is and how it came about, from its two files alone: the base is not loaded, nor is torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, commit_of, find_artifact, read_checked
+
+
+def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
+    """What an artifact is, from its two files alone: the base is not loaded.
+
+    Args:
+        name_or_path: folder or Hub id. revision: branch, tag or commit of it.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
+
+    Raises:
+        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
+    """
+    name = os.fspath(name_or_path)
+    paths = find_artifact(name_or_path, revision, **hub_kwargs)
+    config, tensors = read_checked(*paths)
+    values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
+    assert values is not None
+    names = {int(index): label for index, label in config["id2label"].items()}
+    metrics, few_shot = config.get("metrics") or {}, config.get("few_shot") or {}
+    training = config.get("training") or {}
+    account = (config.get("data") or {}).get("account") or {}
+    files = [file for file in Path(name).iterdir() if file.is_file()] if os.path.isdir(name) else map(Path, paths)
+    return {
+        "artifact": name,
+        "commit": commit_of(paths[1]),
+        "base_model": config["base_model_name_or_path"],
+        "base_model_revision": config.get("base_model_revision"),
+        "base_model_type": config.get("base_model_type"),
+        "num_classes": len(names),
+        "class_names": [names[index] for index in sorted(names)],
+        "templates": config.get("templates"),
+        "class_descriptions": len(config["class_descriptions"]) if config.get("class_descriptions") else None,
+        "alpha": config["alpha"],
+        "strength": config.get("strength", 1.0),
+        "normalize_weight": config.get("normalize_weight", True),
+        "logit_scale_factor": config.get("logit_scale_factor", 1.0),
+        "class_bias": CLASS_BIAS in tensors,
+        "residual": {
+            "shape": [rows, dim],
+            "side": config.get("residual_side", "text"),
+            "mean_length": sum(math.hypot(*values[row * dim : (row + 1) * dim]) for row in range(rows)) / rows,
+        },
+        "enhanced_base": SHIFT in tensors,
+        "shots": few_shot.get("shots"),
+        "seed": few_shot.get("seed"),
+        "train_images": few_shot.get("num_images"),
+        "method": training.get("method"),
+        "recipe": training.get("recipe"),
+        "engine": training.get("engine"),
+        "dataset": (config.get("data") or {}).get("name"),
+        "read_as": account.get("kind"),
+        "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
+        "data_digest": (config.get("data") or {}).get("train_digest"),
+        "accuracy": metrics.get("accuracy"),
+        "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
+        "accuracy_interval": metrics.get("accuracy_interval"),
+        "measured_on": measured_on(metrics, config.get("strength", 1.0)) if metrics else None,
+        "bytes": {file.name: file.stat().st_size for file in sorted(files)},
+        "format_version": config.get("format_version", 1),
+        "library_versions": config.get("library_versions"),
+    }
+
+
+def measured_on(metrics: Mapping[str, Any], strength: float = 1.0) -> str:
+    """How an accuracy came about, in words: what it was measured on, on how many pictures, and at which strength where
+    that is another than the classifier's own.
+    """
+    count = f"{metrics.get('num_images', '?')} pictures"
+    if metrics.get("strength", 1.0) != strength:
+        count += f", at strength {metrics.get('strength', 1.0)}"
+    if metrics.get("method") == "cross-validation":
+        return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
+    split = metrics.get("split") or "an evaluation set"
+    chosen = ", which also chose the epoch" if metrics.get("method") == "validation" else ""
+    return f"{split}{chosen} ({count})"
