@@ -61,7 +61,8 @@ class TaskResTrainingArguments:
 
     Args:
         output_dir: where checkpoints go.
-        recipe: `"auto"` (one setting for every task) or `"paper"` (as published: besides the numbers, pictures
+        recipe: `"auto"` (fits all at once, nothing to set; anything below that asks for epochs makes it `"auto-v1"`),
+            `"auto-v1"` (trained by epochs, one setting for every task) or `"paper"` (as published: besides the numbers, pictures
             augmented afresh each epoch, underscores of class names kept in prompts, fp32, and the constants of the
             dataset that `dataset_name` names; see the documentation on recipes).
         shots: training pictures per class to draw; None takes all.
@@ -72,7 +73,7 @@ class TaskResTrainingArguments:
         views: augmented views cached per picture; 0 trains on the plain picture.
         enhanced_base: tune the text projection on the few-shot data first (TaskRes*), then the residual on that base.
         augment_online: augment and embed afresh every epoch, as published, instead of caching; None leaves it to the
-            recipe: `"paper"` does where it has pictures and no `views`, `"auto"` does not.
+            recipe: `"paper"` does where it has pictures and no `views`, the others do not.
         embed_batch_size: pictures a forward pass of the frozen tower, by default the engine's best.
         engine, precision: how the tower runs, see `embedding.engines`; `"auto"` takes what the machine has, and fp32 in
             torch for recipe `"paper"`. Recorded in the artifact.

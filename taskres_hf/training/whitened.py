@@ -99,7 +99,7 @@ _TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64))
 
 def _usual_share(shots: float) -> float:
     """Share of the discriminant: the more pictures its means are made of, the more."""
-    return 0.025 * max(1.0, shots / 2.0) ** 1.2
+    return 0.025 * math.pow(max(1.0, shots / 2.0), 1.2)
 
 
 # ---------------------------------------------------------------------- how far the text can be trusted
@@ -309,7 +309,7 @@ def _log_loss(logits: Tensor, y: Tensor, balance: Tensor) -> Tensor:
 
 
 def _minimise(rows: Tensor, y: Tensor, weights: Tensor, offsets: Tensor, decay: Tensor, iterations: int) -> Tensor:
-    """The V [B, K, R] of least `sum_i w_i CE(offsets_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS for all B at once.
+    """The V [B, K, R] of least `sum_i w_i CE(offsets_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS, all B at once.
 
     The step along a direction is Newton's, from the exact curvature along it, halved until the objective falls.
     Logits are carried along, so an iteration takes two matrix products.
