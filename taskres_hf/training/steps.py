@@ -144,7 +144,8 @@ def make_optimizer(head: TaskResClassifier, recipe: Recipe) -> torch.optim.Optim
     Raises:
         ConfigurationError: the head is not the published one, see `TaskResClassifier.check_trainable`.
     """
-    head.check_trainable()
+    if recipe.name != "auto":  # which starts from zero-shot, whatever was there
+        head.check_trainable()
     head.residual.grad = None  # whatever a caller or an earlier run left there
     return torch.optim.Adam([head.residual], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 

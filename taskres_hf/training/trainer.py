@@ -118,7 +118,6 @@ class TaskResTrainer:
             ConfigurationError: the checkpoint is of another run, training diverged, the epoch would be chosen on a
                 test split, or the classifier has a strength, a bias or lengths of its own (`check_trainable`).
         """
-        self.model.classifier.check_trainable()
         events = self._events
         chooses = check_epoch_choice(
             self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks
@@ -128,6 +127,8 @@ class TaskResTrainer:
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
+        if recipe.name != "auto":
+            head.check_trainable()
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
             logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)
@@ -266,7 +267,6 @@ class TaskResTrainer:
         Raises:
             DataError: nothing to train on, embeddings on disk, or no class with two pictures.
         """
-        self.model.classifier.check_trainable()
         chosen = self._training_pictures()
         data = chosen.data
         if isinstance(data, StoredFeatures):

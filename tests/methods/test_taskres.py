@@ -9,7 +9,7 @@ from formulas import assert_close, flat, unit
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.methods.taskres import TaskRes, TaskResEnhanced, TaskResPaper
+from taskres_hf.methods.taskres import TaskResAutoV1, TaskResEnhanced, TaskResPaper
 from taskres_hf.residual import TaskResClassifier
 from taskres_hf.training.enhanced_base import enhance
 
@@ -31,14 +31,14 @@ def _train(
     return (frozen + 0.5 * residual).detach()
 
 
-def test_auto(shots: ImageFeatures, classifier: TaskResClassifier, images: torch.Tensor) -> None:
+def test_auto_v1(shots: ImageFeatures, classifier: TaskResClassifier, images: torch.Tensor) -> None:
     text = classifier.base.double()
     penalty = 3 / (len(shots) / 8) / float(text.pow(2).sum(dim=1).mean())
     rate = 0.035 * float(text.pow(2).mean().sqrt()) / 0.5
     weight = _train(shots, text, classifier.logit_scale, rate, 0.0, penalty)
     expected = classifier.logit_scale * unit(images) @ unit(weight).T
     assert np.abs(expected - classifier.logit_scale * unit(images) @ unit(text).T).max() > 0.5
-    assert_close(TaskRes().fit(shots, classifier).logits(images), expected)
+    assert_close(TaskResAutoV1().fit(shots, classifier).logits(images), expected)
 
 
 def test_as_published(shots: ImageFeatures, classifier: TaskResClassifier, images: torch.Tensor) -> None:
