@@ -3,8 +3,8 @@
 Recipe `paper` is TaskRes exactly as published (arXiv 2211.10277, section 4.1, and its code's configuration files).
 Recipe `auto` is ours and has no numbers to set: it fits all at once, see `training.whitened`. Recipe `auto-v1` is what
 `auto` was before, trained by epochs: one setting for every task, no validation set. It keeps the residual near zero
-where shots are few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the text
-embeddings, so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
+where shots are few (penalty 3 / shots on the relative squared length) and its step is relative to the length of the
+text embeddings, so it does not depend on the backbone's scale or on `alpha`. `docs/recipes.md` shows how it was chosen.
 """
 
 from __future__ import annotations
