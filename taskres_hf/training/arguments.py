@@ -63,8 +63,8 @@ class TaskResTrainingArguments:
         output_dir: where checkpoints go.
         recipe: `"auto"` (fits all at once, nothing to set; anything below that asks for epochs makes it `"auto-v1"`),
             `"auto-v1"` (trained by epochs, one setting for every task) or `"paper"` (as published: besides the numbers,
-            pictures augmented afresh each epoch, underscores of class names kept in prompts, fp32, and the constants of the
-            dataset that `dataset_name` names; see the documentation on recipes).
+            pictures augmented afresh each epoch, underscores of class names kept in prompts, fp32, and the constants of
+            the dataset that `dataset_name` names; see the documentation on recipes).
         shots: training pictures per class to draw; None takes all.
         seed: seed of the draw, of the views and of the order of batches.
         on_short: a class with fewer pictures than `shots`: `"warn"` and take all it has, `"raise"`, or `"ignore"`.
