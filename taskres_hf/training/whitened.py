@@ -192,6 +192,9 @@ class _Whitened:
             self.span = torch.linalg.qr(rows.T)[0]
         self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
         self.means, self.bias = white - middle, -0.5 * (white**2 - middle**2).sum(1)
+        if count > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ in it
+            noise = (self.rows - white[y]).pow(2).sum() / (count - here) / (numbers / views).clamp_min(1.0)
+            self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
         moved = (f - f.mean(0)).pow(2).sum() / (rows - rows.mean(0)).pow(2).sum().clamp_min(1e-12)
         self.size = float(moved.sqrt()) if count > 1 else 1.0
 
