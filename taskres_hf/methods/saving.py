@@ -35,8 +35,8 @@ def write_to_model(
             The model is as before then.
     """
     if fitted.linear is None:
-        reason = fitted.not_linear or "its logits are not linear in the image embeddings"
-        raise ConfigurationError(f"{method or 'This classifier'} cannot be saved as a residual: {reason}.")
+        reason = fitted.not_linear or "Its logits are not linear in the image embeddings."
+        raise ConfigurationError(f"{method or 'This classifier'} cannot be saved as a residual. {reason}")
     head = model.classifier
     weight = fitted.linear.weight.detach().cpu().double()
     offset = torch.zeros(len(weight)) if fitted.linear.bias is None else fitted.linear.bias.detach()
