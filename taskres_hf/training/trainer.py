@@ -128,6 +128,8 @@ class TaskResTrainer:
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
         if recipe.name != "auto":
+            if (self.model.config.training or {}).get("recipe") == "auto":
+                head.reset()  # epochs cannot go on from what was fitted at once
             head.check_trainable()
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
