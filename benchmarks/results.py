@@ -38,7 +38,7 @@ def print_photos(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=["auto", "paper"], default="auto")
+    parser.add_argument("--recipe", choices=["auto", "auto-v1", "paper"], default="auto")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, default=5, help="how many draws, 1 to this")
     parser.add_argument("--only", choices=["photos", "emoji"], help="one of the two tables")
