@@ -43,7 +43,7 @@ def photo_results(methods: Sequence[str], shots: Sequence[int], seeds: Sequence[
         result
         for name, spec in photo_tasks().items()
         for result in compare_methods(
-            photo_model_path(), str(photo_root() / name), methods=methods, shots=shots, seeds=seeds,
+            photo_model_path(), {name: str(photo_root() / name)}, methods=methods, shots=shots, seeds=seeds,
             templates=spec["template"],
         )
     ]  # fmt: skip
