@@ -27,7 +27,7 @@ def _problem(count: int, classes: int, dim: int = 512) -> tuple[TaskResClassifie
 
 
 def _epoch(head: TaskResClassifier, images: torch.Tensor, labels: torch.Tensor, closed_form: bool) -> Any:
-    recipe = make_recipe("auto", head, len(labels) / len(head.base), len(labels))
+    recipe = make_recipe("auto-v1", head, len(labels) / len(head.base), len(labels))
     optimizer = torch.optim.Adam([head.residual], lr=recipe.learning_rate, fused=True)
     factor = penalty_factor(recipe, head)
     data = ImageFeatures(images[None], labels, [""] * len(head.base), "")

@@ -1,4 +1,4 @@
-"""How recipe `auto` was chosen: accuracy on held-out training and validation pictures of the shipped tasks.
+"""How recipe `auto-v1` was chosen: accuracy on held-out training and validation pictures of the shipped tasks.
 
     python -m benchmarks.recipes
 
@@ -27,9 +27,9 @@ def candidates() -> dict[str, dict[str, Any]]:
     """Name to settings; `strength` is the penalty times the number of shots."""
     settings: dict[str, dict[str, Any]] = {"paper": {"recipe": "paper"}}
     for strength in (0.0, 1.0, 3.0, 10.0):
-        settings[f"penalty {strength:g} / shots"] = {"recipe": "auto", "strength": strength}
+        settings[f"penalty {strength:g} / shots"] = {"recipe": "auto-v1", "strength": strength}
     settings["paper, enhanced base"] = {"recipe": "paper", "enhanced_base": True}
-    settings["penalty 3 / shots, enhanced base"] = {"recipe": "auto", "strength": 3.0, "enhanced_base": True}
+    settings["penalty 3 / shots, enhanced base"] = {"recipe": "auto-v1", "strength": 3.0, "enhanced_base": True}
     return settings
 
 

@@ -3,7 +3,7 @@
     weight_k = t_k + alpha * x_k
     logits   = scale * norm(image) @ norm(weight).T + bias
 
-What other methods than TaskRes fit is written as a residual too (`set_weight`), and `strength` s goes from the
+What recipe `auto` and other methods fit is written as a residual too (`set_weight`), and `strength` s goes from the
 zero-shot classifier (0) to the trained one (1) without training again:
 
     weight_k = t_k + s * alpha * x_k

@@ -34,7 +34,9 @@ def demo(
     ] = False,
     shots: Annotated[str, typer.Option(help="Comma list of shot counts.")] = "1,2,4,8,16",
     seeds: Annotated[str, typer.Option(help="Comma list of seeds.")] = "1,2,3,4,5",
-    recipe: Annotated[Recipe, typer.Option(help="One setting for every task, or as published.")] = Recipe.AUTO,
+    recipe: Annotated[
+        Recipe, typer.Option(metavar="NAME", help="auto, auto-v1 (by epochs) or paper (as published).")
+    ] = Recipe.AUTO,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the classifier is saved.")] = Path(
         "taskres-demo"
     ),

@@ -301,17 +301,33 @@ ResidualSide = Annotated[Side, typer.Option(help="What the residual is added to.
 # ---------------------------------------------------------------------------------------------------- training
 
 RecipeOption = Annotated[
-    Recipe, typer.Option(help="One setting for every task, or the published one.", rich_help_panel=TRAINING)
+    Recipe,
+    typer.Option(
+        metavar="NAME",
+        help="auto (fits at once, nothing to set), auto-v1 (by epochs) or paper (as published).",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Epochs = Annotated[
     int | None,
     typer.Option(
-        "--epochs", "--num-train-epochs", min=1, metavar="N", help="Override the recipe.", rich_help_panel=TRAINING
+        "--epochs",
+        "--num-train-epochs",
+        min=1,
+        metavar="N",
+        rich_help_panel=TRAINING,
+        help="Override the recipe; makes auto auto-v1.",
     ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", "--lr", metavar="X", help="Override the recipe.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--learning-rate",
+        "--lr",
+        metavar="X",
+        help="Override the recipe; makes auto auto-v1.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Views = Annotated[
     int, typer.Option(min=0, metavar="N", help="Augmented views cached per picture.", rich_help_panel=TRAINING)

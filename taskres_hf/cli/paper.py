@@ -42,12 +42,10 @@ _BaseModel = Annotated[
 _BaseRevision = Annotated[str | None, typer.Option(help="Commit of the base.", rich_help_panel=MODEL)]
 _Shots = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
 _Seeds = Annotated[str, typer.Option(help="Comma list.", rich_help_panel=TRAINING)]
-_Recipes = Annotated[str, typer.Option(help="Comma list of paper, auto.", rich_help_panel=TRAINING)]
+_Recipes = Annotated[str, typer.Option(help="Comma list of paper, auto, auto-v1.", rich_help_panel=TRAINING)]
 _Views = Annotated[
     int | None,
-    typer.Option(
-        help="Augmented views cached per picture; 10 for paper, none for auto.", min=0, rich_help_panel=TRAINING
-    ),
+    typer.Option(help="Augmented views cached per picture; 10 for paper, else none.", min=0, rich_help_panel=TRAINING),
 ]
 _AugmentOnline = Annotated[
     bool,
@@ -65,7 +63,7 @@ _KeepUnderscores = Annotated[
     bool | None,
     typer.Option(
         "--keep-underscores/--replace-underscores",
-        help="Of class names in prompts; kept for paper, replaced for auto.",
+        help="Of class names in prompts; kept for paper, else replaced.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -160,14 +160,14 @@ def run_benchmark(
     `output_dir/few_shot`. Every picture is embedded once for each way of embedding.
 
     Recipe `"paper"` is the published whole: augmented pictures, class names with their underscores, the dataset's own
-    alpha and learning rate, epochs by the shots asked for, and embeddings in fp32 by torch. Recipe `"auto"` takes plain
-    pictures and names with spaces. What ran is in each cell.
+    alpha and learning rate, epochs by the shots asked for, and embeddings in fp32 by torch. The other recipes take
+    plain pictures and names with spaces. What ran is in each cell.
 
     Args:
         base_model: Hub id or folder. root: see `open_dataset`. revision: of the base model.
         output_dir: None writes nothing and resumes nothing.
         recipes: of `TaskResTrainingArguments`.
-        views: augmented views cached per picture, for all recipes; None for 10 with `"paper"` and none with `"auto"`.
+        views: augmented views cached per picture, for all recipes; None for 10 with `"paper"` and none with the others.
         augment_online: recipe `"paper"` augments and embeds afresh every epoch, exactly as published, and slowly.
         keep_underscores: whether prompts have the underscores of class names, for all recipes; None as said above.
         targets: further datasets with the same classes to evaluate each run on; None for the ones the dataset names.

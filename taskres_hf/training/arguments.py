@@ -68,8 +68,8 @@ class TaskResTrainingArguments:
         shots: training pictures per class to draw; None takes all.
         seed: seed of the draw, of the views and of the order of batches.
         on_short: a class with fewer pictures than `shots`: `"warn"` and take all it has, `"raise"`, or `"ignore"`.
-        num_train_epochs, learning_rate, weight_decay, warmup_lr, train_batch_size, penalty: override the recipe;
-            `train_batch_size` counts examples per step over all processes.
+        num_train_epochs, learning_rate, weight_decay, warmup_lr, train_batch_size, penalty: override the recipe,
+            and any of them makes `"auto"` `"auto-v1"`; `train_batch_size` counts examples per step over all processes.
         views: augmented views cached per picture; 0 trains on the plain picture.
         enhanced_base: tune the text projection on the few-shot data first (TaskRes*), then the residual on that base.
         augment_online: augment and embed afresh every epoch, as published, instead of caching; None leaves it to the

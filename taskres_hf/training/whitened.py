@@ -7,8 +7,8 @@ All of it is closed form or convex and draws nothing, so the same shots always g
 `f` and `u` are image and text embeddings of unit length, `S` the logit scale. `a` says how far the text can be trusted,
 `A` whitens with the shots' within-class covariance, shrunk as in linear discriminant analysis, and `V` has the least
 `sum of cross-entropies + |V|^2 / (2 (r S)^2)`. Cross-validation on the shots weighs several `q` and `r` against one
-another and against zero-shot; `tau` makes probabilities mean what they say. `docs/recipes.md` has what each part is
-worth.
+another and against zero-shot; `tau` makes probabilities mean what they say. `docs/recipes.md` says why each part is
+there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def fit_whitened(
     Args:
         images: [V * N, D] embeddings of any length, one view of all N pictures after the other. labels: [V * N].
         base: `t` [K, D]. logit_scale: S. views: V; several views of a picture count as one picture.
-        iterations: of L-BFGS; 15 are within 0.1 points of 100 (see `docs/recipes.md`).
+        iterations: of L-BFGS, at most.
 
     Returns:
         The classifier. A class without a picture keeps its text row.
@@ -187,7 +187,7 @@ class _Whitened:
         center = means[present].mean(0)
         means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
         rows = self._apply(f)
-        self.span = None
+        self.span: Tensor | None = None
         if count < dim:
             self.span = torch.linalg.qr(rows.T)[0]
         self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))

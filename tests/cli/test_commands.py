@@ -208,7 +208,7 @@ def test_checkpoints_and_resume(capsys: pytest.CaptureFixture[str], base: str, t
     [
         (["train"], 2, "Missing argument"),
         (["train", "--base-model", "x", "--dataset", "/no/where", "-o", "OUT"], 1, "no dataset at /no/where"),
-        (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--recipe", "best"], 2, "'auto', 'paper'"),
+        (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--recipe", "best"], 2, "'auto', 'auto-v1'"),
         (["train", "--base-model", "x", "--dataset", "DATA", "-o", "OUT", "--shots", "0"], 2, "shots"),
         (["train", "--base-model", "BASE", "--dataset", "DATA", "-o", "OUT", "--template", "no place"], 1, "{}"),
         (

@@ -101,7 +101,7 @@ def test_choices_are_those_of_the_library(choices: type[enum.Enum], name: str) -
     ("words", "found"),
     [
         ("taskres ev", ["evaluate"]),
-        ("taskres train --recipe ", ["auto", "paper"]),
+        ("taskres train --recipe ", ["auto", "auto-v1", "paper"]),
         ("taskres evaluate x --engine o", ["openvino", "onnxruntime"]),
         ("taskres train --template clip-", ["clip-7", "clip-80"]),
         ("taskres predict x --device c", ["cpu", "cuda", "cuda:0"]),

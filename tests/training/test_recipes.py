@@ -78,13 +78,13 @@ def test_published_schedule() -> None:
     assert rates[199] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 198 / 200)))
 
 
-def test_auto_does_not_depend_on_the_scale_of_the_backbone_or_alpha() -> None:
+def test_auto_v1_does_not_depend_on_the_scale_of_the_backbone_or_alpha() -> None:
     small = TaskResClassifier(torch.randn(4, 8), alpha=0.5)
     large = TaskResClassifier(100 * small.base, alpha=1.0)
     images, labels = F.normalize(torch.randn(4, 8), dim=1), torch.arange(4)
     steps = []
     for head in (small, large):
-        recipe = make_recipe("auto", head, 4)
+        recipe = make_recipe("auto-v1", head, 4)
         optimizer = torch.optim.Adam([head.residual], lr=recipe.learning_rate, eps=1e-30)
         for _ in range(5):
             _, _, head.residual.grad = loss_and_gradient(head, images, labels, penalty_factor(recipe, head))
@@ -109,7 +109,7 @@ def test_ragged_end_is_dropped_as_published() -> None:
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(ConfigurationError, match="'auto' or 'paper'"):
+    with pytest.raises(ConfigurationError, match="'auto', 'auto-v1' or 'paper'"):
         make_recipe("best", _head(), 1)
 
 
@@ -151,10 +151,14 @@ def test_the_shots_asked_for_decide_the_published_epochs(counts: list[int]) -> N
     assert _run("paper", [8] * 5 + [1]).num_train_epochs == 200  # drawn elsewhere: the fullest class tells
 
 
-def test_what_there_is_decides_under_auto() -> None:
-    assert _run("auto", [10] * 6, shots=30) == _run("auto", [10] * 6)
-    assert _run("auto", [10] * 6).penalty == pytest.approx(0.3)
-    assert _run("auto", [8] * 5 + [7]).num_train_epochs == 200
+@pytest.mark.parametrize("recipe", ["auto", "auto-v1"])
+def test_what_there_is_decides_under_auto(recipe: str) -> None:
+    assert _run(recipe, [10] * 6, shots=30) == _run(recipe, [10] * 6)
+
+
+def test_what_there_is_decides_the_penalty_and_epochs_of_auto_v1() -> None:
+    assert _run("auto-v1", [10] * 6).penalty == pytest.approx(0.3)
+    assert _run("auto-v1", [8] * 5 + [7]).num_train_epochs == 200
 
 
 def test_settings_override_the_recipe() -> None:

@@ -92,6 +92,29 @@ def test_online_views_and_both_sides_learn(model: Model, base: str, splits: Data
         assert trainer.log_history[-1]["loss"] < trainer.log_history[0]["loss"] + 0.5
 
 
+def test_what_auto_fitted_is_measured_and_fitted_again(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    trainer = TaskResTrainer(model, _arguments(), embedded["train"])
+    trainer.train()
+    assert model.config.training["recipe"] == "auto"
+    first = copy.deepcopy(model.classifier)
+    assert trainer.measure()["method"] == "cross-validation"
+    trainer.train()
+    assert torch.equal(model.classifier.residual, first.residual)
+    assert torch.equal(model.classifier.class_bias, first.class_bias)
+
+
+def test_epochs_start_from_zero_shot_after_auto(model: Model, embedded: dict[str, ImageFeatures]) -> None:
+    results = []
+    for before in ([], [_arguments()]):
+        model.classifier.reset()
+        for arguments in [*before, _arguments(num_train_epochs=2)]:
+            TaskResTrainer(model, arguments, embedded["train"]).train()
+        assert model.config.training["recipe"] == "auto-v1"
+        assert model.classifier.class_bias is None
+        results.append(model.classifier.residual.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_paper_recipe_takes_the_published_number_of_steps(model: Model, embedded: dict[str, ImageFeatures]) -> None:
     trainer = TaskResTrainer(model, _arguments(recipe="paper", shots=16), embedded["train"])
     output = trainer.train()
