@@ -187,7 +187,7 @@ class _Whitened:
         center = means[present].mean(0)
         means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
         rows = self._apply(f)
-        self.span: Tensor | None = None
+        self.span = None
         if count < dim:
             self.span = torch.linalg.qr(rows.T)[0]
         self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
