@@ -205,7 +205,7 @@ def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
         head.facts.update(facts)
         if head.facts.get("training"):
             head.facts["training"] = {**head.facts["training"], **fitted.chosen}
-        logits = head(images[: len(images) // views])
+        logits = head(images[: len(images) // views]).detach()
         truth = labels[: len(logits)]
         correct = (logits.argmax(dim=1) == truth).sum()
         return torch.tensor([float(F.cross_entropy(logits, truth)) * count, float(correct), count], dtype=torch.float64)
