@@ -26,7 +26,8 @@ SHARES = (0.25, 1.0, 4.0)  # of the discriminant, times what `_usual_share` give
 USUAL_WIDTH = 0.07
 _MOST_FOLDS = 4
 _NO_SPREAD = 1e-8  # squared distance to the mean, of embeddings of length 1, that rounding alone can make
-_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed, and on one fold
+_MANY = 250_000  # logits of the shots from which on one fold is enough, and fp32
+_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed
 _PIECE = 4_000_000  # logits looked at in one go
 _FOR_TEXT = 2_000_000  # logits that are enough to see how far the text can be trusted
 
@@ -61,7 +62,7 @@ def fit_whitened(
         The classifier. A class without a picture keeps its text row.
     """
     large = len(images) * len(base) > _LARGE
-    dtype = torch.float32 if large else torch.float64
+    dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
     f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()
     u = F.normalize(base.detach().to("cpu", dtype), dim=1)
     text = (logit_scale * f) @ u.T
@@ -271,7 +272,7 @@ class _Problem:
         fold = _number_in_class(y, self.views) % folds
         held: list[Tensor] = []
         order: list[Tensor] = []
-        for turn in range(1 if large else folds):
+        for turn in range(1 if text.numel() > _MANY else folds):
             out, rest = fold == turn, fold != turn
             space = _Whitened(f[rest], y[rest], text.shape[1], self.views)
             fewer = shots * (folds - 1) / folds
