@@ -59,8 +59,9 @@ def training(report: Report, count: int = 1600, classes: int = 100, views: int =
             splits = load_splits(folder, cache_dir=f"{scratch}/datasets")
             model = TaskResCLIPForImageClassification.from_base(base, names)
             arguments = TaskResTrainingArguments(
-                shots=16, views=views, engine=engine, precision=precision, disable_tqdm=True, cache_dir=False
-            )
+                recipe="auto-v1", shots=16, views=views, engine=engine, precision=precision, disable_tqdm=True,
+                cache_dir=False,
+            )  # fmt: skip
             TaskResTrainer(model, arguments, splits["train"]).train()
             model.save_pretrained(f"{scratch}/artifact")
 

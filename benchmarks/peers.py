@@ -64,7 +64,7 @@ def peers(report: Report) -> None:
 
     def ours() -> None:
         model.classifier.reset()
-        TaskResTrainer(model, TaskResTrainingArguments(shots=SHOTS, disable_tqdm=True), data).train()
+        TaskResTrainer(model, TaskResTrainingArguments(recipe="auto-v1", shots=SHOTS, disable_tqdm=True), data).train()
 
     seconds = _seconds(ours, 1)
     passes = {}

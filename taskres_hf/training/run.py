@@ -388,7 +388,7 @@ class TrainingRun:
         self.log_history.append(log)
         if events.control.should_log:
             events("on_log", logs=dict(log))
-        if events.control.should_save and whole:
+        if events.control.should_save and whole and self.recipe.name != "auto":  # which is over then
             self._save()
             events("on_save")
 

@@ -195,6 +195,7 @@ def batches_whole(data: ImageFeatures, head: TaskResClassifier) -> Batches:
 
 
 def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
+    @torch.no_grad()
     def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
         fitted = fit_whitened(images, labels, head.base, head.logit_scale, views)
         weight, bias = fitted.weight.to(head.base), fitted.bias.to(head.base)

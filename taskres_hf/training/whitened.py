@@ -27,7 +27,10 @@ WIDTHS = (0.03, 0.07, 0.2, 0.5)  # r, in units of the logit scale
 SHARES = (0.25, 1.0, 4.0)  # of the discriminant, times what `_usual_share` gives
 USUAL_WIDTH = 0.07
 _MOST_FOLDS = 4
-_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed, and on one fold
+_NO_SPREAD = 1e-8  # squared distance to the mean, of embeddings of length 1, that rounding alone can make
+_MANY = 250_000  # logits of the shots from which on one fold is enough, and fp32
+_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed
+_PIECE = 4_000_000  # logits looked at in one go
 _FOR_TEXT = 2_000_000  # logits that are enough to see how far the text can be trusted
 
 
@@ -69,10 +72,10 @@ def fit_whitened(
             "weights. The model on disk is untouched."
         )
     large = len(images) * len(base) > _LARGE
-    dtype = torch.float32 if large else torch.float64
-    f, y = F.normalize(images.to("cpu", dtype), dim=1), labels.cpu()
+    dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
+    f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()
     u = F.normalize(base.detach().to("cpu", dtype), dim=1)
-    text = logit_scale * f @ u.T
+    text = (logit_scale * f) @ u.T
     trust, information = _trust(text, y, len(u), views)
     text *= trust
     counts = torch.bincount(y, minlength=len(u)).float() / views
@@ -86,8 +89,11 @@ def fit_whitened(
         weights[usual], temperature = 1.0, max(0.3, trust_of_text(text / trust, y) / trust)
     used = [i for i in range(len(_CANDIDATES)) if weights[i] > 0.01]
     space = _Whitened(f, y, len(u), views)
-    rows, bias = problem.fit(space, y, text, shots, [_CANDIDATES[i] for i in used])
-    part = weights[used].to(dtype)
+    candidates, part = [_CANDIDATES[i] for i in used], weights[used].to(dtype)
+    if large and used:  # their mean at once
+        mean = sum(float(weights[i]) * _CANDIDATES[i][0] for i in used) / float(part.sum())
+        candidates, part = [(mean, USUAL_WIDTH)], part.sum()[None]
+    rows, bias = problem.fit(space, y, text, shots, candidates)
     weight = float(weights.sum()) * trust * logit_scale * u + space.unwhiten(torch.einsum("b,bkr->kr", part, rows))
     chosen = {
         "text_weight": trust, "text_information": information, "temperature": temperature,
@@ -136,7 +142,7 @@ def trust_of_text(text: Tensor, labels: Tensor) -> float:
 def _trust(text: Tensor, labels: Tensor, classes: int, views: int) -> tuple[float, float]:
     """`a`, twice the likeliest factor and its standard error but at most 1; and what the text tells above chance."""
     if text.numel() > _FOR_TEXT:
-        keep = _number_in_class(labels) < max(1, _FOR_TEXT // classes**2)
+        keep = _number_in_class(labels, views) < max(1, _FOR_TEXT // classes**2)
         text, labels = text[keep], labels[keep]
     factor = trust_of_text(text, labels)
     log_probabilities = F.log_softmax(factor * text, dim=1)
@@ -147,14 +153,15 @@ def _trust(text: Tensor, labels: Tensor, classes: int, views: int) -> tuple[floa
     return max(min(1.0, 2.0 * (factor + 1.0 / math.sqrt(max(variance, 1e-12)))), 1e-3), information
 
 
-def _number_in_class(labels: Tensor) -> Tensor:
-    """0 for the first picture of its class, 1 for the second and so on [N]."""
+def _number_in_class(labels: Tensor, views: int) -> Tensor:
+    """0 for the first picture of its class, 1 for the second and so on [V * N]; the same in all views of a picture."""
+    labels = labels[: len(labels) // views]
     order = torch.argsort(labels, stable=True)
     counts = torch.bincount(labels)
     starts = torch.cumsum(counts, 0) - counts
     numbers = torch.empty_like(labels)
     numbers[order] = torch.arange(len(labels)) - starts[labels[order]]
-    return numbers
+    return numbers.repeat(views)
 
 
 # ---------------------------------------------------------------------- the metric, and what the means say
@@ -169,8 +176,17 @@ class _Whitened:
     Attributes:
         rows: [N, R] the shots, whitened, in coordinates of their span (R = min(N, D)).
         means, bias: discriminant of the class means in the same coordinates: rows @ means.T + bias [N, K].
-        size: factor that gives whitened rows the spread that the shots had.
+        size: factor that gives whitened rows the spread that the shots had; 0 where they have none.
     """
+
+    rows: Tensor
+    means: Tensor
+    bias: Tensor
+    span: Tensor | None
+    axes: Tensor
+    inside: Tensor
+    outside: float
+    size: float
 
     def __init__(self, f: Tensor, y: Tensor, classes: int, views: int) -> None:
         count, dim = f.shape
@@ -191,23 +207,27 @@ class _Whitened:
         if count < dim:
             self.span = torch.linalg.qr(rows.T)[0]
         self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
-        self.means, self.bias = white - middle, -0.5 * (white**2 - middle**2).sum(1)
+        self.means = white - middle
+        self.bias = -0.5 * (self.means * (white + middle)).sum(1)
         if count > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ in it
             noise = (self.rows - white[y]).pow(2).sum() / (count - here) / (numbers / views).clamp_min(1.0)
             self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
-        moved = (f - f.mean(0)).pow(2).sum() / (rows - rows.mean(0)).pow(2).sum().clamp_min(1e-12)
-        self.size = float(moved.sqrt()) if count > 1 else 1.0
+        moved = float((f - f.mean(0)).pow(2).sum())
+        alike = pictures < 2 or moved <= _NO_SPREAD * count
+        self.size = 0.0 if alike else math.sqrt(moved / float((rows - rows.mean(0)).pow(2).sum()))
 
     def _whiten(self, spread: Tensor, dof: float, views: int) -> None:
         count, dim = spread.shape
         if count < dim:
             values, vectors = torch.linalg.eigh(spread @ spread.T / views)
-            keep = values > values[-1].clamp_min(1e-30) * 1e-10
+            keep = values > max(float(values[-1]) * count * torch.finfo(values.dtype).eps, 1e-30)
             values, vectors = values[keep], vectors[:, keep]
             axes = spread.T @ vectors / (values * views).sqrt()
         else:
             values, axes = torch.linalg.eigh(spread.T @ spread / views)
-        total = float(values.clamp_min(0.0).sum()) or 1.0
+        total = float(values.clamp_min(0.0).sum())
+        if total <= _NO_SPREAD * count:  # pictures of a class are all the same: any sphere will do
+            total, values, dof = 1.0, torch.zeros_like(values), max(dof, 1.0)
         floor = total / dof  # D c
         self.outside = math.sqrt((dof + dim) / floor)
         self.axes = axes
@@ -252,7 +272,7 @@ class _Problem:
         bias = shares[:, None] * space.bias
         if not candidates:
             return means, bias
-        offsets = text + (means @ rows.T).transpose(1, 2) + bias[:, None, :]
+        offsets = (means @ rows.T).transpose(1, 2).add_(bias[:, None, :]).add_(text)
         balance = _balanced(y, len(space.means)).to(rows) / self.views
         more = _minimise(space.size * rows, y, balance, offsets, widths**-2, self.iterations)
         return means + space.size * more, bias
@@ -262,11 +282,10 @@ class _Problem:
         folds = int(min(_MOST_FOLDS, shots))
         if folds < 2:
             return None, 1.0
-        number = _number_in_class(y) % max(1, len(y) // self.views)
-        fold = (number // self.views if self.views > 1 else number) % folds
+        fold = _number_in_class(y, self.views) % folds
         held: list[Tensor] = []
         order: list[Tensor] = []
-        for turn in range(1 if large else folds):
+        for turn in range(1 if text.numel() > _MANY else folds):
             out, rest = fold == turn, fold != turn
             space = _Whitened(f[rest], y[rest], text.shape[1], self.views)
             fewer = shots * (folds - 1) / folds
@@ -290,16 +309,15 @@ class _Problem:
         steps = _STEPS[[_CANDIDATES.index((share, USUAL_WIDTH)) for share in SHARES]] if large else _STEPS
         reluctance = max(1.5, 8.0 / shots) * steps
         plain = torch.cat([_log_loss(held, y, balance) + reluctance, _log_loss(text[None], y, balance) + 1.0])
-        scaled = torch.stack(
-            [_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in _TEMPERATURES.tolist()]
-        )
+        temperatures = _TEMPERATURES[1::2].tolist() if large else _TEMPERATURES.tolist()
+        scaled = torch.stack([_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in temperatures])
         best = torch.softmax(-(scaled.min(0).values + reluctance), 0)
         free = shots / (shots + 8.0)
         weights = (1.0 - free) * torch.softmax(-plain, 0)
         weights[:-1] += free * best
         mixed = torch.einsum("b,bnk->nk", weights[:-1].to(held), held) + float(weights[-1]) * text
-        losses = [float(_log_loss(t * mixed[None], y, balance)) + math.log(t) ** 2 for t in _TEMPERATURES.tolist()]
-        temperature = float(_TEMPERATURES[losses.index(min(losses))])
+        losses = [float(_log_loss(t * mixed[None], y, balance)) + math.log(t) ** 2 for t in temperatures]
+        temperature = temperatures[losses.index(min(losses))]
         if not large:
             return weights, temperature
         spread = torch.zeros(len(_CANDIDATES) + 1, dtype=weights.dtype)
@@ -321,56 +339,87 @@ def _log_loss(logits: Tensor, y: Tensor, balance: Tensor) -> Tensor:
     return ((torch.logsumexp(logits, dim=2) - target) * balance.to(logits)).sum(1).double()
 
 
-def _minimise(rows: Tensor, y: Tensor, weights: Tensor, offsets: Tensor, decay: Tensor, iterations: int) -> Tensor:
-    """The V [B, K, R] of least `sum_i w_i CE(offsets_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS, all B at once.
+class _Objective:
+    """`sum_i w_i CE(logits_i, y_i) + decay / 2 |V|^2` of B candidates, whose logits [B, N, K] are moved in place.
+
+    It goes over the pictures in pieces: one more set of logits is all the memory that a direction takes.
+    """
+
+    def __init__(self, rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: Tensor) -> None:
+        self.rows, self.weights, self.logits, self.decay = rows, weights, logits, decay
+        self.truth = y.expand(len(logits), -1)[..., None]
+        size = max(1, _PIECE // (len(logits) * logits.shape[2]))
+        self.pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
+        # A class without a picture stays as it is.
+        self.absent = torch.bincount(y, minlength=logits.shape[2]) == 0
+        self.normaliser = torch.logsumexp(logits, dim=2)  # [B, N]
+
+    def value(self, v: Tensor, step: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective [B] at weights V after a step [B] along a change of the logits, and its normaliser."""
+        total, normaliser = 0.5 * self.decay * v.pow(2).sum((1, 2)), torch.empty_like(self.normaliser)
+        for piece in self.pieces:
+            tried = torch.addcmul(self.logits[:, piece], change[:, piece], step[:, None, None])
+            normaliser[:, piece] = torch.logsumexp(tried, dim=2)
+            target = tried.gather(2, self.truth[:, piece])[..., 0]
+            total += ((normaliser[:, piece] - target) * self.weights[piece]).sum(1)
+        return total, normaliser
+
+    def _probabilities(self, piece: slice) -> Tensor:
+        return (self.logits[:, piece] - self.normaliser[:, piece, None]).exp_()
+
+    def gradient(self, v: Tensor) -> Tensor:
+        g = self.decay[:, None, None] * v
+        for piece in self.pieces:
+            weights = self.weights[piece]
+            error = self._probabilities(piece).mul_(weights[:, None])
+            error.scatter_add_(2, self.truth[:, piece], -weights.expand(len(v), -1)[..., None])
+            g += error.transpose(1, 2) @ self.rows[piece]
+        g[:, self.absent] = 0.0
+        return g
+
+    def curvature(self, direction: Tensor, change: Tensor) -> Tensor:
+        """Second derivative [B] along a direction."""
+        bend = self.decay * direction.pow(2).sum((1, 2))
+        for piece in self.pieces:
+            moved = self._probabilities(piece).mul_(change[:, piece])
+            spread = (moved * change[:, piece]).sum(2) - moved.sum(2) ** 2
+            bend += (spread * self.weights[piece]).sum(1)
+        return bend
+
+
+def _minimise(rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: Tensor, iterations: int) -> Tensor:
+    """The V [B, K, R] of least `sum_i w_i CE(logits_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS, all B at once.
 
     The step along a direction is Newton's, from the exact curvature along it, halved until the objective falls.
-    Logits are carried along, so an iteration takes two matrix products.
+    Logits are carried along, so an iteration takes two matrix products; those passed are overwritten.
     """
-    batch, classes, dim = len(offsets), offsets.shape[2], rows.shape[1]
-    v = rows.new_zeros(batch, classes, dim)
-    logits = offsets.clone()
-    truth = y.expand(batch, -1)[..., None]
+    v = rows.new_zeros(len(logits), logits.shape[2], rows.shape[1])
+    objective = _Objective(rows, y, weights, logits, decay)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
-    decay = decay[:, None, None]
-
-    def objective(logits: Tensor, squares: Tensor) -> Tensor:
-        target = logits.gather(2, truth)[..., 0]
-        return ((torch.logsumexp(logits, dim=2) - target) * weights).sum(1) + 0.5 * decay[:, 0, 0] * squares
-
-    def gradient() -> tuple[Tensor, Tensor]:
-        probabilities = torch.softmax(logits, dim=2)
-        error = probabilities * weights[:, None]
-        error.scatter_add_(2, truth, -weights.expand(batch, -1)[..., None])
-        return error.transpose(1, 2) @ rows + decay * v, probabilities
-
-    value = objective(logits, v.new_zeros(batch))
-    g, probabilities = gradient()
+    value, _ = objective.value(v, torch.zeros_like(decay), logits)
+    g = objective.gradient(v)
     for _ in range(iterations):
         direction = -_inverse_curvature(g, history)
         change = (direction @ rows.T).transpose(1, 2)
-        expected = (probabilities * change).sum(2)
-        bend = (((probabilities * change * change).sum(2) - expected**2) * weights).sum(1)
-        bend = bend + decay[:, 0, 0] * direction.pow(2).sum((1, 2))
         slope = (g * direction).sum((1, 2))
+        bend = objective.curvature(direction, change)
         step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
         for _ in range(20):
-            moved = v + step[:, None, None] * direction
-            tried = objective(logits + step[:, None, None] * change, moved.pow(2).sum((1, 2)))
+            tried, normaliser = objective.value(v + step[:, None, None] * direction, step, change)
             worse = tried > value + 1e-4 * step * slope
             if not bool(worse.any()):
                 break
             step = torch.where(worse, 0.5 * step, step)
-        step = torch.where(tried < value, step, torch.zeros_like(step))
-        moved = step[:, None, None] * direction
-        v = v + moved
-        logits = logits + step[:, None, None] * change
-        value = torch.minimum(tried, value)
-        before = g
-        g, probabilities = gradient()
+        better = tried < value
+        step = torch.where(better, step, torch.zeros_like(step))
+        moved = direction.mul_(step[:, None, None])
+        v += moved
+        logits.add_(change.mul_(step[:, None, None]))
+        objective.normaliser = torch.where(better[:, None], normaliser, objective.normaliser)
+        value = torch.where(better, tried, value)
+        before, g = g, objective.gradient(v)
         difference = g - before
-        product = (moved * difference).sum((1, 2))
-        history = [*history[-9:], (moved, difference, product)]
+        history = [*history[-9:], (moved, difference, (moved * difference).sum((1, 2)))]
         if bool((g.abs().amax((1, 2)) <= 1e-6 * weights.sum()).all()):
             break
     return v

@@ -1,0 +1,414 @@
+"""Recipe `auto`: a second statement of its formulas in numpy and scipy, and what people rely on."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import DatasetDict
+from formulas import Array, softmax, unit
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp
+from torch import Tensor
+from transformers import TrainerCallback
+
+from taskres_hf import TaskResCLIPForImageClassification as Model
+from taskres_hf import TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
+from taskres_hf.embedding.features import ImageFeatures
+from taskres_hf.evaluation import accuracy, expected_calibration_error
+from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.training import whitened
+from taskres_hf.training.whitened import USUAL_WIDTH, fit_whitened
+
+SCALE = 100.0
+
+
+def _arguments(**options: Any) -> TaskResTrainingArguments:
+    return TaskResTrainingArguments(**{"disable_tqdm": True, "on_short": "ignore", "shots": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, tuple[Model, dict[str, ImageFeatures]]]:
+    """Real embeddings [N, 192] of three shipped tasks."""
+    found = {}
+    for name in ("animals-plants", "food", "people"):
+        spec, splits = demo_tasks()[name], demo_dataset(name)
+        model = Model.from_base(demo_model(), spec["classes"], spec["template"])
+        trainer = TaskResTrainer(model, _arguments())
+        found[name] = (model, {part: trainer.embed(splits[part]) for part in ("train", "test")})
+    return found
+
+
+def _shots(tasks: Any, count: int, name: str = "animals-plants", seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [N, D], labels [N] and the base classifier [K, D]."""
+    model, parts = tasks[name]
+    train = parts["train"]
+    rows = few_shot_indices(train.labels.tolist(), count, seed, on_short="ignore")
+    return train.image_embeds[0, rows], train.labels[rows], model.classifier.base
+
+
+# ---------------------------------------------------------------------- a second statement
+
+
+def _trust(text: Array, y: Array) -> tuple[float, float]:
+    """Factor on the zero-shot logits, and what they tell above chance."""
+    rows, classes = np.arange(len(y)), text.shape[1]
+
+    def loss(factor: float) -> float:
+        return float((logsumexp(factor * text, axis=1) - factor * text[rows, y]).sum())
+
+    factor = minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-9}).x
+    p = softmax(factor * text)
+    variance = float(((p * text**2).sum(1) - (p * text).sum(1) ** 2).sum())
+    information = (math.log(classes) - loss(factor) / len(y)) / math.log(classes)
+    return min(1.0, 2.0 * (factor + variance**-0.5)), min(1.0, max(0.0, information))
+
+
+def _whitening(f: Array, y: Array, classes: int) -> Array:
+    """C^(-1/2) [D, D] of the shrunk covariance."""
+    count, dim = f.shape
+    means = np.stack([f[y == k].mean(0) for k in range(classes)])
+    spread, dof = f - means[y], float(count - classes)
+    if dof < max(8.0, classes / 2.0):
+        spread, dof = f - f.mean(0), count - 1.0
+    covariance = spread.T @ spread / dof
+    shrunk = (dof * covariance + np.trace(covariance) * np.eye(dim)) / (dof + dim)
+    values, vectors = np.linalg.eigh(shrunk)
+    inverse: Array = vectors @ np.diag(values**-0.5) @ vectors.T
+    return inverse
+
+
+def _discriminant(f: Array, y: Array, root: Array, classes: int) -> tuple[Array, Array]:
+    """Rows [K, D] on whitened pictures and biases [K], relative to the mean of the class means."""
+    means = np.stack([f[y == k].mean(0) for k in range(classes)]) @ root
+    middle = means.mean(0)
+    return means - middle, -0.5 * ((means**2).sum(1) - middle @ middle)
+
+
+def _least(rows: Array, y: Array, offsets: Array, decay: float, iterations: int = 2000) -> tuple[Array, float]:
+    """V [K, D] of least summed cross-entropy and penalty, and that."""
+    truth = np.eye(offsets.shape[1])[y]
+
+    def objective(flat: Array) -> tuple[float, Array]:
+        v = flat.reshape(offsets.shape[1], -1)
+        logits = offsets + rows @ v.T
+        value = (logsumexp(logits, axis=1) - (truth * logits).sum(1)).sum() + 0.5 * decay * (v**2).sum()
+        return float(value), ((softmax(logits) - truth).T @ rows + decay * v).ravel()
+
+    found = minimize(
+        objective, np.zeros(offsets.shape[1] * rows.shape[1]), jac=True, method="L-BFGS-B",
+        options={"maxiter": iterations, "maxfun": 10 * iterations, "ftol": 1e-15, "gtol": 1e-9},
+    )  # fmt: skip
+    return found.x.reshape(offsets.shape[1], -1), float(found.fun)
+
+
+def _parts(f: Array, y: Array, base: Array, shots: float) -> tuple[Array, Array, Array, Array, float]:
+    """Whitened rows of the spread of the shots, offsets of the usual candidate, classifier without V, bias, spread."""
+    u, classes = unit(base), len(base)
+    text = SCALE * f @ u.T
+    trust, information = _trust(text, y)
+    root = _whitening(f, y, classes)
+    means, bias = _discriminant(f, y, root, classes)
+    share = 0.025 * max(1.0, shots / 2.0) ** 1.2 * (1.0 - information) ** 2
+    rows = f @ root
+    size = math.sqrt(((f - f.mean(0)) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum())
+    weight, bias = trust * SCALE * u + share * means @ root, share * bias
+    return size * rows, f @ weight.T + bias, weight, bias, size
+
+
+def test_one_shot_is_the_formulas(tasks: Any) -> None:
+    images, labels, base = _shots(tasks, 1)
+    f, y = unit(images), labels.numpy()
+    rows, offsets, weight, bias, size = _parts(f, y, base.numpy(), 1.0)
+    v, _ = _least(rows, y, offsets, (USUAL_WIDTH * SCALE) ** -2)
+    weight = weight + size * v @ _whitening(f, y, len(base))
+    text = SCALE * f @ unit(base).T
+    best = minimize_scalar(
+        lambda s: (logsumexp(s * text, axis=1) - s * text[np.arange(len(y)), y]).sum(), bounds=(0, 1), method="bounded"
+    )
+    temperature = max(0.3, best.x / _trust(text, y)[0])
+    fitted = fit_whitened(images, labels, base, SCALE, iterations=400)
+    assert fitted.chosen["temperature"] == pytest.approx(temperature, abs=1e-4)
+    assert fitted.chosen["candidates"] == {"share 1, width 0.07": 1.0}
+    assert np.abs(fitted.weight.numpy() / fitted.chosen["temperature"] - weight).max() < 1e-3 * np.abs(weight).max()
+    assert np.abs(fitted.bias.numpy() / fitted.chosen["temperature"] - bias).max() < 1e-3
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_whitening_and_discriminant_are_the_formulas(tasks: Any, count: int) -> None:
+    images, labels, _ = _shots(tasks, count)
+    f, y, classes = unit(images), labels.numpy(), int(labels.max()) + 1
+    root = _whitening(f, y, classes)
+    space = whitened._Whitened(torch.from_numpy(f), labels, classes, 1)
+    assert np.abs(space._apply(torch.eye(f.shape[1], dtype=torch.float64)).numpy() - root).max() < 1e-8 * root.max()
+    means, bias = _discriminant(f, y, root, classes)
+    found = (space.rows @ space.means.T + space.bias).numpy()
+    assert np.abs(found - (f @ root @ means.T + bias)).max() < 1e-7 * np.abs(found).max()
+
+
+@pytest.mark.parametrize("width", [0.03, 0.5])
+def test_the_minimum_is_scipys(tasks: Any, width: float) -> None:
+    images, labels, base = _shots(tasks, 4)
+    f, y, decay = unit(images), labels.numpy(), (width * SCALE) ** -2
+    rows, offsets, *_ = _parts(f, y, base.numpy(), 4.0)
+    expected, least = _least(rows, y, offsets, decay)
+    x, several = torch.from_numpy(rows), torch.from_numpy(np.stack([offsets, 2.0 * offsets]))
+    ones = torch.ones(len(y), dtype=torch.float64)
+    v = whitened._minimise(x, labels, ones, several, torch.tensor([decay, 1.0], dtype=torch.float64), 500)[0].numpy()
+    logits = offsets + rows @ v.T
+    value = (logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]).sum() + 0.5 * decay * (v**2).sum()
+    assert value == pytest.approx(least, abs=1e-3)
+    assert np.abs(v - expected).max() < 1e-2 * np.abs(expected).max()
+    gradient = (softmax(logits) - np.eye(len(base))[y]).T @ rows + decay * v
+    assert np.abs(gradient).max() < 2e-6 * len(y)
+    # Logits are carried along, in place.
+    assert np.abs(several[0].numpy() - logits).max() < 1e-8
+
+
+def test_pieces_and_the_span_change_nothing(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels, base = _shots(tasks, 4)
+    whole = fit_whitened(images, labels, base, SCALE, iterations=200)
+    monkeypatch.setattr(whitened, "_PIECE", 100)
+    pieces = fit_whitened(images, labels, base, SCALE, iterations=200)
+    torch.testing.assert_close(pieces.weight, whole.weight, atol=1e-4, rtol=1e-4)
+    # The same pictures eight times as views: more rows than dimensions, so without a span.
+    assert len(images) < images.shape[1] < 8 * len(images)
+    other = fit_whitened(images.repeat(8, 1), labels.repeat(8), base, SCALE, views=8, iterations=200)
+    torch.testing.assert_close(other.weight, whole.weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(other.bias, whole.bias, atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------- what people rely on
+
+
+def test_the_same_shots_give_the_same_bits(tasks: Any) -> None:
+    shots = _shots(tasks, 4)
+    first, second = fit_whitened(*shots, SCALE), fit_whitened(*shots, SCALE)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+    assert first.chosen == second.chosen
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_order_of_the_classes_pictures_does_not_matter(tasks: Any, count: int) -> None:
+    images, labels, base = _shots(tasks, count)
+    fitted = fit_whitened(images, labels, base, SCALE)
+    order = torch.argsort(labels, descending=True, stable=True)  # folds go by the order within a class
+    again = fit_whitened(images[order], labels[order], base, SCALE)
+    torch.testing.assert_close(again.weight, fitted.weight, atol=1e-6 * float(fitted.weight.abs().max()), rtol=0)
+
+
+def test_a_class_without_pictures_keeps_its_text_row(tasks: Any) -> None:
+    images, labels, base = _shots(tasks, 4)
+    fitted = fit_whitened(images[labels != 2], labels[labels != 2], base, SCALE)
+    rows = unit(base)
+    factor = float(fitted.weight[2].norm())
+    assert np.abs(fitted.weight[2].numpy() - factor * rows[2]).max() < 1e-9 * factor
+    assert abs(float(fitted.bias[2])) < 1e-9
+    assert all(np.abs(fitted.weight[k].numpy() - factor * rows[k]).max() > 0.01 * factor for k in (0, 1, 3))
+
+
+@pytest.mark.parametrize("what", ["two classes", "one class", "one picture", "imbalanced", "twice", "all the same"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_odd_shots_give_finite_logits(tasks: Any, what: str, views: int) -> None:
+    images, labels, base = _shots(tasks, 4)
+    if what in ("two classes", "one class"):
+        kept = labels < (2 if what == "two classes" else 1)
+        images, labels, base = images[kept], labels[kept], base[: int(labels[kept].max()) + 1]
+    if what == "one picture":
+        images, labels = images[:1], labels[:1]
+    if what == "imbalanced":
+        kept = (torch.arange(len(labels)) < 1) | (labels > 0)
+        images, labels = torch.cat([images[kept], images[labels == 7]]), torch.cat([labels[kept], labels[labels == 7]])
+    if what == "twice":
+        images, labels = torch.cat([images, images]), torch.cat([labels, labels])
+    if what == "all the same":
+        images = images[:1].expand(len(images), -1)
+    fitted = fit_whitened(images.repeat(views, 1), labels.repeat(views), base, SCALE, views)
+    assert bool(torch.isfinite(fitted.weight).all() and torch.isfinite(fitted.bias).all())
+    assert float(fitted.weight.norm(dim=1).max()) < 100 * SCALE
+    if what == "two classes":
+        logits = torch.nn.functional.normalize(images.double(), dim=1) @ fitted.weight.T + fitted.bias
+        assert accuracy(logits, labels) == 1.0
+    if what in ("one class", "one picture", "all the same"):  # nothing can be learned: zero-shot
+        rows = torch.nn.functional.normalize(fitted.weight, dim=1).numpy()
+        assert np.abs(rows - unit(base)).max() < 1e-6
+        assert float(fitted.bias.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_second_view_that_is_the_first_changes_nothing(tasks: Any, count: int) -> None:
+    images, labels, base = _shots(tasks, count)
+    fitted = fit_whitened(images, labels, base, SCALE)
+    twice = fit_whitened(images.repeat(2, 1), labels.repeat(2), base, SCALE, views=2)
+    assert twice.chosen["candidates"] == pytest.approx(fitted.chosen["candidates"], abs=2e-4)
+    torch.testing.assert_close(twice.weight, fitted.weight, atol=1e-5 * float(fitted.weight.abs().max()), rtol=1e-4)
+
+
+def _test_accuracy(tasks: Any, fitted: whitened.WhitenedFit, name: str = "animals-plants") -> float:
+    test = tasks[name][1]["test"]
+    return accuracy(_logits(fitted, test.image_embeds[0]), test.labels)
+
+
+def _logits(fitted: whitened.WhitenedFit, images: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(images.double(), dim=1) @ fitted.weight.T + fitted.bias
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_it_learns_at_any_logit_scale(tasks: Any, scale: float) -> None:
+    images, labels, base = _shots(tasks, 16)
+    zero_shot = tasks["animals-plants"][0].classifier.zero_shot_logits(
+        tasks["animals-plants"][1]["test"].image_embeds[0]
+    )
+    fitted = fit_whitened(images, labels, base, scale)
+    assert _test_accuracy(tasks, fitted) > accuracy(zero_shot, tasks["animals-plants"][1]["test"].labels) + 0.05
+    # Neither the length of images nor that of the base matters.
+    again = fit_whitened(3.0 * images, labels, 0.1 * base, scale)
+    torch.testing.assert_close(again.weight, fitted.weight, atol=1e-3, rtol=1e-3)
+
+
+def _clusters(classes: int, count: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shots, labels, a weak base classifier, and as many new pictures."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(classes, dim, generator=generator)
+    base = means + 2.0 * torch.randn(classes, dim, generator=generator)
+    labels = torch.arange(count) % classes
+    shots, new = (means[labels] + 1.2 * torch.randn(count, dim, generator=generator) for _ in range(2))
+    return shots, labels, base, new
+
+
+def test_many_logits_take_the_short_way_to_about_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shots, labels, base, new = _clusters(300, 4000, 64)
+    assert len(shots) * len(base) > whitened._LARGE
+    large = accuracy(_logits(fit_whitened(shots, labels, base, SCALE), new), labels)
+    few = labels < 100
+    small = fit_whitened(shots[few], labels[few], base[:100], SCALE)
+    for limit in ("_LARGE", "_MANY"):
+        monkeypatch.setattr(whitened, limit, 1)
+    short = fit_whitened(shots[few], labels[few], base[:100], SCALE)
+    found = [accuracy(_logits(fitted, new[few]), labels[few]) for fitted in (small, short)]
+    assert found[1] == pytest.approx(found[0], abs=0.04)
+    zero_shot = torch.nn.functional.normalize(new, dim=1) @ torch.nn.functional.normalize(base, dim=1).T
+    assert large > accuracy(zero_shot, labels) + 0.1
+
+
+# Of `food` with 16 shots it is not so.
+@pytest.mark.parametrize(("name", "count"), [("food", 1), ("food", 4), ("people", 1), ("people", 4), ("people", 16)])
+def test_probabilities_mean_more_than_those_of_zero_shot(tasks: Any, name: str, count: int) -> None:
+    model, parts = tasks[name]
+    test = parts["test"]
+    errors = []
+    for seed in (1, 2, 3):
+        fitted = fit_whitened(*_shots(tasks, count, name, seed), model.classifier.logit_scale)
+        errors.append(expected_calibration_error(_logits(fitted, test.image_embeds[0]), test.labels))
+    zero_shot = model.classifier.zero_shot_logits(test.image_embeds[0])
+    assert sum(errors) / 3 < expected_calibration_error(zero_shot, test.labels)
+
+
+# ---------------------------------------------------------------------- through the trainer
+
+
+class _Saves(TrainerCallback):
+    """Asks for a checkpoint where there is nothing to resume."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_save = True
+        return control
+
+
+def test_trained_saved_and_loaded(tasks: Any, model: Model, tmp_path: Path) -> None:
+    parts = tasks["animals-plants"][1]
+    trainer = TaskResTrainer(model, _arguments(shots=16), parts["train"], parts["test"], callbacks=[_Saves()])
+    output = trainer.train()
+    assert output.global_step == 1
+    metrics = trainer.evaluate()
+    assert metrics["accuracy"] > metrics["zero_shot_accuracy"] + 0.02
+    stored = model.config.training
+    assert (stored["recipe"], stored["text_weight"] <= 1.0, stored["temperature"] > 0) == ("auto", True, True)
+    images = parts["test"].image_embeds[0]
+    fitted = fit_whitened(*_chosen(model, parts["train"]), model.classifier.logit_scale)
+    torch.testing.assert_close(
+        model.classifier(images).double(), _logits(fitted, images) + model.classifier.logit_bias, atol=1e-3, rtol=1e-4
+    )
+    trainer.save_model(tmp_path / "artifact")
+    loaded = Model.from_pretrained(tmp_path / "artifact")
+    assert torch.equal(loaded.classifier(images), model.classifier(images))
+    assert loaded.config.training == stored
+    loaded.classifier.strength = 0.0
+    assert torch.equal(loaded.classifier(images), model.classifier.zero_shot_logits(images))
+
+
+def _chosen(model: Model, train: ImageFeatures) -> tuple[Tensor, Tensor, Tensor]:
+    rows = model.config.few_shot["indices"]
+    return train.image_embeds[0, rows], train.labels[rows], model.classifier.base
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_train_epochs": 3}, {"early_stopping_patience": 1}, {"save_epochs": 50}, {"learning_rate": 1e-3}]
+)
+def test_settings_of_epochs_take_the_recipe_that_has_them(
+    tasks: Any, model: Model, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    train, test = tasks["animals-plants"][1].values()
+    validation = None if "early_stopping_patience" not in options else test
+    arguments = _arguments(output_dir=str(tmp_path), shots=1, **options)
+    TaskResTrainer(model, arguments, train, validation).train()
+    assert model.config.training["recipe"] == "auto-v1"
+    assert model.classifier.normalize_weight
+    model.classifier.reset()
+    TaskResTrainer(model, _arguments(shots=1), train).train()
+    assert model.config.training["recipe"] == "auto"
+
+
+def test_cross_validation_fits_each_fold(tasks: Any, model: Model) -> None:
+    trainer = TaskResTrainer(model, _arguments(shots=8), tasks["animals-plants"][1]["train"])
+    metrics = trainer.cross_validate(4)
+    assert (metrics["method"], metrics["num_images"]) == ("cross-validation", 64)
+    assert metrics["accuracy"] > metrics["zero_shot_accuracy"]
+    assert model.classifier.is_zero_shot
+
+
+def test_views_count_as_one_picture(model: Model, splits: DatasetDict) -> None:
+    trainer = TaskResTrainer(model, _arguments(shots=2, views=2), splits["train"], splits["test"])
+    trainer.train()
+    assert model.config.training["recipe"] == "auto"
+    assert trainer.evaluate()["accuracy"] > 0.4
+
+
+_ON_TWO = """
+import sys
+from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
+spec, splits = demo_tasks()["food"], demo_dataset("food")
+model = TaskResCLIPForImageClassification.from_base(demo_model(), spec["classes"], spec["template"])
+arguments = TaskResTrainingArguments(shots=4, on_short="ignore", disable_tqdm=True, cache_dir=False, use_cpu=True)
+trainer = TaskResTrainer(model, arguments, splits["train"])
+trainer.train()
+assert trainer.accelerator.num_processes == int(sys.argv[2])
+if trainer.accelerator.is_main_process:
+    print(model.config.training["recipe"])
+model.save_pretrained(sys.argv[1] + str(trainer.accelerator.process_index))
+"""
+
+
+def test_two_processes_fit_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(_ON_TWO)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, count in ((two, "2"), ([sys.executable], "1")):
+        command = [*launcher, str(script), str(tmp_path / f"of-{count}-"), count]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-1] == "auto"
+    heads = [Model.from_pretrained(tmp_path / name).classifier for name in ("of-1-0", "of-2-0", "of-2-1")]
+    assert torch.equal(heads[1].residual, heads[2].residual)
+    assert torch.equal(heads[1].class_bias, heads[2].class_bias)
+    torch.testing.assert_close(heads[0].residual, heads[1].residual, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(heads[0].class_bias, heads[1].class_bias, atol=1e-3, rtol=1e-3)
