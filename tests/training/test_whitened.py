@@ -88,8 +88,12 @@ def _whitening(f: Array, y: Array, classes: int) -> Array:
 def _discriminant(f: Array, y: Array, root: Array, classes: int) -> tuple[Array, Array]:
     """Rows [K, D] on whitened pictures and biases [K], relative to the mean of the class means."""
     means = np.stack([f[y == k].mean(0) for k in range(classes)]) @ root
-    middle = means.mean(0)
-    return means - middle, -0.5 * ((means**2).sum(1) - middle @ middle)
+    middle, counts = means.mean(0), np.bincount(y, minlength=classes)
+    bias = -0.5 * ((means**2).sum(1) - middle @ middle)
+    if len(y) > classes:  # a mean of n pictures is longer than what it estimates, by the spread of one over n
+        noise = ((f @ root - means[y]) ** 2).sum() / (len(y) - classes) / counts
+        bias = bias + 0.5 * (noise - noise.mean())
+    return means - middle, bias
 
 
 def _least(rows: Array, y: Array, offsets: Array, decay: float, iterations: int = 2000) -> tuple[Array, float]:
