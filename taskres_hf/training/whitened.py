@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigurationError
+
 WIDTHS = (0.03, 0.07, 0.2, 0.5)  # r, in units of the logit scale
 SHARES = (0.25, 1.0, 4.0)  # of the discriminant, times what `_usual_share` gives
 USUAL_WIDTH = 0.07
@@ -60,7 +62,16 @@ def fit_whitened(
 
     Returns:
         The classifier. A class without a picture keeps its text row.
+
+    Raises:
+        ConfigurationError: an embedding is NaN or infinite.
     """
+    broken = int((~torch.isfinite(images)).any(1).sum())
+    if broken:
+        raise ConfigurationError(
+            f"Training diverged: {broken} of {len(images)} embeddings of training pictures hold NaN or infinite values. "
+            "Check the pictures and the base model's image tower; the model on disk is untouched."
+        )
     large = len(images) * len(base) > _LARGE
     dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
     f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()

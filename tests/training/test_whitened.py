@@ -22,6 +22,7 @@ from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
 from taskres_hf.embedding.features import ImageFeatures
+from taskres_hf.errors import ConfigurationError
 from taskres_hf.evaluation import accuracy, expected_calibration_error
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.training import whitened
@@ -267,6 +268,14 @@ def test_odd_shots_give_finite_logits(tasks: Any, what: str, views: int) -> None
         rows = torch.nn.functional.normalize(fitted.weight, dim=1).numpy()
         assert np.abs(rows - unit(base)).max() < 1e-5
         assert float(fitted.bias.abs().max()) < 1e-5
+
+
+def test_broken_embeddings_are_an_error(tasks: Any) -> None:
+    images, labels, base = _shots(tasks, 1)
+    images = images.clone()
+    images[3, 5] = float("nan")
+    with pytest.raises(ConfigurationError, match="1 of 8 embeddings"):
+        fit_whitened(images, labels, base, SCALE)
 
 
 @pytest.mark.parametrize("count", [1, 4])
