@@ -69,7 +69,7 @@ def fit_whitened(
     broken = int((~torch.isfinite(images)).any(1).sum())
     if broken:
         raise ConfigurationError(
-            f"Training diverged: {broken} of {len(images)} embeddings of training pictures hold NaN or infinite values. "
+            f"Training diverged: {broken} of {len(images)} embeddings of training pictures hold NaN or infinity. "
             "Check the pictures and the base model's image tower; the model on disk is untouched."
         )
     large = len(images) * len(base) > _LARGE
