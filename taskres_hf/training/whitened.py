@@ -64,12 +64,13 @@ def fit_whitened(
         The classifier. A class without a picture keeps its text row.
 
     Raises:
-        ConfigurationError: an embedding is not finite.
+        ConfigurationError: an embedding is NaN or infinite.
     """
-    if not bool(torch.isfinite(images).all()):
+    broken = int((~torch.isfinite(images)).any(1).sum())
+    if broken:
         raise ConfigurationError(
-            "Embeddings of training pictures hold NaN or infinite values: check the pictures and the base model's "
-            "weights. The model on disk is untouched."
+            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the pictures "
+            "and the base model's image tower. The model on disk is untouched."
         )
     large = len(images) * len(base) > _LARGE
     dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
