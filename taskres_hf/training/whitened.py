@@ -69,8 +69,8 @@ def fit_whitened(
     broken = int((~torch.isfinite(images)).any(1).sum())
     if broken:
         raise ConfigurationError(
-            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the pictures "
-            "and the base model's image tower. The model on disk is untouched."
+            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the "
+            "pictures and the base model's image tower. The model on disk is untouched."
         )
     large = len(images) * len(base) > _LARGE
     dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
