@@ -120,7 +120,9 @@ def test_the_shell_completes(
 
 def test_completion_is_installed_for_taskres(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "taskres_hf", "--install-completion", "bash"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"HOME": str(tmp_path), "PATH": "/"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"HOME": str(tmp_path), "PATH": "/"}
+    )
     assert done.returncode == 0, done.stderr
     assert "bash completion installed" in done.stdout
     assert "_TASKRES_COMPLETE" in (tmp_path / ".bash_completions" / "taskres.sh").read_text()
