@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from ..embedding.features import ImageFeatures
 from ..residual import TaskResClassifier
@@ -16,6 +19,7 @@ from .method import Fitted, Linear, Method, register_method
 
 STEPS, WARMUP_STEPS, WARMUP_RATE = 12_800, 50, 1e-5
 RATE, DECAY, BATCH = 1e-3, 1e-2, 32
+_BLOCK = 64  # steps whose inputs are gathered at once
 
 
 class CrossModal(Method):
@@ -39,22 +43,33 @@ class CrossModal(Method):
     def _fit(self, features: ImageFeatures, classifier: TaskResClassifier, seed: int, model: Any) -> Fitted:
         images, labels = samples(features)
         text, scale = text_rows(classifier, images), classifier.logit_scale
-        both, all_labels = torch.cat([images, text]), torch.cat([labels, torch.arange(len(text))])
-        weight = text.clone().requires_grad_()
-        optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=DECAY, fused=True)
-        generator = torch.Generator().manual_seed(seed)
-        picked = zip(_turns(len(images), generator), _turns(len(text), generator), strict=True)
-        for step, (pictures, texts) in zip(range(self.steps), picked, strict=False):
-            rows = torch.cat([pictures, texts + len(images)])
-            inputs, truth = both[rows], all_labels[rows]
-            # By hand: a graph a step would take most of the time.
-            error = torch.softmax(scale * inputs @ weight.detach().T, dim=1)
-            error[torch.arange(len(rows)), truth] -= 1
-            weight.grad = (scale / len(rows)) * (error.T @ inputs)
-            optimizer.param_groups[0]["lr"] = rate_at(step, self.steps)
-            optimizer.step()
-        fitted = scale * weight.detach()
+        weight = _train(text, images, labels, scale, self.steps, torch.Generator().manual_seed(seed))
+        fitted = scale * weight
         return Fitted.of(Linear(fitted, constant_bias(classifier, fitted)), fitted.numel())
+
+
+@torch.no_grad()
+def _train(
+    text: Tensor, images: Tensor, labels: Tensor, scale: float, steps: int, generator: torch.Generator
+) -> Tensor:
+    """W [K, D]. Steps are so small that calls are what they cost: no graph, no optimizer, inputs gathered in blocks."""
+    both, all_labels = torch.cat([images, text]), torch.cat([labels, torch.arange(len(text))])
+    picked = zip(_turns(len(images), generator), _turns(len(text), generator), strict=True)
+    weight, step = text.clone(), torch.zeros(())
+    gradient, first, second = (torch.zeros_like(weight) for _ in range(3))
+    while (start := int(step)) < steps:
+        batches = islice(picked, min(_BLOCK, steps - start))
+        rows = torch.stack([torch.cat([pictures, texts + len(images)]) for pictures, texts in batches])
+        inputs, truth = both[rows], F.one_hot(all_labels[rows], len(text)).to(both)
+        scaled, shares = scale * inputs, (scale / rows.shape[1]) * inputs
+        for number in range(len(rows)):
+            error = torch.softmax(scaled[number] @ weight.T, dim=1).sub_(truth[number])
+            torch.mm(error.T, shares[number], out=gradient)
+            adamw(
+                [weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, maximize=False,
+                lr=rate_at(start + number, steps), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=DECAY,
+            )  # fmt: skip
+    return weight
 
 
 def _turns(count: int, generator: torch.Generator) -> Iterator[Tensor]:
