@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..errors import DataError
 
 
 class StoredFeatures:
-    """Embeddings too many for memory: a file of [N, D] numbers, read in shuffled blocks while training.
+    """Embeddings too many for memory: a file of [N, D] numbers, read in blocks while training.
 
     Args:
         path: `.npy` file of image embeddings [N, D], fp16 or fp32, not object. labels: [N] class ids.
@@ -54,6 +55,42 @@ class StoredFeatures:
     def __len__(self) -> int:
         return int(self.shape[1])
 
+    def read(self, rows: Tensor) -> Tensor:
+        """Embeddings [n, D] fp32 of some rows [n], ascending; beside them one block at a time is in memory."""
+        found = torch.empty(len(rows), self.shape[2])
+        blocks, counts = torch.unique_consecutive(rows // self._BLOCK, return_counts=True)
+        done = 0
+        with self.path.open("rb") as stream:
+            for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
+                start = block * self._BLOCK
+                part = self._block(stream, start, min(start + self._BLOCK, len(self)))
+                found[done : done + count] = part[rows[done : done + count] - start]
+                done += count
+        return found
+
+    def spread(self, most: int) -> Tensor:
+        """Rows [n] of at most `most` pictures, ascending: as many of each class as fit, evenly spread over the file."""
+        counts = torch.bincount(self.labels)
+        low, high = 0, int(counts.max())
+        while low < high:  # the largest number a class that fits
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if int(counts.clamp_max(middle).sum()) <= most else (low, middle - 1)
+        order = torch.argsort(self.labels, stable=True)
+        chosen, start = [], 0
+        for count in counts.tolist():
+            taken = min(count, low)
+            places = (torch.arange(taken) * count + count // 2) // max(taken, 1)
+            chosen.append(order[start + places])
+            start += count
+        return torch.cat(chosen).sort().values
+
+    def _block(self, stream: BinaryIO, start: int, stop: int) -> Tensor:
+        """Rows of the file from `start` to `stop` [n, D] fp32."""
+        dim = self.shape[2]
+        stream.seek(self._offset + start * dim * self._dtype.itemsize)
+        block = np.fromfile(stream, self._dtype, (stop - start) * dim).reshape(-1, dim)
+        return torch.from_numpy(block.astype(np.float32))
+
     def batches(self, batch_size: int, seed: int, epoch: int, buffer_mb: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Labels [B] and embeddings [B, D] fp32 of an epoch: random blocks fill a buffer, which is shuffled.
 
@@ -73,9 +110,7 @@ class StoredFeatures:
                 while position < len(starts) and held < rows:
                     start = int(starts[position])
                     stop = min(start + self._BLOCK, count)
-                    stream.seek(self._offset + start * dim * self._dtype.itemsize)
-                    block = np.fromfile(stream, self._dtype, (stop - start) * dim).reshape(-1, dim)
-                    parts.append(torch.from_numpy(block.astype(np.float32)))
+                    parts.append(self._block(stream, start, stop))
                     labels.append(self.labels[start:stop])
                     held += stop - start
                     position += 1

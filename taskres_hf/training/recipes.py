@@ -21,6 +21,10 @@ from ..errors import ConfigurationError
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
 
+# Pictures times classes of embeddings on disk that recipe `auto` takes at once: 80 MB a set of logits, of which a fit
+# holds a handful.
+MOST_LOGITS = 20_000_000
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -150,7 +154,7 @@ def why_epochs(args: TaskResTrainingArguments, head: TaskResClassifier, from_dis
     asked += ["measuring every epoch"] if args.evaluates_epochs else []
     asked += ["a residual on the image side"] if head.side == "image" else []
     asked += ["alpha 0"] if head.alpha == 0 else []
-    asked += ["embeddings read from disk"] if from_disk else []
+    asked += ["embeddings on disk of so many classes"] if from_disk and len(head.base) ** 2 > MOST_LOGITS else []
     return ", ".join(asked)
 
 

@@ -5,11 +5,14 @@ A training set loses what is not drawn, what cannot be read, and pictures under 
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from ..data import LabelledImages, class_counts
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, crop_size, embed_images
@@ -19,6 +22,9 @@ from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import cache_root
 from .arguments import TaskResTrainingArguments
 from .measuring import Name, picture_names, warn_of_conflicts
+from .recipes import MOST_LOGITS
+
+MOST_NUMBERS = 64_000_000  # of embeddings, 256 MB in fp32, that recipe `auto` reads from disk
 
 
 class DatasetEmbeddings:
@@ -197,6 +203,33 @@ def check_classes(labels: Sequence[int], class_names: Sequence[str], on_short: s
             f"{len(absent)} of {len(class_names)} classes have no {kind}: {absent[:5]}. Add at least one each, "
             "leave the classes out of the model, or accept it with on_short='ignore'."
         )
+
+
+def at_once(chosen: TrainingPictures) -> TrainingPictures:
+    """The same with embeddings on disk read into memory, for recipe `auto`: all, or as many a class as it may hold.
+
+    Which ones is decided by the labels alone. A warning says so where not all are taken.
+    """
+    stored = chosen.data
+    if not isinstance(stored, StoredFeatures):
+        return chosen
+    count, dim = stored.shape[1:]
+    classes = len(stored.class_names)
+    most = min(MOST_NUMBERS // dim, MOST_LOGITS // classes)
+    rows = torch.arange(count) if count <= most else stored.spread(most)
+    data = ImageFeatures(stored.read(rows)[None], stored.labels[rows], stored.class_names, stored.digest)
+    if len(rows) == count:
+        return replace(chosen, data=data)
+    each = int(torch.bincount(data.labels).max())
+    warnings.warn(
+        f"{count:,} embeddings on disk times {classes:,} classes are more than recipe auto fits at once: it takes up "
+        f"to {each:,} of a class, spread over the file. recipe='auto-v1' trains on all of them, by epochs.",
+        stacklevel=4,
+    )
+    digest = hashlib.sha256(f"{stored.digest} {each}".encode()).hexdigest()
+    return replace(
+        chosen, data=replace(data, digest=digest), few_shot={**chosen.few_shot, "num_images": len(rows), "of": count}
+    )
 
 
 def _draw(labels: Sequence[int], args: TaskResTrainingArguments, class_names: Sequence[str]) -> list[int]:

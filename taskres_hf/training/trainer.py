@@ -42,7 +42,7 @@ from .measuring import (
 )
 from .recipes import Recipe, published_alpha, recipe_for, why_epochs
 from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
-from .shots import DatasetEmbeddings, TrainingPictures, training_pictures
+from .shots import DatasetEmbeddings, TrainingPictures, at_once, training_pictures
 from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, batches_whole, fit, make_step
 
 logger = logging.get_logger(__name__)
@@ -134,6 +134,8 @@ class TaskResTrainer:
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
             logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)
+        if recipe.name == "auto":
+            chosen = at_once(chosen)
         self._record(recipe, chosen)
         if self.args.enhanced_base:
             enhance(self.model, head, chosen.data, self.args.seed)

@@ -337,6 +337,25 @@ def test_training_from_disk_equals_training_from_memory(model: Model, splits: An
     assert results[0] == pytest.approx(results[1], abs=1.5 / 159)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_some_rows_are_read_as_they_stand(model: Model, splits: Any, tmp_path: Path, dtype: Any) -> None:
+    data = _stored(model, splits, tmp_path, dtype)
+    data._BLOCK = 16  # type: ignore[misc]
+    table = torch.from_numpy(np.load(tmp_path / "embeds.npy").astype(np.float32))
+    for rows in ([0], [15, 16, 17, 100, 178], list(range(179))):
+        assert torch.equal(data.read(torch.tensor(rows)), table[rows])
+
+
+def test_a_part_of_a_file_is_balanced_and_spread(tmp_path: Path) -> None:
+    labels = [0] * 40 + [1] * 3 + [2] * 57
+    np.save(tmp_path / "embeds.npy", np.zeros((100, 4), np.float32))
+    data = StoredFeatures(tmp_path / "embeds.npy", labels, ["a", "b", "c"])
+    rows = data.spread(20)
+    assert data.labels[rows].bincount().tolist() == [8, 3, 8]  # as many of each as fit, and all of the small class
+    assert rows[:8].tolist() == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert torch.equal(data.spread(100), torch.arange(100))
+
+
 def test_wrong_files_and_settings(model: Model, splits: Any, tmp_path: Path) -> None:
     data = _stored(model, splits, tmp_path)
     with pytest.raises(DataError, match="2 labels were given"):

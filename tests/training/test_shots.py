@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Image
@@ -12,8 +14,11 @@ from datasets import Dataset, DatasetDict, Image
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
+from taskres_hf.embedding.features import ImageFeatures
 from taskres_hf.embedding.stored import StoredFeatures
 from taskres_hf.errors import ConfigurationError, DataError, FewShotError
+from taskres_hf.training import recipes
+from taskres_hf.training import shots as shots_module
 
 BROKEN = {"bytes": b"no picture", "path": "broken.png"}
 
@@ -133,8 +138,6 @@ def test_one_picture_twice_under_one_label_is_no_fault(
 
 
 def test_embeddings_are_checked_as_pictures_are(model: Model, splits: DatasetDict, tmp_path: Any) -> None:
-    import numpy as np
-
     data = TaskResTrainer(model, _arguments()).embed(splits["train"])
     one = data.select([n for n in range(len(data)) if int(data.labels[n]) != 2])
     with pytest.raises(FewShotError, match="reptile or frog"):
@@ -148,6 +151,49 @@ def test_embeddings_are_checked_as_pictures_are(model: Model, splits: DatasetDic
     other = Model.from_base(model.clip, ["a", "b"], tokenizer=model.tokenizer)
     with pytest.raises(DataError, match="length 192"):
         TaskResTrainer(other, _arguments(), data).train()
+
+
+def test_the_default_recipe_fits_embeddings_on_disk_as_those_in_memory(
+    model: Model, splits: DatasetDict, tmp_path: Any
+) -> None:
+    data = TaskResTrainer(model, _arguments()).embed(splits["train"])
+    stored = _store(data, tmp_path)
+    classifiers = []
+    for source in (data, stored):
+        model.classifier.reset()
+        TaskResTrainer(model, _arguments(num_train_epochs=None), source).train()
+        assert model.config.training["recipe"] == "auto"
+        assert model.config.data["train_images"] == len(data)
+        classifiers.append(model.classifier.weight().detach())
+    assert torch.equal(*classifiers)
+    TaskResTrainer(model, _arguments(), stored).train()
+    assert model.config.training["recipe"] == "auto-v1"
+
+
+def test_of_too_many_embeddings_on_disk_a_part_is_taken_and_said(
+    model: Model, splits: DatasetDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TaskResTrainer(model, _arguments()).embed(splits["train"])
+    stored, classes = _store(data, tmp_path), len(data.class_names)
+    monkeypatch.setattr(shots_module, "MOST_LOGITS", 50 * classes)
+    with pytest.warns(UserWarning, match=r"takes up to 6 of a class.*auto-v1"):
+        TaskResTrainer(model, _arguments(num_train_epochs=None), stored).train()
+    rows = stored.spread(50)
+    assert model.config.few_shot["num_images"] == model.config.data["train_images"] == len(rows) <= 50
+    assert model.config.few_shot["of"] == len(data)
+    weight = model.classifier.weight().detach().clone()
+    digest = model.config.data["train_digest"]
+    TaskResTrainer(model, _arguments(num_train_epochs=None), data.select(rows.tolist())).train()
+    assert torch.equal(model.classifier.weight(), weight)
+    assert digest != stored.digest
+    monkeypatch.setattr(recipes, "MOST_LOGITS", classes)  # not even one picture of each class
+    TaskResTrainer(model, _arguments(num_train_epochs=None), stored).train()
+    assert model.config.training["recipe"] == "auto-v1"
+
+
+def _store(data: ImageFeatures, folder: Path) -> StoredFeatures:
+    np.save(folder / "embeds.npy", data.image_embeds[0].numpy())
+    return StoredFeatures(folder / "embeds.npy", data.labels, data.class_names)
 
 
 def test_the_account_and_the_split_are_recorded(model: Model, splits: DatasetDict) -> None:
