@@ -1,14 +1,16 @@
 """`python -m benchmarks.methods`: peers beside ours, on the photographs and on the shipped emoji.
 
 Every method sees the same embeddings, draws and text, the template of the task; see `taskres compare` for one's own
-data. Methods that take many seconds a fit are left out unless `--methods` names them.
+data. Methods that take many seconds a fit are left out unless `--methods` names them, or `--slow` asks for them:
+
+    python -m benchmarks.methods --slow --output-dir FOLDER     # finished fits are kept there and not made again
+    python -m benchmarks.methods --seconds                      # what one fit of each takes
 """
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from taskres_hf.demo import demo_model, demo_tasks
@@ -17,16 +19,47 @@ from taskres_hf.paper.comparison import (
     accuracy_table,
     cost_table,
     difference_table,
+    failure_lines,
     paired_differences,
     summarise_methods,
 )
+from taskres_hf.tables import Table
 
-from .photos import missing, photo_model_path, photo_root, photo_tasks
+from . import options as opt
+from .photos import photo_model_path, photo_root, photo_tasks
 
 QUICK = (
     "zero-shot", "class-mean", "linear-probe", "linear-probe-cv", "gda", "lp++", "clap", "tip-adapter", "ape", "proker",
     "taskres-auto-v1", "taskres",
 )  # fmt: skip
+SLOW = ("taskres", "taskres-paper", "tip-adapter-f", "ape-t", "clip-adapter", "prolip", "cross-modal")
+PROMPTS = ("coop", "coop-4")  # through the text tower at every step, so not at 16 shots
+SLOWEST = "clip-lora"  # through both towers at every step: one task, one draw
+ONE_TASK = {opt.PHOTOGRAPHS: "coins", opt.EMOJI: "people"}
+
+
+def run(
+    kind: str,
+    methods: Sequence[str],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    folder: Path | None = None,
+    only: str | None = None,
+) -> list[dict[str, Any]]:
+    """Every fit on all tasks of a kind, or on the one that `only` names; with a folder, finished ones are kept."""
+    place = None if folder is None else folder / kind
+    if kind == opt.EMOJI:
+        names = [name for name in demo_tasks() if only in (None, name)]
+        return compare_methods(demo_model(), names, place, methods=methods, shots=shots, seeds=seeds)
+    return [
+        result
+        for name, spec in photo_tasks().items()
+        if only in (None, name)
+        for result in compare_methods(
+            photo_model_path(), {name: str(photo_root() / name)}, place, methods=methods, shots=shots, seeds=seeds,
+            templates=spec["template"],
+        )
+    ]  # fmt: skip
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
@@ -34,47 +67,42 @@ def print_tables(results: list[dict[str, Any]]) -> None:
     rows = summarise_methods(results)
     for table in (accuracy_table(rows, results), cost_table(rows, results)):
         print(table.markdown(), "\n", flush=True)
-    print(difference_table(paired_differences(results)).markdown(), flush=True)
+    print(difference_table(paired_differences(results)).markdown(), "\n", flush=True)
+    print("\n".join(failure_lines(results)))
 
 
-def photo_results(methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Every fit on the photographs."""
-    return [
-        result
-        for name, spec in photo_tasks().items()
-        for result in compare_methods(
-            photo_model_path(), {name: str(photo_root() / name)}, methods=methods, shots=shots, seeds=seeds,
-            templates=spec["template"],
-        )
-    ]  # fmt: skip
+def print_slow(kind: str, seeds: Sequence[int], folder: Path | None) -> None:
+    """The methods that train for many seconds: at 1, 4 and 16 shots; those through a tower at fewer."""
+    results = run(kind, SLOW, (1, 4, 16), seeds, folder)
+    print_tables(results + run(kind, PROMPTS, (1, 4), seeds, folder))
+    task = ONE_TASK[kind]
+    alone = run(kind, ["taskres", "coop", SLOWEST], [1], [1], folder, task)
+    print(accuracy_table(summarise_methods(alone), alone, task).markdown(), "\n", flush=True)
+    print("\n".join(failure_lines(alone)))
+
+
+def print_seconds(kind: str) -> None:
+    """Seconds of one fit of each method that takes long, at 4 shots on one task."""
+    task = ONE_TASK[kind]
+    results = run(kind, [*SLOW, *PROMPTS, SLOWEST], [4], [1], None, task)
+    rows = [[one["method"], f"{one['fit_seconds']:.2f}"] for one in results if "error" not in one]
+    print(Table(["method", "seconds"], rows, f"Seconds of one fit on {task}, 4 shots").markdown(), "\n", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = opt.parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(QUICK))
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=5, help="how many draws, 1 to this")
-    parser.add_argument("--only", choices=["photos", "emoji"], help="one of the two")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    seeds = range(1, options.seeds + 1)
-    if options.only != "emoji":
-        print("## Photographs\n")
-        reason = missing()
-        print(f"Not measured: {reason}") if reason else print_tables(
-            photo_results(options.methods, options.shots, seeds)
-        )
-    if options.only != "photos":
-        print("\n## Shipped emoji\n")
-        runs = compare_methods(
-            demo_model(), list(demo_tasks()), methods=options.methods, shots=options.shots, seeds=seeds
-        )
-        print_tables(runs)
+    parser.add_argument("--slow", action="store_true", help="the methods that take many seconds a fit; 2 seeds")
+    parser.add_argument("--seconds", action="store_true", help="only time one fit of each of those")
+    parser.add_argument("--output-dir", type=Path, help="keep finished fits here, and take them again")
+    options = opt.read(parser)
+    for kind in opt.kinds(options):
+        if options.seconds:
+            print_seconds(kind)
+        elif options.slow:
+            print_slow(kind, options.seeds[:2], options.output_dir)
+        else:
+            print_tables(run(kind, options.methods, options.shots, options.seeds, options.output_dir))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Where the photographs are not at hand (see `benchmarks.photos`) their table is o
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from taskres_hf.demo import demo_model, demo_tasks
 from taskres_hf.paper.reports import accuracy_table, summarise
 from taskres_hf.paper.runner import run_benchmark, task_runs
 
+from . import options as opt
 from .photos import missing, photo_dataset, photo_model_path, photo_tasks
 
 
@@ -37,29 +36,18 @@ def print_photos(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = opt.parser(__doc__)
     parser.add_argument("--recipe", choices=["auto", "auto-v1", "paper"], default="auto")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=5, help="how many draws, 1 to this")
-    parser.add_argument("--only", choices=["photos", "emoji"], help="one of the two tables")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    seeds = list(range(1, options.seeds + 1))
-    if options.only != "emoji":
-        print("## Photographs\n")
-        print_photos(options.shots, seeds, options.recipe)
-    if options.only != "photos":
-        print("\n## Shipped emoji\n")
+    options = opt.read(parser)
+    for kind in opt.kinds(options):
+        if kind == opt.PHOTOGRAPHS:
+            print_photos(options.shots, options.seeds, options.recipe)
+            continue
         runs = run_benchmark(
-            demo_model(), list(demo_tasks()), shots=options.shots, seeds=seeds, recipes=[options.recipe], targets=[]
-        )
-        print(accuracy_table(summarise(runs), len(seeds), first="task").markdown())
+            demo_model(), list(demo_tasks()), shots=options.shots, seeds=options.seeds, recipes=[options.recipe],
+            targets=[],
+        )  # fmt: skip
+        print(accuracy_table(summarise(runs), len(options.seeds), first="task").markdown())
 
 
 if __name__ == "__main__":

@@ -1,32 +1,25 @@
-"""`python -m benchmarks.whitened`: what each part of recipe `auto` is worth, and how it fares where shots are poor.
+"""`python -m benchmarks.whitened`: what each part of recipe `auto` is worth.
 
-On the photographs (see `benchmarks.photos`) and the shipped emoji; nothing here is used to choose anything.
+On the photographs (see `benchmarks.photos`) and the shipped emoji; nothing here is used to choose anything. How it
+fares where shots are poor: `benchmarks.stress`.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.demo import demo_dataset, demo_model, demo_tasks
-from taskres_hf.embedding import ImageFeatures
-from taskres_hf.few_shot import few_shot_indices
-from taskres_hf.residual import TaskResClassifier
 from taskres_hf.tables import Table
 from taskres_hf.training import whitened
 
-from .photos import missing, photo_dataset, photo_model_path, photo_tasks
+from . import options as opt
+from .tasks import Task, draws, tasks
 
 # Name to what of `training.whitened` is another.
 PARTS: dict[str, dict[str, Any]] = {
@@ -39,25 +32,6 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Task(NamedTuple):
-    head: TaskResClassifier
-    train: ImageFeatures
-    test: ImageFeatures
-
-
-def tasks(kind: str) -> dict[str, Task]:
-    """Embedded tasks: `"photographs"` or `"emoji"`."""
-    found = {}
-    specs: Mapping[str, Any] = photo_tasks() if kind == "photographs" else demo_tasks()
-    for name, spec in specs.items():
-        base = photo_model_path() if kind == "photographs" else demo_model()
-        splits = photo_dataset(name) if kind == "photographs" else demo_dataset(name)
-        model = TaskResCLIPForImageClassification.from_base(base, spec["classes"], spec["template"])
-        trainer = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True))
-        found[name] = Task(model.classifier, trainer.embed(splits["train"]), trainer.embed(splits["test"]))
-    return found
-
-
 def score(task: Task, embeds: Tensor, labels: Tensor, iterations: int = 15) -> float:
     """Accuracy in percent of recipe `auto`."""
     fitted = whitened.fit_whitened(embeds, labels, task.head.base, task.head.logit_scale, iterations=iterations)
@@ -65,44 +39,8 @@ def score(task: Task, embeds: Tensor, labels: Tensor, iterations: int = 15) -> f
     return 100.0 * float(((images @ fitted.weight.T + fitted.bias).argmax(1) == task.test.labels).double().mean())
 
 
-def probe(task: Task, embeds: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent of a linear probe, C = 100 on embeddings of unit length."""
-    unit = torch.nn.functional.normalize(embeds, dim=1)
-    fitted = LogisticRegression(C=100.0, max_iter=300).fit(unit.numpy(), labels.numpy())
-    found = fitted.predict(torch.nn.functional.normalize(task.test.image_embeds[0], dim=1).numpy())
-    return 100.0 * float((torch.from_numpy(found) == task.test.labels).double().mean())
-
-
-def wrong(share: float) -> Callable[[Tensor, Tensor, int, random.Random], tuple[Tensor, Tensor]]:
-    def change(embeds: Tensor, labels: Tensor, classes: int, chance: random.Random) -> tuple[Tensor, Tensor]:
-        moved = [
-            (x + chance.randrange(1, classes)) % classes if chance.random() < share else x for x in labels.tolist()
-        ]
-        return embeds, torch.tensor(moved)
-
-    return change
-
-
-def imbalanced(embeds: Tensor, labels: Tensor, classes: int, chance: random.Random) -> tuple[Tensor, Tensor]:
-    """From one picture of a class to all that were drawn, log-uniformly."""
-    keep: list[int] = []
-    for label in range(classes):
-        rows = (labels == label).nonzero().flatten().tolist()
-        keep += rows[: max(1, round(len(rows) ** chance.random()))]
-    return embeds[keep], labels[keep]
-
-
-POOR = {"20 % wrong labels": wrong(0.2), "40 % wrong labels": wrong(0.4), "1 to all shots a class": imbalanced}
-
-
-def draws(task: Task, shots: int, seeds: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for seed in range(1, seeds + 1):
-        rows = few_shot_indices(task.train.labels.tolist(), shots, seed, on_short="ignore")
-        yield seed, task.train.image_embeds[0, rows], task.train.labels[rows]
-
-
-def rows(found: Mapping[str, Task], shots: list[int], seeds: int) -> list[list[Any]]:
-    """Mean accuracy over tasks and seeds of each part left out, then of each kind of poor shots."""
+def rows(found: Mapping[str, Task], shots: list[int], seeds: list[int]) -> list[list[Any]]:
+    """Mean accuracy over tasks and seeds of each part left out."""
     table: list[list[Any]] = []
     for name, changes in PARTS.items():
         values = dict(changes)
@@ -111,41 +49,27 @@ def rows(found: Mapping[str, Task], shots: list[int], seeds: int) -> list[list[A
             for attribute, value in values.items():
                 stack.enter_context(mock.patch.object(whitened, attribute, value))
             cells = [
-                mean(score(task, e, y, iterations) for task in found.values() for _, e, y in draws(task, count, seeds))
+                mean(
+                    score(task, task.train.image_embeds[0, drawn], task.train.labels[drawn], iterations)
+                    for task in found.values()
+                    for drawn in draws(task, count, seeds)
+                )
                 for count in shots
             ]
         table.append([name, *cells])
-    for name, change in POOR.items():
-        for method, fit in (("auto", score), ("linear probe, C = 100", probe)):
-            cells = []
-            for count in shots:
-                some = []
-                for task in found.values():
-                    for seed, embeds, labels in draws(task, count, seeds):
-                        poor = change(embeds, labels, len(task.head.base), random.Random(seed))
-                        some.append(fit(task, *poor) if len(set(poor[1].tolist())) > 1 else float("nan"))
-                cells.append(mean(some))
-            table.append([f"{name}: {method}", *cells])
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=3, help="how many draws, 1 to this")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    options = opt.read(opt.parser(__doc__, seeds=3))
     columns = ["", *(f"{count} shot{'s' * (count > 1)}" for count in options.shots)]
-    for kind in ("photographs", "emoji"):
-        reason = missing() if kind == "photographs" else None
-        if reason:
-            print(f"Photographs are not measured: {reason}")
-            continue
+    for kind in opt.kinds(options):
         lines = [
             [row[0], *(f"{value:.1f}" for value in row[1:])] for row in rows(tasks(kind), options.shots, options.seeds)
         ]
-        print(f"\nAccuracy on the test split in percent, mean over tasks and {options.seeds} seeds, {kind}\n")
-        print(Table(columns, lines).markdown(), flush=True)
+        over = f"{len(options.seeds)} seeds"
+        title = f"Accuracy on the test split in percent, mean over tasks and {over}, {kind}"
+        print(Table(columns, lines, title).markdown(), "\n", flush=True)
 
 
 if __name__ == "__main__":
