@@ -258,7 +258,7 @@ def print_large(classes: int = 1000, shots: int = 16) -> None:
 
 
 def main() -> None:
-    parser = opt.parser(__doc__, seeds=3, shots=(1, 4, 16))
+    parser = opt.parser(__doc__, seeds=3, shots=(1, 4))
     parser.add_argument("--part", choices=["difficult", "synthetic", "large"], help="one of the three")
     options = opt.read(parser)
     if options.part in (None, "difficult"):

@@ -72,7 +72,12 @@ def test_the_performance_page_shows_what_was_measured() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "command",
-    [["train.py", "--shots", "2"], ["transformers_trainer.py", "--epochs", "1"], ["many_classifiers_one_backbone.py"]],
+    [
+        ["train.py", "--shots", "2"],
+        ["transformers_trainer.py", "--epochs", "1"],
+        ["many_classifiers_one_backbone.py"],
+        ["compare_and_save.py", "--shots", "2"],
+    ],
     ids=lambda command: command[0],
 )
 def test_examples_run(

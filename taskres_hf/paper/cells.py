@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
@@ -17,6 +17,16 @@ from ..errors import ArtifactError, ConfigurationError
 from ..storage import read_json, write_json
 
 CHANGE_NOTHING = ("embed_batch_size", "cache_dir", "buffer_mb", "use_cpu")  # settings that only cost or save time
+
+
+class NamedCell(Protocol):
+    """A run whose result has a file."""
+
+    @property
+    def file_name(self) -> str: ...
+
+
+CellT = TypeVar("CellT", bound=NamedCell)
 
 
 def plain(value: Any) -> Any:
@@ -33,6 +43,27 @@ def read_cell(path: Path) -> dict[str, Any] | None:
     except ArtifactError as error:
         warnings.warn(f"{error} This run is made again.", stacklevel=4)
         return None
+
+
+def run_cells(
+    cells: Sequence[CellT],
+    folder: Path | None,
+    stored: Callable[[Path, CellT], dict[str, Any] | None],
+    make: Callable[[CellT, Path | None], dict[str, Any]],
+) -> Iterator[tuple[CellT, dict[str, Any], bool]]:
+    """Each cell with its result, and whether it was finished already; all finished ones are checked before the first.
+
+    Args:
+        folder: of finished runs; None reads and writes nothing.
+        stored: a finished run from its file, None where there is none. make: runs a cell and stores it in the folder.
+
+    Raises:
+        ConfigurationError: a finished run would come out otherwise today.
+    """
+    done = {} if folder is None else {cell: stored(folder / "cells" / cell.file_name, cell) for cell in cells}
+    for cell in cells:
+        before = done.get(cell)
+        yield cell, before or make(cell, folder), before is not None
 
 
 def require_same_run(

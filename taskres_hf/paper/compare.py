@@ -28,7 +28,7 @@ from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import write_json
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
-from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, write_draw
+from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, run_cells, write_draw
 from .comparison import write_results
 from .memory import PeakMemory
 from .tasks import Task, open_tasks
@@ -156,15 +156,12 @@ def compare_methods(
         run = _TaskRun(task, settings, options, shots, seeds, shared)
         shared = run.model
         cells = [MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in chosen]
-        stored = {} if folder is None else {cell: run.stored(folder / "cells" / cell.file_name, cell) for cell in cells}
-        for cell in cells:
-            done = stored.get(cell)
-            result = done or run.cell(cell, folder)
+        for cell, result, was_done in run_cells(cells, folder, run.stored, run.cell):
             results.append(result)
-            if folder is not None and done is None:
+            if folder is not None and not was_done:
                 write_results(results, folder)
             if on_cell is not None:
-                on_cell(cell, result, done is not None)
+                on_cell(cell, result, was_done)
     if folder is not None:
         write_results(results, folder)
     return results

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..artifact import library_versions
 from ..data.labelled import LabelledImages
@@ -24,10 +25,11 @@ from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import write_json
 from ..training import TaskResTrainer, TaskResTrainingArguments
-from ..training.recipes import published_epochs
-from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, write_draw
+from ..training.recipes import ask_for_epochs, published_epochs
+from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, run_cells, write_draw
 from .datasets import PaperData, describe_dataset, open_dataset
 
+logger = logging.get_logger(__name__)
 PAPER_VIEWS = 10  # cached augmented views for recipe "paper"; the published code draws a fresh one every epoch
 
 
@@ -166,7 +168,8 @@ def run_benchmark(
     Args:
         base_model: Hub id or folder. root: see `open_dataset`. revision: of the base model.
         output_dir: None writes nothing and resumes nothing.
-        recipes: of `TaskResTrainingArguments`.
+        recipes: of `TaskResTrainingArguments`; where settings ask for epochs, cells of `"auto"` are run as, and called,
+            `"auto-v1"`.
         views: augmented views cached per picture, for all recipes; None for 10 with `"paper"` and none with the others.
         augment_online: recipe `"paper"` augments and embeds afresh every epoch, exactly as published, and slowly.
         keep_underscores: whether prompts have the underscores of class names, for all recipes; None as said above.
@@ -190,6 +193,7 @@ def run_benchmark(
         "enhanced_base": enhanced_base, "keep_underscores": keep_underscores,
         "arguments": {key: value for key, value in options.items() if key not in CHANGE_NOTHING},
     }  # fmt: skip
+    recipes = _as_run(recipes, {**options, "enhanced_base": enhanced_base})
     results = []
     opened = {name: open_dataset(name, root, allow_other_split=allow_other_split) for name in datasets}
     for name, data in opened.items():
@@ -197,13 +201,19 @@ def run_benchmark(
         cells = grid(name, shots, seeds, recipes)
         folder = None if output_dir is None else Path(output_dir)
         run = _DatasetRun(data, settings, options, wanted, cells, root, allow_other_split)
-        done = {} if folder is None else {cell: run.stored(folder / "cells" / cell.file_name, cell) for cell in cells}
-        for cell in cells:
-            result = done.get(cell) or run.cell(cell, folder)
+        for cell, result, was_done in run_cells(cells, folder, run.stored, run.cell):
             results.append(result)
             if on_cell is not None:
-                on_cell(cell, result, done.get(cell) is not None)
+                on_cell(cell, result, was_done)
     return results
+
+
+def _as_run(recipes: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The recipes under the names of what will run."""
+    asked = ask_for_epochs(TaskResTrainingArguments(**{**settings, "recipe": "auto"}))
+    if "auto" in recipes and asked:
+        logger.warning("Recipe auto fits all at once; %s: its runs are of auto-v1 and called so.", ", ".join(asked))
+    return list(dict.fromkeys("auto-v1" if asked and name == "auto" else name for name in recipes))
 
 
 class _DatasetRun:

@@ -149,13 +149,18 @@ def why_epochs(args: TaskResTrainingArguments, head: TaskResClassifier, from_dis
     Args:
         from_disk: embeddings are read from disk while training.
     """
-    asked = [name for name in _OF_EPOCHS if getattr(args, name) is not None]
-    asked += [name for name in ("save_epochs", "enhanced_base", "augment_online") if getattr(args, name)]
-    asked += ["measuring every epoch"] if args.evaluates_epochs else []
+    asked = ask_for_epochs(args)
     asked += ["a residual on the image side"] if head.side == "image" else []
     asked += ["alpha 0"] if head.alpha == 0 else []
     asked += ["embeddings on disk of so many classes"] if from_disk and len(head.base) ** 2 > MOST_LOGITS else []
     return ", ".join(asked)
+
+
+def ask_for_epochs(args: TaskResTrainingArguments) -> list[str]:
+    """Settings that recipe `auto`, which has no epochs, cannot follow; `auto-v1` takes its place."""
+    asked = [name for name in _OF_EPOCHS if getattr(args, name) is not None]
+    asked += [name for name in ("save_epochs", "enhanced_base", "augment_online") if getattr(args, name)]
+    return asked + (["measuring every epoch"] if args.evaluates_epochs else [])
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:

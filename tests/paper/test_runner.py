@@ -349,3 +349,12 @@ def test_an_open_task_gives_what_the_benchmark_gives(base: str, recipe: str) -> 
     model = TaskResCLIPForImageClassification.from_base(base, spec["class_names"], spec["template"])
     found = list(task_runs(model, demo_dataset("food"), "food", recipe=recipe, **options))
     assert [row.items() <= result.items() for row, result in zip(found, expected, strict=True)] == [True, True]
+
+
+def test_runs_are_called_by_the_recipe_that_ran(base: str) -> None:
+    options: dict[str, Any] = {"shots": [1], "seeds": [1], "targets": []}
+    epochs = {"num_train_epochs": 1}
+    runs = run_benchmark(base, ["food"], recipes=["auto", "auto-v1"], arguments=epochs, **options)
+    runs += run_benchmark(base, ["food"], recipes=["auto"], **options)
+    assert [run["recipe"] for run in runs] == ["auto-v1", "auto"]
+    assert all(run["training"]["recipe"] == run["recipe"] for run in runs)
