@@ -9,8 +9,9 @@ data. Methods that take many seconds a fit are left out unless `--methods` names
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from taskres_hf.demo import demo_model, demo_tasks
@@ -33,7 +34,7 @@ QUICK = (
     "taskres-auto-v1", "taskres",
 )  # fmt: skip
 SLOW = ("taskres", "taskres-paper", "tip-adapter-f", "ape-t", "clip-adapter", "prolip", "cross-modal")
-PROMPTS = ("coop", "coop-4")  # through the text tower at every step, so not at 16 shots
+PROMPTS = ("coop", "coop-4")  # through the text tower at every step: one task
 SLOWEST = "clip-lora"  # through both towers at every step: one task, one draw
 ONE_TASK = {opt.PHOTOGRAPHS: "coins", opt.EMOJI: "people"}
 
@@ -72,21 +73,31 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 
 
 def print_slow(kind: str, seeds: Sequence[int], folder: Path | None) -> None:
-    """The methods that train for many seconds: at 1, 4 and 16 shots; those through a tower at fewer."""
-    results = run(kind, SLOW, (1, 4, 16), seeds, folder)
-    print_tables(results + run(kind, PROMPTS, (1, 4), seeds, folder))
+    """The methods that train for long, at 1, 4 and 16 shots; on one task, those that go through a tower each step."""
+    print_tables(run(kind, SLOW, (1, 4, 16), seeds, folder))
     task = ONE_TASK[kind]
-    alone = run(kind, ["taskres", "coop", SLOWEST], [1], [1], folder, task)
-    print(accuracy_table(summarise_methods(alone), alone, task).markdown(), "\n", flush=True)
-    print("\n".join(failure_lines(alone)))
+    for methods, shots, draws in ((PROMPTS, (1, 4), seeds), ((SLOWEST,), (1,), seeds[:1])):
+        results = run(kind, ["taskres", *methods], shots, draws, folder, task)
+        for table in (accuracy_table(summarise_methods(results), results, task), _seconds(results)):
+            print(table.markdown(), "\n", flush=True)
+        print("\n".join(failure_lines(results)))
+
+
+def _seconds(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds of one fit of each method, the mean over seeds."""
+    taken: dict[tuple[str, int], list[float]] = {}
+    for one in results:
+        if "error" not in one:
+            taken.setdefault((one["method"], one["shots"]), []).append(one["fit_seconds"])
+    rows = [[method, shots, f"{mean(seconds):.2f}"] for (method, shots), seconds in taken.items()]
+    return Table(["method", "shots", "seconds of a fit"], rows)
 
 
 def print_seconds(kind: str) -> None:
     """Seconds of one fit of each method that takes long, at 4 shots on one task."""
     task = ONE_TASK[kind]
     results = run(kind, [*SLOW, *PROMPTS, SLOWEST], [4], [1], None, task)
-    rows = [[one["method"], f"{one['fit_seconds']:.2f}"] for one in results if "error" not in one]
-    print(Table(["method", "seconds"], rows, f"Seconds of one fit on {task}, 4 shots").markdown(), "\n", flush=True)
+    print(f"{task}\n\n{_seconds(results).markdown()}\n", flush=True)
 
 
 def main() -> None:

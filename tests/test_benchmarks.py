@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from benchmarks import embedding, material, timing
+from benchmarks import embedding, material, stress, timing
 from benchmarks.timing import Report
 from taskres_hf.embedding.engines import rewriting
 
@@ -44,3 +46,19 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
     assert table.count("not measured: ") == 2 * len(possible)
     assert "this processor has no VNNI" in table
     assert "not measured" in capsys.readouterr().out
+
+
+def test_synthetic_embeddings_have_the_lengths_and_angles_they_claim() -> None:
+    case, facts = stress.synthetic(100, 8, seed=1), stress.SYNTHETIC
+    text, images = F.normalize(case.head.base, dim=1), case.images
+    own = torch.zeros(len(images), 100, dtype=torch.bool).scatter_(1, case.labels[:, None], True)
+    assert float(images.mean(0).norm()) == pytest.approx(facts["mean"], abs=0.02)
+    assert float((images @ text.T)[own].mean()) == pytest.approx(facts["own"], abs=0.02)
+    assert float((images @ text.T)[~own].mean()) == pytest.approx(facts["other"], abs=0.02)
+    alike, same = images @ images.T, case.labels[:, None] == case.labels
+    assert float(alike[same & ~torch.eye(len(images), dtype=torch.bool)].mean()) == pytest.approx(
+        facts["same"], abs=0.02
+    )
+    assert float(alike[~same].mean()) == pytest.approx(facts["apart"], abs=0.02)
+    squares = stress._spectrum(512, facts["rank"]).pow(2).sum()
+    assert float(1.0 / squares) == pytest.approx(facts["rank"], rel=0.01)
