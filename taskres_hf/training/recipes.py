@@ -21,9 +21,9 @@ from ..errors import ConfigurationError
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
 
-# Pictures times classes of embeddings on disk that recipe `auto` takes at once: 80 MB a set of logits, of which a fit
+# Pictures times classes of embeddings on disk that recipe `auto` takes at once: 48 MB a set of logits, of which a fit
 # holds a handful.
-MOST_LOGITS = 20_000_000
+MOST_LOGITS = 12_000_000
 
 
 @dataclass(frozen=True)
