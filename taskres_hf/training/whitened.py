@@ -2,13 +2,13 @@
 
 All of it is closed form or convex and draws nothing, so the same shots always give the same classifier:
 
-    logits = tau * (a * S f.u + q * (discriminant of the class means) + f A V^T)
+    logits = tau * z * (S f.u + q * (discriminant of the class means) + f A V^T) + tau * (1 - z) * S f.u
 
-`f` and `u` are image and text embeddings of unit length, `S` the logit scale. `a` says how far the text can be trusted,
-`A` whitens with the shots' within-class covariance, shrunk as in linear discriminant analysis, and `V` has the least
-`sum of cross-entropies + |V|^2 / (2 (r S)^2)`. Cross-validation on the shots weighs several `q` and `r` against one
-another and against zero-shot; `tau` makes probabilities mean what they say. `docs/recipes.md` says why each part is
-there.
+`f` and `u` are image and text embeddings of unit length, `S` the logit scale. `A` whitens with the shots' within-class
+covariance, shrunk as in linear discriminant analysis, and `V` has the least
+`sum of cross-entropies + |V|^2 / (2 (WIDTH S)^2)`. The share `q` of the means follows from what text and means tell of
+pictures they were not made from. Held-out shots give `z` against zero-shot, and `tau`, which makes probabilities mean
+what they say. `docs/recipes.md` says why each part is there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 
-WIDTHS = (0.03, 0.07, 0.2, 0.5)  # r, in units of the logit scale
-SHARES = (0.25, 1.0, 4.0)  # of the discriminant, times what `_usual_share` gives
-USUAL_WIDTH = 0.07
+WIDTH = 0.05  # of the residual, in units of the logit scale
+SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing of others
+_GROWTH = 0.25  # its exponent in the number of pictures
+_FOR_MEANS = 20.0  # how much more the means count where they tell pictures apart
+_MEANS_AT_ONE = 0.19  # what they are taken to tell at one picture a class, where none can be held out
 _MOST_FOLDS = 4
+_NEAR = 0.12  # of the usual distance of two pictures, below which they are as one
+_MOST_COMPARED = 2048  # pictures of a class up to which each is compared with each
 _NO_SPREAD = 1e-8  # squared distance to the mean, of embeddings of length 1, that rounding alone can make
 _MANY = 250_000  # logits of the shots from which on one fold is enough, and fp32
-_LARGE = 1_000_000  # logits of the shots from which on only the discriminant's share is weighed
+_LARGE = 1_000_000  # logits of the shots from which on held-out pictures are judged by text and means alone
 _PIECE = 4_000_000  # logits looked at in one go
-_FOR_TEXT = 2_000_000  # logits that are enough to see how far the text can be trusted
+_FOR_TEXT = 2_000_000  # logits that are enough to see what the text tells
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class WhitenedFit:
 
     Attributes:
         weight: [K, D] fp64, the logit scale included. bias: [K] fp64.
-        chosen: `text_weight` a, `text_information` (of 0 to 1, above chance), `temperature` tau, and `candidates`, the
-            weight that each pair of share and width got; for people and the artifact.
+        chosen: `text_information` and `means_information` (0: nothing, 1: all that there is to tell), `share` q,
+            `zero_shot` 1 - z, `temperature` tau; for people and the artifact.
     """
 
     weight: Tensor
@@ -51,7 +55,7 @@ class WhitenedFit:
 
 @torch.no_grad()
 def fit_whitened(
-    images: Tensor, labels: Tensor, base: Tensor, logit_scale: float, views: int = 1, iterations: int = 15
+    images: Tensor, labels: Tensor, base: Tensor, logit_scale: float, views: int = 1, iterations: int = 8
 ) -> WhitenedFit:
     """Fit recipe `auto`.
 
@@ -77,58 +81,45 @@ def fit_whitened(
     f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()
     u = F.normalize(base.detach().to("cpu", dtype), dim=1)
     text = (logit_scale * f) @ u.T
-    trust, information = _trust(text, y, len(u), views)
-    text *= trust
-    counts = torch.bincount(y, minlength=len(u)).float() / views
-    shots = float(counts[counts > 0].median())
-    wary = (1.0 - information) ** 2  # the better the text tells classes apart, the less the means have to add
-    problem = _Problem(logit_scale, wary, views, iterations)
-    weights, temperature = problem.weigh(f, y, text, shots, large)
-    if weights is None:  # one picture a class: nothing can be held out
-        usual = _CANDIDATES.index((1.0, USUAL_WIDTH))
-        weights = torch.zeros(len(_CANDIDATES) + 1)
-        weights[usual], temperature = 1.0, max(0.3, trust_of_text(text / trust, y) / trust)
-    used = [i for i in range(len(_CANDIDATES)) if weights[i] > 0.01]
-    space = _Whitened(f, y, len(u), views)
-    candidates, part = [_CANDIDATES[i] for i in used], weights[used].to(dtype)
-    if large and used:  # their mean at once
-        mean = sum(float(weights[i]) * _CANDIDATES[i][0] for i in used) / float(part.sum())
-        candidates, part = [(mean, USUAL_WIDTH)], part.sum()[None]
-    rows, bias = problem.fit(space, y, text, shots, candidates)
-    weight = float(weights.sum()) * trust * logit_scale * u + space.unwhiten(torch.einsum("b,bkr->kr", part, rows))
+    numbers, weights = _pictures(f, y, views)
+    counts = torch.bincount(y, weights, minlength=len(u))
+    shots = float(counts[counts > 0].median().round())
+    problem = _Problem(f, y, weights, numbers, text, logit_scale, iterations, shots)
+    told = problem.text_information()
+    held = problem.held_out(large)
+    means_told = held.means_information() if held.spaces else _MEANS_AT_ONE
+    strength = SHARE * (1.0 - told * (1.0 - means_told)) * (1.0 + _FOR_MEANS * means_told**2)
+    kept, temperature = held.judge(strength) if held.spaces else (1.0, max(0.3, _likeliest_factor(text, y, weights)))
+    share = strength * _growth(shots)
+    space = _Whitened(f, y, len(u), weights)
+    rows, bias = problem.fit(space, slice(None), text, share)
+    weight = logit_scale * u + kept * space.unwhiten(rows)
     chosen = {
-        "text_weight": trust, "text_information": information, "temperature": temperature,
-        "candidates": {"share {:g}, width {:g}".format(*_CANDIDATES[i]): round(float(weights[i]), 4) for i in used},
+        "text_information": told, "means_information": means_told, "share": share, "zero_shot": 1.0 - kept,
+        "temperature": temperature,
     }  # fmt: skip
-    return WhitenedFit(
-        (temperature * weight).double(), (temperature * torch.einsum("b,bk->k", part, bias)).double(), chosen
-    )
+    return WhitenedFit((temperature * weight).double(), (temperature * kept * bias).double(), chosen)
 
 
-_CANDIDATES = [(share, width) for share in SHARES for width in WIDTHS]
-# Steps from the usual share and width: fewer shots need better reasons to leave them.
-_STEPS = torch.tensor(
-    [abs(math.log(s)) / math.log(4.0) + abs(math.log(r / USUAL_WIDTH)) / math.log(2.5) for s, r in _CANDIDATES],
-    dtype=torch.float64,
-)
-_TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64))
+_TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64)).tolist()
 
 
-def _usual_share(shots: float) -> float:
-    """Share of the discriminant: the more pictures its means are made of, the more."""
-    return 0.025 * math.pow(max(1.0, shots / 2.0), 1.2)
+def _growth(shots: float) -> float:
+    """How much more the means of so many pictures count."""
+    return math.pow(max(1.0, shots / 2.0), _GROWTH)
 
 
-# ---------------------------------------------------------------------- how far the text can be trusted
+# ---------------------------------------------------------------------- what logits tell of pictures
 
 
-def trust_of_text(text: Tensor, labels: Tensor) -> float:
-    """The factor in [0, 1] on zero-shot logits [N, K] under which the labels [N] are likeliest: honest at one shot."""
+def _likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """The factor in [0, 1] on logits [N, K] under which the labels [N], weighted, are likeliest."""
     low, high = 0.0, 1.0
-    target = text.gather(1, labels[:, None]).sum()
+    weights = weights.to(logits)
+    target = weights @ logits.gather(1, labels[:, None])[:, 0]
 
     def slope(factor: float) -> float:
-        return float(target - (torch.softmax(factor * text, dim=1) * text).sum())
+        return float(target - weights @ (torch.softmax(factor * logits, dim=1).mul_(logits)).sum(1))
 
     if slope(high) >= 0:
         return high
@@ -140,29 +131,35 @@ def trust_of_text(text: Tensor, labels: Tensor) -> float:
     return low
 
 
-def _trust(text: Tensor, labels: Tensor, classes: int, views: int) -> tuple[float, float]:
-    """`a`, twice the likeliest factor and its standard error but at most 1; and what the text tells above chance."""
-    if text.numel() > _FOR_TEXT:
-        keep = _number_in_class(labels, views) < max(1, _FOR_TEXT // classes**2)
-        text, labels = text[keep], labels[keep]
-    factor = trust_of_text(text, labels)
-    log_probabilities = F.log_softmax(factor * text, dim=1)
-    probabilities = log_probabilities.exp()
-    variance = float(((probabilities * text * text).sum(1) - (probabilities * text).sum(1) ** 2).sum()) / views
-    gain = float(log_probabilities.gather(1, labels[:, None]).mean()) + math.log(classes)
-    information = min(1.0, max(0.0, gain / math.log(classes))) if classes > 1 else 0.0
-    return max(min(1.0, 2.0 * (factor + 1.0 / math.sqrt(max(variance, 1e-12)))), 1e-3), information
+def _information(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """What logits [N, K] tell of the labels [N] at their best factor: 0 as much as chance, 1 all."""
+    classes = logits.shape[1]
+    if classes < 2:
+        return 0.0
+    factor = _likeliest_factor(logits, labels, weights)
+    lost = _log_loss(factor * logits, labels, weights) / float(weights.sum())
+    return min(1.0, max(0.0, 1.0 - lost / math.log(classes)))
 
 
-def _number_in_class(labels: Tensor, views: int) -> Tensor:
-    """0 for the first picture of its class, 1 for the second and so on [V * N]; the same in all views of a picture."""
-    labels = labels[: len(labels) // views]
-    order = torch.argsort(labels, stable=True)
-    counts = torch.bincount(labels)
-    starts = torch.cumsum(counts, 0) - counts
-    numbers = torch.empty_like(labels)
-    numbers[order] = torch.arange(len(labels)) - starts[labels[order]]
-    return numbers.repeat(views)
+def _pictures(f: Tensor, labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """Number of each picture in its class, from 0, and its weight, both [V * N]; all views of it count as one.
+
+    So does what is nearly the same (a copy, a mirrored picture, the next frame of a film): it tells nothing new, and
+    what is learned from one must not be judged by the other.
+    """
+    f, labels = f[: len(f) // views], labels[: len(labels) // views]
+    near = _NEAR * (1.0 - float(f.mean(0).pow(2).sum()))  # half the usual squared distance of two pictures
+    numbers, weights = torch.empty_like(labels), torch.empty(len(labels), dtype=torch.float64)
+    for members in torch.split(torch.argsort(labels, stable=True), torch.bincount(labels).tolist()):
+        first = torch.arange(len(members))
+        if 1 < len(members) <= _MOST_COMPARED:
+            rows = f[members]
+            first = ((1.0 - rows @ rows.T) <= near).fill_diagonal_(True).to(torch.uint8).argmax(1)
+            while not torch.equal(first[first], first):
+                first = first[first]
+        _, number, alike = torch.unique(first, return_inverse=True, return_counts=True)
+        numbers[members], weights[members] = number, (views * alike[number]).double().reciprocal()
+    return numbers.repeat(views), weights.repeat(views)
 
 
 # ---------------------------------------------------------------------- the metric, and what the means say
@@ -189,43 +186,46 @@ class _Whitened:
     outside: float
     size: float
 
-    def __init__(self, f: Tensor, y: Tensor, classes: int, views: int) -> None:
-        count, dim = f.shape
-        numbers = torch.bincount(y, minlength=classes).to(f)
+    def __init__(self, f: Tensor, y: Tensor, classes: int, weights: Tensor) -> None:
+        (count, dim), w = f.shape, weights.to(f)[:, None]
+        numbers = torch.bincount(y, weights, minlength=classes).to(f)
         present = numbers > 0
-        means = torch.zeros(classes, dim, dtype=f.dtype).index_add_(0, y, f) / numbers.clamp_min(1.0)[:, None]
-        pictures, here = count / views, int(present.sum())
+        means = torch.zeros(classes, dim, dtype=f.dtype).index_add_(0, y, w * f)
+        means = means / torch.where(present, numbers, 1.0)[:, None]
+        pictures, here = round(float(numbers.sum())), int(present.sum())
+        middle = (w * f).sum(0) / pictures
         dof = pictures - here
         if dof < max(8.0, classes / 2.0):
-            spread, dof = f - f.mean(0), pictures - 1.0
+            spread, dof = f - middle, pictures - 1
         else:
             spread = f - means[y]
-        self._whiten(spread, max(dof, 1e-9), views)
+        self._whiten(w.sqrt() * spread, max(float(dof), 1e-9))
         center = means[present].mean(0)
         means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
         rows = self._apply(f)
         self.span = None
         if count < dim:
             self.span = torch.linalg.qr(rows.T)[0]
-        self.rows, white, middle = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
-        self.means = white - middle
-        self.bias = -0.5 * (self.means * (white + middle)).sum(1)
-        if count > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ in it
-            noise = (self.rows - white[y]).pow(2).sum() / (count - here) / (numbers / views).clamp_min(1.0)
+        self.rows, white, center = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
+        self.means = white - center
+        self.bias = -0.5 * (self.means * (white + center)).sum(1)
+        if pictures > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ
+            noise = (w * (self.rows - white[y]).pow(2)).sum() / (pictures - here) / numbers.clamp_min(1.0)
             self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
-        moved = float((f - f.mean(0)).pow(2).sum())
-        alike = pictures < 2 or moved <= _NO_SPREAD * count
-        self.size = 0.0 if alike else math.sqrt(moved / float((rows - rows.mean(0)).pow(2).sum()))
+        moved = float((w * (f - middle).pow(2)).sum())
+        alike = pictures < 2 or moved <= _NO_SPREAD * pictures
+        center = (w * rows).sum(0) / pictures
+        self.size = 0.0 if alike else math.sqrt(moved / float((w * (rows - center).pow(2)).sum()))
 
-    def _whiten(self, spread: Tensor, dof: float, views: int) -> None:
+    def _whiten(self, spread: Tensor, dof: float) -> None:
         count, dim = spread.shape
         if count < dim:
-            values, vectors = torch.linalg.eigh(spread @ spread.T / views)
+            values, vectors = torch.linalg.eigh(spread @ spread.T)
             keep = values > max(float(values[-1]) * count * torch.finfo(values.dtype).eps, 1e-30)
             values, vectors = values[keep], vectors[:, keep]
-            axes = spread.T @ vectors / (values * views).sqrt()
+            axes = spread.T @ vectors / values.sqrt()
         else:
-            values, axes = torch.linalg.eigh(spread.T @ spread / views)
+            values, axes = torch.linalg.eigh(spread.T @ spread)
         total = float(values.clamp_min(0.0).sum())
         if total <= _NO_SPREAD * count:  # pictures of a class are all the same: any sphere will do
             total, values, dof = 1.0, torch.zeros_like(values), max(dof, 1.0)
@@ -255,89 +255,108 @@ class _Whitened:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What all fits on the same shots share."""
+    """The shots, and what all fits on them share.
 
+    Attributes:
+        f: embeddings [N, D]. y: labels [N]. weights, numbers: [N], see `_pictures`. text: zero-shot logits [N, K].
+        shots: pictures of a class, the median.
+    """
+
+    f: Tensor
+    y: Tensor
+    weights: Tensor
+    numbers: Tensor
+    text: Tensor
     logit_scale: float
-    wary: float
-    views: int
     iterations: int
+    shots: float
 
-    def fit(
-        self, space: _Whitened, y: Tensor, text: Tensor, shots: float, candidates: list[tuple[float, float]]
-    ) -> tuple[Tensor, Tensor]:
-        """Weights [B, K, R] on whitened rows and biases [B, K] of candidates (share, width)."""
-        rows = space.rows
-        shares = torch.tensor([share for share, _ in candidates]).to(rows) * self.wary * _usual_share(shots)
-        widths = torch.tensor([width for _, width in candidates]).to(rows) * self.logit_scale
-        means = shares[:, None, None] * space.means
-        bias = shares[:, None] * space.bias
-        if not candidates:
-            return means, bias
-        offsets = (means @ rows.T).transpose(1, 2).add_(bias[:, None, :]).add_(text)
-        balance = _balanced(y, len(space.means)).to(rows) / self.views
-        more = _minimise(space.size * rows, y, balance, offsets, widths**-2, self.iterations)
-        return means + space.size * more, bias
+    def text_information(self) -> float:
+        """What zero-shot tells; honest at one shot, since it has not seen the shots."""
+        few = max(1, _FOR_TEXT // self.text.shape[1] ** 2)
+        keep = slice(None) if self.text.numel() <= _FOR_TEXT else self.numbers < few
+        return _information(self.text[keep], self.y[keep], self.weights[keep])
 
-    def weigh(self, f: Tensor, y: Tensor, text: Tensor, shots: float, large: bool) -> tuple[Tensor | None, float]:
-        """Weight of each candidate and, last, of zero-shot, with a temperature; None where nothing can be held out."""
-        folds = int(min(_MOST_FOLDS, shots))
+    def fit(self, space: _Whitened, rows: Tensor | slice, text: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Weight [K, R] on whitened pictures and bias [K] of some shots, beside their text, which is overwritten."""
+        means, bias, y = share * space.means, share * space.bias, self.y[rows]
+        offsets = text.add_(bias).addmm_(space.rows, means.T)
+        balance = _balanced(y, len(means), self.weights[rows]).to(offsets)
+        decay = torch.full((1,), (WIDTH * self.logit_scale) ** -2).to(offsets)
+        more = _minimise(space.size * space.rows, y, balance, offsets[None], decay, self.iterations)
+        return means + space.size * more[0], bias
+
+    def held_out(self, large: bool) -> _HeldOut:
+        """The shots in folds, each with the metric and the means of the others; no fold at one shot."""
+        folds = int(min(_MOST_FOLDS, self.shots))
+        held = _HeldOut(self, folds, large, [], [], [])
         if folds < 2:
-            return None, 1.0
-        fold = _number_in_class(y, self.views) % folds
-        held: list[Tensor] = []
-        order: list[Tensor] = []
-        for turn in range(1 if text.numel() > _MANY else folds):
-            out, rest = fold == turn, fold != turn
-            space = _Whitened(f[rest], y[rest], text.shape[1], self.views)
-            fewer = shots * (folds - 1) / folds
-            rows = space.whiten(f[out])
-            if large:
-                weights, bias = self._means_alone(space, fewer)
-            else:
-                weights, bias = self.fit(space, y[rest], text[rest], fewer, _CANDIDATES)
-            held.append(text[out] + (weights @ rows.T).transpose(1, 2) + bias[:, None, :])
-            order.append(out.nonzero().flatten())
-        places = torch.cat(order)
-        return self._chosen(torch.cat(held, dim=1), text[places], y[places], shots, large)
-
-    def _means_alone(self, space: _Whitened, shots: float) -> tuple[Tensor, Tensor]:
-        shares = torch.tensor(SHARES).to(space.rows) * self.wary * _usual_share(shots)
-        return shares[:, None, None] * space.means, shares[:, None] * space.bias
-
-    def _chosen(self, held: Tensor, text: Tensor, y: Tensor, shots: float, large: bool) -> tuple[Tensor, float]:
-        """Weights by the log loss of held-out pictures, as it is and at each candidate's own best temperature."""
-        balance = _balanced(y, text.shape[1]) / self.views
-        steps = _STEPS[[_CANDIDATES.index((share, USUAL_WIDTH)) for share in SHARES]] if large else _STEPS
-        reluctance = max(1.5, 8.0 / shots) * steps
-        plain = torch.cat([_log_loss(held, y, balance) + reluctance, _log_loss(text[None], y, balance) + 1.0])
-        temperatures = _TEMPERATURES[1::2].tolist() if large else _TEMPERATURES.tolist()
-        scaled = torch.stack([_log_loss(t * held, y, balance) + 8.0 * math.log(t / 0.7) ** 2 for t in temperatures])
-        best = torch.softmax(-(scaled.min(0).values + reluctance), 0)
-        free = shots / (shots + 8.0)
-        weights = (1.0 - free) * torch.softmax(-plain, 0)
-        weights[:-1] += free * best
-        mixed = torch.einsum("b,bnk->nk", weights[:-1].to(held), held) + float(weights[-1]) * text
-        losses = [float(_log_loss(t * mixed[None], y, balance)) + math.log(t) ** 2 for t in temperatures]
-        temperature = temperatures[losses.index(min(losses))]
-        if not large:
-            return weights, temperature
-        spread = torch.zeros(len(_CANDIDATES) + 1, dtype=weights.dtype)
-        for share, value in zip(SHARES, weights[:-1].tolist(), strict=True):
-            spread[_CANDIDATES.index((share, USUAL_WIDTH))] = value
-        spread[-1] = weights[-1]
-        return spread, temperature
+            return held
+        fold = self.numbers % folds
+        for turn in range(1 if self.text.numel() > _MANY else folds):
+            out, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
+            space = _Whitened(self.f[rest], self.y[rest], self.text.shape[1], self.weights[rest])
+            held.add(out, rest, space)
+        return held
 
 
-def _balanced(y: Tensor, classes: int) -> Tensor:
-    """Weights [N] under which every class with a picture counts alike; 1 where all have as many."""
-    counts = torch.bincount(y, minlength=classes).double()
-    return len(y) / (float((counts > 0).sum()) * counts[y])
+@dataclass(frozen=True)
+class _HeldOut:
+    """Shots that were held out, and what was made of the others."""
+
+    problem: _Problem
+    folds: int
+    large: bool
+    out: list[Tensor]
+    rest: list[Tensor]
+    spaces: list[_Whitened]
+
+    def add(self, out: Tensor, rest: Tensor, space: _Whitened) -> None:
+        self.out.append(out)
+        self.rest.append(rest)
+        self.spaces.append(space)
+
+    def means_information(self) -> float:
+        """What the discriminant of the means alone tells of pictures that they were not made from."""
+        parts = zip(self.out, self.spaces, strict=True)
+        logits = torch.cat([s.whiten(self.problem.f[out]) @ s.means.T + s.bias for out, s in parts])
+        places = torch.cat(self.out)
+        return _information(logits, self.problem.y[places], self.problem.weights[places])
+
+    def judge(self, strength: float) -> tuple[float, float]:
+        """How much of the fit to keep against zero-shot, and the temperature."""
+        problem = self.problem
+        share = strength * _growth(problem.shots * (self.folds - 1) / self.folds)
+        parts = []
+        for out, rest, space in zip(self.out, self.rest, self.spaces, strict=True):
+            weight, bias = share * space.means, share * space.bias
+            if not self.large:
+                weight, bias = problem.fit(space, rest, problem.text[rest], share)
+            parts.append((space.whiten(problem.f[out]) @ weight.T).add_(bias))
+        places = torch.cat(self.out)
+        more, text, y = torch.cat(parts), problem.text[places], problem.y[places]
+        balance = _balanced(y, text.shape[1], problem.weights[places])
+        temperatures = _TEMPERATURES[1::2] if self.large else _TEMPERATURES
+
+        def best(logits: Tensor, reluctance: float) -> tuple[float, float]:
+            """Least loss, and the temperature that gives it."""
+            tried = [(_log_loss(t * logits, y, balance) + reluctance * math.log(t) ** 2, t) for t in temperatures]
+            return min(tried)
+
+        kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, 4.0)[0] - best(text, 4.0)[0] - 3.0)))
+        return kept, best(text + kept * more, 0.3)[1]
 
 
-def _log_loss(logits: Tensor, y: Tensor, balance: Tensor) -> Tensor:
-    """Weighted sum of cross-entropies [B] of logits [B, N, K]."""
-    target = logits.gather(2, y.expand(len(logits), -1)[..., None])[..., 0]
-    return ((torch.logsumexp(logits, dim=2) - target) * balance.to(logits)).sum(1).double()
+def _balanced(y: Tensor, classes: int, weights: Tensor) -> Tensor:
+    """Weights [N] under which every class with a picture counts alike; as they were where all have as many."""
+    counts = torch.bincount(y, weights, minlength=classes)
+    return weights * counts.sum() / (float((counts > 0).sum()) * counts[y])
+
+
+def _log_loss(logits: Tensor, y: Tensor, weights: Tensor) -> float:
+    """Weighted sum of cross-entropies of logits [N, K]."""
+    target = logits.gather(1, y[:, None])[:, 0]
+    return float(((torch.logsumexp(logits, dim=1) - target) * weights.to(logits)).sum())
 
 
 class _Objective:
@@ -401,7 +420,7 @@ def _minimise(rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: T
     g = objective.gradient(v)
     for _ in range(iterations):
         direction = -_inverse_curvature(g, history)
-        change = (direction @ rows.T).transpose(1, 2)
+        change = rows @ direction.transpose(1, 2)
         slope = (g * direction).sum((1, 2))
         bend = objective.curvature(direction, change)
         step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
