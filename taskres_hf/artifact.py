@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, ConfigurationError
+from .errors import ArtifactError, ConfigurationError, asking_for, else_cached, warn_if_moved
 from .prompts import class_prompts, prompts_digest
 from .storage import StoredTensor, is_path, read_json, read_stored, umask, write_bytes, write_tensors
 
@@ -402,8 +402,8 @@ def find_artifact(
     """Paths of an artifact's config and weights, downloaded into the Hub's cache where needed.
 
     Raises:
-        ArtifactError: no such folder, or it holds no artifact. OSError: no such repository or file, or no access; its
-            cause is the Hub client's error.
+        ArtifactError: no such folder, or it holds no artifact. HubError: no such repository or revision, no access, or
+            no way to the Hub; its cause is the Hub client's error.
     """
     name = os.fspath(name_or_path)
     if is_path(name_or_path):
@@ -415,7 +415,12 @@ def find_artifact(
         if missing:
             raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
         return str(folder / CONFIG), str(folder / WEIGHTS)
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(name, CONFIG, cache_dir=hub_kwargs.get("cache_dir"), revision=revision)
     config, weights = (_download(name, file, revision, subfolder, hub_kwargs) for file in (CONFIG, WEIGHTS))
+    if not isinstance(known, str):
+        warn_if_moved("classifier", name, revision, {**hub_kwargs, "subfolder": subfolder})
     with suppress(ArtifactError, OSError):  # into the cache as well, so that the next load works without a network
         _download(name, PROCESSOR, revision, subfolder, hub_kwargs)
     return config, weights
@@ -426,24 +431,13 @@ def _download(name: str, file: str, revision: str | None, subfolder: str, hub_kw
     from huggingface_hub import errors, hf_hub_download
 
     options = {key: value for key, value in hub_kwargs.items() if key != "proxies"}
+    advice = "A folder of this machine can be given instead of a Hub id."
     try:
-        return str(hf_hub_download(name, file, revision=revision, subfolder=subfolder or None, **options))
-    except errors.LocalEntryNotFoundError as error:
-        reason = f"is not in the cache and the Hub cannot be reached, or is not to be: {error}"
-        raise OSError(f"The classifier {name} {reason}") from error
+        with asking_for(f"The classifier {name}", name, revision, advice):
+            at = {"repo_id": name, "filename": file, "revision": revision, "subfolder": subfolder or None}
+            return str(else_cached(hf_hub_download, **at, **options))
     except errors.EntryNotFoundError as error:
         raise ArtifactError(f"The repository {name} holds no TaskRes classifier: it has no {file}.") from error
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"The classifier {name} is gated: ask for access on its page, log in with `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(
-            f"There is no repository {name} on the Hub, or it is private: check the name, or pass token= or log in "
-            "with `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(f"The repository {name} has no revision {revision!r}.") from error
 
 
 def commit_of(path: str) -> str | None:

@@ -19,7 +19,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         **hub_kwargs: `token`, `cache_dir`, `local_files_only` and so on.
 
     Raises:
-        ArtifactError: it is incomplete or damaged, or there is no such folder. OSError: no such repository.
+        ArtifactError: it is incomplete or damaged, or there is no such folder. HubError: no such repository.
     """
     name = os.fspath(name_or_path)
     paths = find_artifact(name_or_path, revision, **hub_kwargs)

@@ -86,7 +86,20 @@ def write_tensors(
     from safetensors.torch import save
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(ready, metadata={"format": "pt", **(metadata or {})}))
+    write_bytes(path, with_metadata(save(ready), {"format": "pt", **(metadata or {})}))
+
+
+def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with that metadata; the tensors' bytes stay.
+
+    The package writes metadata in an order of its own each time, so that the same tensors would make another file.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    text = json.dumps({"__metadata__": dict(metadata), **header}, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # what follows is aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

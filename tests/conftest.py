@@ -53,11 +53,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """The Hub's stand-in, empty."""
-    _SERVER.repos.clear()
-    _SERVER.requests.clear()
-    _SERVER.down = False
+    _SERVER.reset()
     yield _SERVER
-    _SERVER.down = False
+    _SERVER.over.set()
+    _SERVER.reset()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, BaseModelError, ConfigurationError
+from ..errors import ArtifactError, BaseModelError, ConfigurationError, no_answer
 
 SHIPPED = "shipped"
 
@@ -211,10 +211,9 @@ def without_base(name: str, error: OSError) -> Exception:
     from ..storage import is_path
     from .options import BASE_VARIABLE
 
-    if is_path(name):
+    if is_path(name) or no_answer(error) is None:
         return error
     return BaseModelError(
-        f"The base model {name} is neither on this machine nor could it be downloaded: "
         f"{str(error).splitlines()[0]}\n"
         f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
         f"${BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."
