@@ -417,7 +417,9 @@ def find_artifact(
         return str(folder / CONFIG), str(folder / WEIGHTS)
     from huggingface_hub import try_to_load_from_cache
 
-    known = try_to_load_from_cache(name, CONFIG, cache_dir=hub_kwargs.get("cache_dir"), revision=revision)
+    known: Any = None
+    with suppress(ValueError):  # no name of a repository, as the download says
+        known = try_to_load_from_cache(name, CONFIG, cache_dir=hub_kwargs.get("cache_dir"), revision=revision)
     config, weights = (_download(name, file, revision, subfolder, hub_kwargs) for file in (CONFIG, WEIGHTS))
     if not isinstance(known, str):
         warn_if_moved("classifier", name, revision, {**hub_kwargs, "subfolder": subfolder})

@@ -198,9 +198,9 @@ def config_file(source: BaseSource) -> str:
             return path
     else:
         where = {"cache_dir": source.hub.get("cache_dir"), "revision": source.revision}
-        known = try_to_load_from_cache(name, "config.json", **where)
         try:
             with source.asking():
+                known = try_to_load_from_cache(name, "config.json", **where)
                 at = {"path_or_repo_id": name, "filename": "config.json", "revision": source.revision}
                 found = else_cached(cached_file, **at, **source.hub)
             if found is not None:

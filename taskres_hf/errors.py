@@ -92,16 +92,22 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def answer_of(error: BaseException) -> Any:
+    """The answer that an error of the Hub's client is about; None where there was none."""
+    answers = (getattr(cause, "response", None) for cause in chain(error))
+    return next((answer for answer in answers if hasattr(answer, "status_code")), None)
+
+
 def status_of(error: BaseException) -> int | None:
-    """The status code of the answer behind an error of the Hub's client; None where there was no answer."""
-    return next((cause.response.status_code for cause in chain(error) if hasattr(cause, "response")), None)
+    """The status code of that answer."""
+    answer = answer_of(error)
+    return None if answer is None else int(answer.status_code)
 
 
 def sent_token(error: BaseException) -> bool:
-    """Whether the request that an error of the Hub's client is about carried a token."""
-    return any(
-        "authorization" in cause.response.request.headers for cause in chain(error) if hasattr(cause, "response")
-    )
+    """Whether the request that it answers carried a token."""
+    answer = answer_of(error)
+    return answer is not None and "authorization" in answer.request.headers
 
 
 def no_answer(error: BaseException) -> str | None:
@@ -142,6 +148,8 @@ def explained(error: BaseException, subject: str, name: str, revision: str | Non
             f"{subject} is not in the cache of this machine, and the Hub cannot be reached or is not to be ({reason}). "
             f"Check the connection and try again. {advice}"
         )
+    if is_any(errors.HFValidationError):
+        return HubError(f"{subject} is not named as repositories are, such as me/pets-taskres. {advice}")
     if is_any(errors.GatedRepoError):
         page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{name}"
         return HubError(f"{subject} is gated: ask for access on {page}, and {LOG_IN}.")
@@ -213,8 +221,9 @@ def warn_if_moved(what: str, name: str, revision: str | None, options: Mapping[s
     with suppress(Exception):  # whatever is wrong, the download itself has told or will tell
         place = f"{options['subfolder']}/config.json" if options.get("subfolder") else "config.json"
         url = hf_hub_url(name, place, revision=revision)
-        found = re.search(r"://[^/]+/(.+?)/resolve/", get_hf_file_metadata(url, token=options.get("token")).location)
-        if found and found.group(1) != name and "/" in found.group(1):
+        place = get_hf_file_metadata(url, token=options.get("token")).location.removeprefix(constants.ENDPOINT)
+        found = re.fullmatch(r"(?:\w+://[^/]+)?/([^/]+/[^/]+)/resolve/.*", place)
+        if found and found.group(1) != name:
             warnings.warn(
                 f"The {what} {name} has moved to {found.group(1)}, where it was read. Use its new name: the old one "
                 "works only as long as nobody else takes it.",

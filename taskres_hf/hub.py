@@ -17,16 +17,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     hf_raise_for_status,
     http_backoff,
+    validate_repo_id,
 )
 
 from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, read_checked
 from .card import card_for, card_to_push, is_hub_id, is_of_older_release, model_card
-from .errors import LOG_IN, ConfigurationError, HubError, TaskResError, chain, no_answer, sent_token, status_of
+from .errors import (
+    LOG_IN,
+    ConfigurationError,
+    HubError,
+    TaskResError,
+    answer_of,
+    chain,
+    no_answer,
+    sent_token,
+    status_of,
+)
 from .storage import is_path, read_json, read_stored, with_metadata, write_bytes, write_json
 
 __all__ = ["card_for", "is_hub_id", "model_card", "push_folder", "upload"]
@@ -78,6 +89,10 @@ def upload(
             f"create_pr=True opens a pull request on main; revision={revision!r} cannot be given with it. To push to a "
             "pull request that is there, give its refs/pr/NUMBER as revision alone."
         )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigurationError(f"{repo_id!r} cannot be a repository, such as me/pets-taskres: {error}") from error
     push = _Push(
         HfApi(token=token), token, repo_id, Path(folder), private, revision, create_pr,
         commit_message or "Upload TaskRes classifier", commit_description, parent_commit,
@@ -266,10 +281,10 @@ def _later(error: BaseException, may_move: bool) -> str | None:
 
 def _asked_wait(error: BaseException) -> float | None:
     """The seconds that an answer asks to wait: `Retry-After`, a number or a date, or the window of a rate limit."""
-    answers = [cause.response for cause in chain(error) if hasattr(cause, "response")]
-    if not answers:
+    answer = answer_of(error)
+    if answer is None:
         return None
-    value = str(answers[0].headers.get("retry-after") or "").strip()
+    value = str(answer.headers.get("retry-after") or "").strip()
     if value.isdigit():
         return float(value)
     if value:
@@ -281,7 +296,7 @@ def _asked_wait(error: BaseException) -> float | None:
         from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
     except ImportError:  # an older client
         return None
-    window = parse_ratelimit_headers(answers[0].headers)
+    window = parse_ratelimit_headers(answer.headers)
     return float(window.reset_in_seconds) if status_of(error) == 429 and window is not None else None
 
 

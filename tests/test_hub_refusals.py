@@ -229,6 +229,18 @@ def test_a_revision_that_is_not_there(hub: HubServer, pushed: Path, capsys: pyte
     assert "v9" in text
 
 
+def test_a_name_that_no_repository_can_have(hub: HubServer, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("me/pets.git", "me/pe--ts"):
+        with pytest.raises(HubError, match="base model"):
+            Model.from_base(name, ["cat", "dog"])
+        with pytest.raises(HubError, match="classifier"):
+            Model.from_pretrained(name)
+        code, _, text = run(capsys, "push", trained, name)
+        assert code == 1
+        assert f"'{name}' cannot be a repository" in text
+    assert not hub.requests
+
+
 def test_a_repository_that_holds_something_else(hub: HubServer, pushed: Path) -> None:
     hub.repos[f"models/{BASE}"].commit({"config.json": None}, "main", "edit")
     with pytest.raises(BaseModelError, match=r"no config\.json"):
