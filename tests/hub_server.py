@@ -111,6 +111,7 @@ class HubServer:
         self.lfs_from, self.part_size = 10_000_000, 0
         self.faults: list[Fault] = []
         self.down = False
+        self.waited_out = 0  # requests without an answer that the client did not give up
         self.over = threading.Event()  # ends what hangs
 
     def start(self) -> None:
@@ -202,8 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.fault is not None and isinstance(self.fault.status, int):
             self._send(self.fault.status, self.fault.body, self.fault.headers)
         elif self.fault is not None and self.fault.status in ("drop", "hang"):
-            if self.fault.status == "hang":
-                self.hub.over.wait(20)
+            if self.fault.status == "hang" and not self.hub.over.wait(20):
+                self.hub.waited_out += 1
             self.close_connection = True
         elif self.headers.get("Authorization") is not None and not self._authorised():
             self._error(401, "", "Invalid credentials in Authorization header")

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub.utils._http as client
 import pytest
 from hub_server import HubServer
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf import hub as taskres_hub
@@ -120,6 +120,7 @@ def test_an_answer_that_does_not_come_is_given_up(
     hub.fail("POST", "/api/repos/create", "hang")
     hub.fail("POST", COMMIT, "hang")
     upload(folder, ID)
+    assert not hub.waited_out
     assert client.get_session().timeout == before
     assert len(hub.repos[f"models/{ID}"].messages) == 2
 
@@ -149,18 +150,19 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer
 
 
 @pytest.mark.filterwarnings("ignore:The Hub")
-def test_somebody_elses_commit_in_between(hub: HubServer, folder: Path) -> None:
-    """It is looked at before the next try: its card is kept."""
+def test_somebody_elses_commit_in_between(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the card was looked at, before ours: it is looked at again, and their card is kept."""
     upload(folder, ID)
     repo = hub.repos[f"models/{ID}"]
     (folder / "config.json").write_text('{"a": 1}')
-    hub.fail("POST", COMMIT, 503)
-    commit = repo.commit
+    ours = HfApi.create_commit
 
-    def theirs(seconds: float) -> None:
-        commit({"README.md": b"# Pets\nTheirs.\n"}, "main", "edit")
+    def first_theirs(*args: Any, **options: Any) -> Any:
+        if len(repo.messages) == 2:
+            repo.commit({"README.md": b"# Pets\nTheirs.\n"}, "main", "edit")
+        return ours(*args, **options)
 
-    client.time.sleep = theirs
+    monkeypatch.setattr(HfApi, "create_commit", first_theirs)
     upload(folder, ID)
     assert hub.files(ID)["README.md"] == b"# Pets\nTheirs.\n"
     assert hub.files(ID)["config.json"] == b'{"a": 1}'
