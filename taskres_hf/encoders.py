@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -25,7 +26,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.import_utils import is_torchvision_available
 
 from .errors import ArtifactError, BaseModelError, asking_for, else_cached, warn_if_moved
-from .storage import is_path, read_json
+from .storage import is_path, read_json, write_json
 
 # Text towers that count positions from after the padding index, by their own `model_type`.
 POSITIONS_AFTER_PADDING = ("xlm-roberta", "altclip_text_model")
@@ -361,14 +362,18 @@ def load_tokenizer(source: BaseSource) -> Any:
     return tokenizer
 
 
-def load_image_processor(source: BaseSource) -> Any:
-    """The image processor that lies beside a base or an artifact.
+def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = None) -> Any:
+    """The image processor that lies beside a base or an artifact; of `values`, where its file was read before.
 
     Raises:
         HubError: it cannot be downloaded.
     """
     # Without torchvision the default would only warn before it takes the PIL one.
     backend = {} if is_torchvision_available() else {"backend": "pil"}
+    if values is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder, "preprocessor_config.json"), values)
+            return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
     options = {"revision": source.revision, **source.hub, **backend, "trust_remote_code": False}
     with asking_for(f"The image processor of {source.name}", source.name, source.revision):
         return AutoImageProcessor.from_pretrained(source.name, **options)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
-from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, read_checked
+from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, differing, read_checked, rewrite
 from .card import card_for, card_to_push, is_hub_id, is_of_older_release, model_card
 from .errors import (
     LOG_IN,
@@ -38,7 +38,7 @@ from .errors import (
     sent_token,
     status_of,
 )
-from .storage import is_path, read_json, read_stored, with_metadata, write_bytes, write_json
+from .storage import is_path, read_json, write_bytes
 
 __all__ = ["card_for", "is_hub_id", "model_card", "push_folder", "upload"]
 
@@ -376,19 +376,19 @@ def push_folder(
     """
     folder = Path(folder)
     check_loads(folder)
-    config, _ = read_checked(folder / CONFIG, folder / WEIGHTS)
-    public = {**config, "base_model_name_or_path": public_base_name(str(config["base_model_name_or_path"]))}
-    code = [] if include_code or "auto_map" not in config else [file.name for file in folder.glob("*.py")]
-    files = {name: (folder / name).read_bytes() for name in (*_SHARED, *code) if (folder / name).is_file()}
-    if include_code:
-        public["auto_map"] = AUTO_MAP
-        files[REMOTE_FILE] = remote_code()
     with tempfile.TemporaryDirectory() as place:
-        for name, content in files.items():
+        for name in (name for name in _SHARED if (folder / name).is_file()):
+            write_bytes(Path(place, name), (folder / name).read_bytes())
+        written, weights = Path(place, CONFIG), Path(place, WEIGHTS)
+        config, _, processor = read_checked(written, weights)  # of the copy, which no other process saves into
+        public = {**config, "base_model_name_or_path": public_base_name(str(config["base_model_name_or_path"]))}
+        code = {} if "auto_map" not in config else {file.name: file.read_bytes() for file in folder.glob("*.py")}
+        if include_code:
+            public["auto_map"], code = AUTO_MAP, {REMOTE_FILE: remote_code()}
+        for name, content in code.items():
             write_bytes(Path(place, name), content)
-        if public != read_json(folder / CONFIG):
-            write_json(Path(place, CONFIG), public)
-            _rewrite_metadata(Path(place, WEIGHTS), public)
+        if differing(public, read_json(written)):
+            rewrite(Path(place), weights.read_bytes(), public, processor)  # signed anew
         write_bytes(Path(place, "README.md"), card_for(public, repo_id, None, folder / "README.md"))
         check_loads(place)
         return upload(
@@ -409,13 +409,6 @@ def public_base_name(name: str) -> str:
         stacklevel=4,
     )
     return short
-
-
-def _rewrite_metadata(path: Path, config: Mapping[str, Any]) -> None:
-    """The config that a weights file carries, replaced; its tensors' bytes stay."""
-    _, metadata = read_stored(path)
-    metadata["config"] = json.dumps(config, sort_keys=True, ensure_ascii=False)
-    write_bytes(path, with_metadata(path.read_bytes(), metadata))
 
 
 REMOTE_FILE = "modeling_taskres.py"

@@ -76,6 +76,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
         self._processor_source: BaseSource | None = None
+        self._processor_values: dict[str, Any] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
         self.clip.requires_grad_(False)
         self.train(self.training)
@@ -208,7 +209,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         name, older = os.fspath(pretrained_model_name_or_path), kwargs.pop("torch_dtype", None)
         dtype, subfolder = older if dtype is None else dtype, subfolder or ""
         hub, options = split_hub_kwargs(kwargs)
-        values, tensors = read_artifact(*find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub))
+        paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
+        values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
@@ -238,6 +240,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             model.classifier.residual.copy_(tensors[RESIDUAL])
         model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
         model._processor_source = BaseSource(name, revision, {**hub, **({"subfolder": subfolder} if subfolder else {})})
+        model._processor_values = processor
         model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)
@@ -373,7 +376,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 raise ConfigurationError(
                     "The base model has no name to find its image processor by: set image_processor."
                 )
-            self._image_processor = load_image_processor(self._processor_source)
+            self._image_processor = load_image_processor(self._processor_source, self._processor_values)
         return self._image_processor
 
     @image_processor.setter

@@ -12,7 +12,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from support import random_residual, run
+from support import forge, random_residual, run
 from transformers import AutoModelForImageClassification, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
@@ -91,13 +91,13 @@ def test_cached_copy_serves_when_the_hub_is_down(online: Model, hub: HubServer) 
     assert loaded.image_processor is not None
 
 
-def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str) -> None:
+def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str, tmp_path: Path) -> None:
     online.push_to_hub("tester/animals")
     repo = hub.repos["models/tester/animals"]
-    config = json.loads(hub.files("tester/animals")["config.json"])
+    online.save_pretrained(tmp_path)
     for name in (base, "../tiny-clip", "~/model"):
-        changed = {**config, "base_model_name_or_path": name}
-        repo.commit({"config.json": json.dumps(changed).encode()}, "main", "edit")
+        forge(tmp_path, base_model_name_or_path=name)
+        repo.commit({file.name: file.read_bytes() for file in tmp_path.iterdir()}, "main", "edit")
         with pytest.raises(BaseModelError, match="not followed"):
             Model.from_pretrained("tester/animals")
     assert Model.from_pretrained("tester/animals", base_model="tester/tiny-clip").class_names == online.class_names
@@ -176,6 +176,15 @@ def test_a_folder_with_a_local_base_names_its_last_part(
     assert json.loads(files["config.json"])["base_model_name_or_path"] == "tiny-clip"
     loaded = Model.from_pretrained("tester/local-folder", base_model=base)
     assert torch.equal(loaded.classifier.residual, model.classifier.residual)
+    assert loaded.image_processor.to_dict() == model.image_processor.to_dict()
+    repo = hub.repos["models/tester/local-folder"]
+    for name, key in (("config.json", "alpha"), ("preprocessor_config.json", "image_mean")):  # signed anew as a whole
+        edited = json.dumps({**json.loads(files[name]), key: 0.25}).encode()
+        repo.commit({name: edited}, "main", "edit")
+        with pytest.raises(ArtifactError, match=f"{name} was changed .* in {key}"):
+            Model.from_pretrained("tester/local-folder", base_model=base)
+        repo.commit({name: files[name]}, "main", "restore")
+    Model.from_pretrained("tester/local-folder", base_model=base)
     with pytest.warns(UserWarning, match="base_model="):
         push_folder(tmp_path, "tester/local-folder", revision="plain")
     assert (
