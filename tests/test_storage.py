@@ -166,11 +166,12 @@ def test_a_rename_lasts_before_the_next(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(storage.os, "replace", replace)
     monkeypatch.setattr(storage.os, "fsync", fsync)
     write_artifact(tmp_path, config, {"residual": torch.ones(2, 3)}, files)
-    commit = events[-6:]
+    commit = events[-9:]
     assert commit == [
         "model.safetensors", "sync folder", "preprocessor_config.json", "sync folder", "config.json", "sync folder",
+        "sync file", "model.safetensors", "sync folder",  # which no longer names what it replaced
     ]  # fmt: skip
-    written = [event for event in events[:-6] if event != "sync folder"]
+    written = [event for event in events[:-9] if event != "sync folder"]
     assert written == [
         "sync file",
         "preprocessor_config.json",

@@ -30,7 +30,7 @@ from taskres_hf.paper.reports import (
     write_reports,
 )
 from taskres_hf.paper.runner import accuracies, few_shot_runs, grid, run_benchmark, task_runs
-from taskres_hf.storage import read_sealed, write_json
+from taskres_hf.storage import read_sealed, write_sealed
 
 
 def test_finished_cells_are_not_run_again(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +87,9 @@ def test_cells_of_another_base_are_not_reused(base: str, tmp_path: Path, side: s
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(ConfigurationError, match="base's weights, tokenizer or prompts"):
         run_benchmark(str(folder), ["food"], tmp_path / "out", **options)
-    # A cell of before, which does not say what it ran on, is not taken either.
+    # A cell that does not say what it ran on is not taken either.
     (cell,) = (tmp_path / "out" / "cells").iterdir()
-    write_json(cell, {key: value for key, value in first.items() if key != "base"})
+    write_sealed(cell, {key: value for key, value in first.items() if key != "base"})
     with pytest.raises(ConfigurationError, match="base's weights"):
         run_benchmark(str(folder), ["food"], tmp_path / "out", **options)
 
