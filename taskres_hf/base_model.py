@@ -40,7 +40,7 @@ def load_base(
         BaseModelError: no dual encoder in `FAMILIES` (found before any weight is read), no safetensors weights, weights
             missing, damaged or not finite.
         MissingExtraError: a package that an option needs is not installed.
-        OSError: not found or not reachable, as raised by the Hub client.
+        HubError: not found, not to be read or not reachable; says what to do.
     """
     path = config_file(source)
     commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
@@ -48,10 +48,11 @@ def load_base(
     options = {**source.hub, "revision": commit or source.revision}  # every further file comes from the same commit
     options["trust_remote_code"] = source.trust_remote_code
     try:
-        family_of(AutoConfig.from_pretrained(source.name, **options))
-        model, notes = AutoModel.from_pretrained(
-            source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **model_kwargs
-        )
+        with source.asking():
+            family_of(AutoConfig.from_pretrained(source.name, **options))
+            model, notes = AutoModel.from_pretrained(
+                source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **model_kwargs
+            )
     except ImportError as error:
         raise MissingExtraError(f"The base model {source.name!r} cannot be loaded this way: {error}") from error
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts a device
@@ -148,10 +149,8 @@ def load_image_tower(
         The base, frozen and in eval mode, with its weights and score as stored; None where the checkpoint is not
         one safetensors file with exactly the weights the image side needs, and `load_base` must be used.
     """
-    config_path, path = source.file("config.json"), source.file("model.safetensors")
-    kept = (
-        None if config_path is None or path is None else _config_of_split_towers(Path(config_path).read_text("utf-8"))
-    )
+    config_path, path = config_file(source), source.file("model.safetensors")
+    kept = None if path is None else _config_of_split_towers(Path(config_path).read_text("utf-8"))
     if kept is None:
         return None
     try:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.import_utils import is_torchvision_available
 
-from .errors import ArtifactError, BaseModelError
-from .storage import is_path, read_json
+from .errors import ArtifactError, BaseModelError, asking_for, else_cached, warn_if_moved
+from .storage import is_path, read_json, write_json
 
 # Text towers that count positions from after the padding index, by their own `model_type`.
 POSITIONS_AFTER_PADDING = ("xlm-roberta", "altclip_text_model")
@@ -125,6 +128,16 @@ _OPEN_CLIP = (
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
+class HubOptions(dict[str, Any]):
+    """Arguments of the Hub's client. The token among them is neither printed, copied nor pickled."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ({key: value for key, value in self.items() if key != "token"},)
+
+    def __repr__(self) -> str:
+        return repr({key: "<HUB_TOKEN>" if key == "token" else value for key, value in self.items()})
+
+
 @dataclass(frozen=True)
 class BaseSource:
     """Where a base comes from.
@@ -133,12 +146,28 @@ class BaseSource:
         name: Hub id or folder. revision: branch, tag or commit; None for `main` or a folder.
         hub: `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`, `subfolder`.
         trust_remote_code: let the base run code from its repository.
+        stored: an artifact names it, not the caller.
     """
 
     name: str
     revision: str | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    stored: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hub", HubOptions(self.hub))  # which keeps the token to itself
+
+    def asking(self) -> AbstractContextManager[None]:
+        """Around downloads: a `HubError` that names the base, how it was asked for and what to do."""
+        subject = f"The base model {self.name}" + (", which the classifier names," if self.stored else "")
+        advice = "Name it by base_model (--base-model); a folder of this machine can be given too."
+        if self.stored:
+            advice = (
+                "Pass base_revision= with a commit that is there, whose text embeddings are then compared with those "
+                "of training, or base_model= (--base-model) with another place or a folder that has it."
+            )
+        return asking_for(subject, self.name, self.revision, advice)
 
     def file(self, name: str) -> str | None:
         """Path of one of its files, downloaded where needed; None where it has none."""
@@ -169,9 +198,15 @@ def config_file(source: BaseSource) -> str:
         if path is not None:
             return path
     else:
+        where = {"cache_dir": source.hub.get("cache_dir"), "revision": source.revision}
         try:
-            found = cached_file(name, "config.json", revision=source.revision, **source.hub)
+            with source.asking():
+                known = try_to_load_from_cache(name, "config.json", **where)
+                at = {"path_or_repo_id": name, "filename": "config.json", "revision": source.revision}
+                found = else_cached(cached_file, **at, **source.hub)
             if found is not None:
+                if not isinstance(known, str) or source.revision is None:
+                    warn_if_moved("base model", name, source.revision, source.hub)
                 return str(found)
         except OSError as error:
             cause = error.__cause__  # of the two, the second says only that the Hub could not be asked
@@ -304,9 +339,9 @@ def load_tokenizer(source: BaseSource) -> Any:
         BaseModelError: its files are not there; transformers would make an empty one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, **source.hub
-        )
+        with source.asking():
+            at = {"pretrained_model_name_or_path": source.name, "revision": source.revision, **source.hub}
+            tokenizer = else_cached(AutoTokenizer.from_pretrained, trust_remote_code=source.trust_remote_code, **at)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and not os.path.isdir(source.name):
             raise
@@ -325,6 +360,23 @@ def load_tokenizer(source: BaseSource) -> Any:
             "there: tokenizer.save_pretrained(FOLDER)."
         )
     return tokenizer
+
+
+def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = None) -> Any:
+    """The image processor that lies beside a base or an artifact; of `values`, where its file was read before.
+
+    Raises:
+        HubError: it cannot be downloaded.
+    """
+    # Without torchvision the default would only warn before it takes the PIL one.
+    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    if values is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder, "preprocessor_config.json"), values)
+            return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+    options = {"revision": source.revision, **source.hub, **backend, "trust_remote_code": False}
+    with asking_for(f"The image processor of {source.name}", source.name, source.revision):
+        return AutoImageProcessor.from_pretrained(source.name, **options)
 
 
 def text_length(base: Any, tokenizer: Any) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils.import_utils import is_torchvision_available
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
@@ -22,13 +21,14 @@ from .encoders import (
     advise_on_dtype,
     base_name,
     image_features,
+    load_image_processor,
     load_tokenizer,
     pooled,
     score_parameters,
     trusted_base_name,
 )
 from .errors import BaseModelError, ConfigurationError
-from .hub import AUTO_MAP, card_for, public_base_name, side_files, upload
+from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
 from .residual import TaskResClassifier, cross_entropy
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -75,7 +75,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         self._image_processor: Any = None
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
-        self._processor_source: tuple[str, dict[str, Any]] | None = None
+        self._processor_source: BaseSource | None = None
+        self._processor_values: dict[str, Any] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
         self.clip.requires_grad_(False)
         self.train(self.training)
@@ -128,6 +129,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         Raises:
             ClassNamesError, ConfigurationError: before anything is loaded.
             BaseModelError: the base is not a supported dual encoder, or its weights or tokenizer are not whole.
+            HubError: the base is not found on the Hub or not to be read; says what to do.
         """
         config = TaskResConfig.for_classes(
             class_names, templates, class_descriptions=class_descriptions, prompt_names=prompt_names,
@@ -157,7 +159,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         model._image_processor, model._tokenizer = image_processor, tokenizer
         if name:
             model._base_source = source
-            model._processor_source = (name, {**hub, "revision": source.revision})
+            model._processor_source = replace(source, hub=hub)
         advise_on_dtype(base)
         return _place_head(model)
 
@@ -202,12 +204,13 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             BaseMismatchError: the base no longer matches, in its text side or its image tower.
             ConfigurationError: `config` is another classifier's.
             TypeError: an argument that does not apply.
-            OSError: a repository or file is not found, as raised by the Hub client.
+            HubError: a repository or revision is not found or not to be read; says which and what to do.
         """
         name, older = os.fspath(pretrained_model_name_or_path), kwargs.pop("torch_dtype", None)
         dtype, subfolder = older if dtype is None else dtype, subfolder or ""
         hub, options = split_hub_kwargs(kwargs)
-        values, tensors = read_artifact(*find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub))
+        paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
+        values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
@@ -221,7 +224,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             base_name(base_model)  # only to refuse what is no base
         inside = {"subfolder": loaded.base_model_subfolder} if loaded.base_model_subfolder and not base_model else {}
         where = trusted_base_name(loaded, base_model, local)
-        source = BaseSource(where, pinned, {**hub, **inside}, base_trust_remote_code)
+        source = BaseSource(where, pinned, {**hub, **inside}, base_trust_remote_code, base_model is None)
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
         shared = base_model if isinstance(base_model, PreTrainedModel) else None
@@ -236,8 +239,8 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         with torch.no_grad():
             model.classifier.residual.copy_(tensors[RESIDUAL])
         model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
-        at = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
-        model._processor_source = (name, {**hub, **at})
+        model._processor_source = BaseSource(name, revision, {**hub, **({"subfolder": subfolder} if subfolder else {})})
+        model._processor_values = processor
         model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)
@@ -373,11 +376,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 raise ConfigurationError(
                     "The base model has no name to find its image processor by: set image_processor."
                 )
-            name, options = self._processor_source
-            # Without torchvision the default would only warn before it takes the PIL one.
-            backend = {} if is_torchvision_available() else {"backend": "pil"}
-            options = {**options, **backend, "trust_remote_code": False}
-            self._image_processor = AutoImageProcessor.from_pretrained(name, **options)
+            self._image_processor = load_image_processor(self._processor_source, self._processor_values)
         return self._image_processor
 
     @image_processor.setter
@@ -418,12 +417,11 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             base_name = self.config.base_model_name_or_path
             self._write(save_directory, base_name, state_dict, residual_dtype, include_code, kwargs)
         if push_to_hub:
-            passed = ("token", "private", "revision", "create_pr", "commit_message", "commit_description", "tags")
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,
                 residual_dtype=residual_dtype,
                 include_code=include_code,
-                **{key: kwargs[key] for key in passed if key in kwargs},
+                **{key: kwargs[key] for key in (*PUSH_OPTIONS, "tags") if key in kwargs},
             )
 
     def _write(
@@ -440,9 +438,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         values = as_json(self.config.to_save(base_name, SHIFT in tensors, CLASS_BIAS in tensors, auto_map))
         has_processor = self._image_processor is not None or self._processor_source is not None
         extra = side_files(self.image_processor if has_processor else None, include_code)
-        card = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")
-        if card is not None:
-            extra["README.md"] = card
+        extra["README.md"] = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")
         write_artifact(folder, values, tensors, extra)
 
     def push_to_hub(  # type: ignore[override]
@@ -455,6 +451,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        parent_commit: str | None = None,
         tags: list[str] | None = None,
         residual_dtype: torch.dtype = torch.float32,
         include_code: bool = False,
@@ -463,19 +460,29 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         """Upload the artifact (kilobytes) in one commit; arguments as in `PreTrainedModel.push_to_hub`.
 
         A base that is a folder of this machine is named by its last part only: whoever loads the artifact must then
-        pass `base_model=`.
+        pass `base_model=`. A busy Hub is asked again for up to five minutes; what people wrote into the card of the
+        revision that is pushed to is kept.
+
+        Args:
+            revision: a branch, made from `main` when missing, or a pull request's `refs/pr/1`.
+            create_pr: open a pull request on `main` instead.
+            parent_commit: refuse if the branch has moved on from this commit.
 
         Returns:
-            `huggingface_hub.CommitInfo`.
+            `huggingface_hub.CommitInfo`; of the last commit, where nothing had changed.
+
+        Raises:
+            HubError: the Hub cannot be reached, is busy or refuses; the artifact is kept in the folder it names.
+            ConfigurationError: `revision` cannot be pushed to, or `private` contradicts a public repository.
         """
         name = self.config.base_model_name_or_path
         public = name if name is None else public_base_name(name)
-        with tempfile.TemporaryDirectory() as folder:
-            self._write(folder, public, None, residual_dtype, include_code, {"repo_id": repo_id, "tags": tags})
-            return upload(
-                folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-                commit_message=commit_message, commit_description=commit_description,
-            )  # fmt: skip
+        names = {"repo_id": repo_id, "tags": tags}
+        return push_written(
+            lambda folder: self._write(folder, public, None, residual_dtype, include_code, names), repo_id, token=token,
+            private=private, revision=revision, create_pr=create_pr, commit_message=commit_message,
+            commit_description=commit_description, parent_commit=parent_commit,
+        )  # fmt: skip
 
 
 def _rename_residual(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -51,13 +51,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    """The Hub's stand-in, empty."""
-    _SERVER.repos.clear()
-    _SERVER.requests.clear()
-    _SERVER.down = False
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """The Hub's stand-in, empty; what could not be uploaded is kept in a temporary folder of the tests."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    _SERVER.reset()
     yield _SERVER
-    _SERVER.down = False
+    _SERVER.over.set()
+    _SERVER.reset()
 
 
 @pytest.fixture(scope="session")

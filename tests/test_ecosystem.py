@@ -18,11 +18,12 @@ import train_both_ways
 from datasets import DatasetDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import random_residual
+from support import forge, random_residual
 from transformers import AutoModelForImageClassification, CLIPModel, Trainer, TrainingArguments
 
 import taskres_hf
 from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.storage import json_digest, parse_tensors, with_metadata
 
 Model = TaskResCLIPForImageClassification
 ROOT = Path(__file__).parents[1]
@@ -253,21 +254,36 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
         (tmp_path / "other" / name).write_bytes((Path(base) / name).read_bytes())
     for name in ("flipped", "renamed", "stronger", "biased"):
         shutil.copytree(tmp_path / "a", tmp_path / name)
-    config = json.loads((tmp_path / "stronger" / "config.json").read_text())
-    (tmp_path / "stronger" / "config.json").write_text(json.dumps({**config, "strength": 2, "format_version": 3}))
+    forge(tmp_path / "stronger", strength=2, format_version=3)
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     save_file({**tensors, "class_bias": torch.ones(8)}, tmp_path / "biased" / "model.safetensors")
     content = bytearray((tmp_path / "flipped" / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (tmp_path / "flipped" / "model.safetensors").write_bytes(content)
     config = json.loads((tmp_path / "renamed" / "config.json").read_text())
-    config["id2label"]["0"] = "wolf"
-    (tmp_path / "renamed" / "config.json").write_text(json.dumps(config))
+    forge(tmp_path / "renamed", id2label={**config["id2label"], "0": "wolf"})
+    for name, file in (("edited", "config.json"), ("prepared", "preprocessor_config.json")):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        values = json.loads((tmp_path / name / file).read_text())
+        values["alpha" if name == "edited" else "image_mean"] = 0.9 if name == "edited" else [0.0, 0.0, 0.0]
+        (tmp_path / name / file).write_text(json.dumps(values))
+    shutil.copytree(tmp_path / "prepared", tmp_path / "cut")  # a save was cut before it replaced the processor
+    weights = (tmp_path / "a" / "model.safetensors").read_bytes()
+    replaces = {"replaces": json.dumps({"preprocessor_config.json": json_digest(values)})}
+    weights = with_metadata(weights, {**parse_tensors(weights, "a")[1], **replaces})
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights)
+    shutil.copytree(tmp_path / "a", tmp_path / "both")  # the same edit in both places, the checksum left as it was
+    for file, old in (("config.json", b'"alpha": 0.5'), ("model.safetensors", rb"\"alpha\": 0.5")):
+        content = (tmp_path / "both" / file).read_bytes()
+        assert old in content
+        (tmp_path / "both" / file).write_bytes(content.replace(old, old[:-1] + b"6"))
     code = (
         _WITHOUT_THE_LIBRARY
         + """
 for name, options, words in (
     ("flipped", {}, "checksum"), ("renamed", {}, "classes or templates"), ("a", {"base_model": "other"}, "image tower"),
+    ("edited", {}, "config.json was changed"), ("prepared", {}, "preprocessor_config.json was changed"),
+    ("cut", {}, "preprocessor_config.json was changed"), ("both", {}, "checksum of model.safetensors"),
     ("stronger", {}, "strength"), ("a", {"strength": -1}, "strength"), ("biased", {}, "checksum"),
 ):
     try:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from support import random_residual
+from support import forge, random_residual, run
 from transformers import AutoModelForImageClassification, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.errors import ArtifactError, BaseModelError
-from taskres_hf.hub import MARKER, is_hub_id, model_card, push_folder
+from taskres_hf.errors import ArtifactError, BaseModelError, ConfigurationError, HubError
+from taskres_hf.hub import is_hub_id, push_folder
 
 Model = TaskResCLIPForImageClassification
 
@@ -91,13 +91,13 @@ def test_cached_copy_serves_when_the_hub_is_down(online: Model, hub: HubServer) 
     assert loaded.image_processor is not None
 
 
-def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str) -> None:
+def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str, tmp_path: Path) -> None:
     online.push_to_hub("tester/animals")
     repo = hub.repos["models/tester/animals"]
-    config = json.loads(hub.files("tester/animals")["config.json"])
+    online.save_pretrained(tmp_path)
     for name in (base, "../tiny-clip", "~/model"):
-        changed = {**config, "base_model_name_or_path": name}
-        repo.commit({"config.json": json.dumps(changed).encode()}, "main", "edit")
+        forge(tmp_path, base_model_name_or_path=name)
+        repo.commit({file.name: file.read_bytes() for file in tmp_path.iterdir()}, "main", "edit")
         with pytest.raises(BaseModelError, match="not followed"):
             Model.from_pretrained("tester/animals")
     assert Model.from_pretrained("tester/animals", base_model="tester/tiny-clip").class_names == online.class_names
@@ -128,9 +128,6 @@ def test_the_card_of_the_branch_that_is_pushed_to_decides(online: Model, hub: Hu
     assert hub.files("tester/animals", "tidy")["README.md"] == b"Words on the branch."
     online.push_to_hub("tester/animals", revision="fresh")
     assert hub.files("tester/animals", "fresh")["README.md"] == b"Words on main."
-    hub.repos["models/tester/animals"].commit({"README.md": MARKER.encode()}, "tidy", "edit")
-    online.push_to_hub("tester/animals", revision="tidy")
-    assert b"# 8-class image classifier" in hub.files("tester/animals", "tidy")["README.md"]
 
 
 def test_saving_with_push_uploads_the_code_too(online: Model, hub: HubServer, tmp_path: Path) -> None:
@@ -161,6 +158,7 @@ def test_a_folder_is_uploaded_as_it_is(
     files = hub.files("tester/folder")
     assert set(files) == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     assert all(files[name] == before[name] for name in files)
+    (folder / "README.md").write_text("My own words.\nAnd more.")
     assert push_folder(folder, "tester/folder", create_pr=True).pr_url
 
 
@@ -178,6 +176,15 @@ def test_a_folder_with_a_local_base_names_its_last_part(
     assert json.loads(files["config.json"])["base_model_name_or_path"] == "tiny-clip"
     loaded = Model.from_pretrained("tester/local-folder", base_model=base)
     assert torch.equal(loaded.classifier.residual, model.classifier.residual)
+    assert loaded.image_processor.to_dict() == model.image_processor.to_dict()
+    repo = hub.repos["models/tester/local-folder"]
+    for name, key in (("config.json", "alpha"), ("preprocessor_config.json", "image_mean")):  # signed anew as a whole
+        edited = json.dumps({**json.loads(files[name]), key: 0.25}).encode()
+        repo.commit({name: edited}, "main", "edit")
+        with pytest.raises(ArtifactError, match=f"{name} was changed .* in {key}"):
+            Model.from_pretrained("tester/local-folder", base_model=base)
+        repo.commit({name: files[name]}, "main", "restore")
+    Model.from_pretrained("tester/local-folder", base_model=base)
     with pytest.warns(UserWarning, match="base_model="):
         push_folder(tmp_path, "tester/local-folder", revision="plain")
     assert (
@@ -214,40 +221,55 @@ def test_trainer_pushes(online: Model, hub: HubServer, splits: Any) -> None:
     assert "model.safetensors" in hub.files("tester/trained")
 
 
-def test_pull_request(online: Model) -> None:
+def test_pull_requests_are_opened_and_pushed_to(online: Model, hub: HubServer) -> None:
     online.push_to_hub("tester/animals")
-    assert online.push_to_hub("tester/animals", create_pr=True).pr_url
+    before = hub.files("tester/animals")
+    random_residual(online, seed=1)
+    opened = online.push_to_hub("tester/animals", create_pr=True, commit_message="Better", commit_description="Why")
+    assert opened.pr_revision == "refs/pr/1"
+    assert hub.files("tester/animals") == before
+    random_residual(online, seed=2)
+    online.push_to_hub("tester/animals", revision="refs/pr/1")
+    loaded = Model.from_pretrained("tester/animals", revision="refs/pr/1")
+    assert torch.equal(loaded.classifier.residual, online.classifier.residual)
+    assert hub.files("tester/animals") == before
+    with pytest.raises(ConfigurationError, match="refs/pr/7"):
+        online.push_to_hub("tester/animals", revision="refs/pr/7")
+    with pytest.raises(ConfigurationError, match="create_pr"):
+        online.push_to_hub("tester/animals", revision="other", create_pr=True)
 
 
-# ---------------------------------------------------------------------- the card
+def test_tags_are_read_and_never_pushed_to(online: Model, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    first = online.push_to_hub("tester/animals")
+    HfApi().create_tag("tester/animals", tag="v1")
+    random_residual(online, seed=1)
+    online.push_to_hub("tester/animals")
+    old, new = (Model.from_pretrained("tester/animals", revision=name) for name in ("v1", "main"))
+    assert not torch.equal(old.classifier.residual, new.classifier.residual)
+    code, text, _ = run(capsys, "info", "tester/animals", "--revision", "v1", "--json")
+    assert code == 0
+    assert json.loads(text)["commit"] == first.oid
+    with pytest.raises(ConfigurationError, match="tag"):
+        online.push_to_hub("tester/animals", revision="v1")
 
 
-def test_card_says_what_the_artifact_is(trained: Path) -> None:
-    config = json.loads((trained / "config.json").read_text())
-    config["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
-    card = model_card(config, "me/animals")
-    header = yaml.safe_load(card.split("---")[1])
-    assert header["library_name"] == "taskres_hf"
-    assert header["pipeline_tag"] == "image-classification"
-    assert header["base_model"] == "openai/clip-vit-base-patch32"
-    assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
-        config["metrics"]["accuracy"], abs=1e-3
-    )
-    for text in ("zero-shot", "me/animals", "reptile or frog", "a drawing of a {}.", "| shots per class | 4 |"):
-        assert text in card
-    assert "| recipe | auto |" in card
-    assert "num_train_epochs" not in card  # that recipe has none
+def test_a_moved_branch_is_refused_where_the_parent_is_named(online: Model, hub: HubServer) -> None:
+    first = online.push_to_hub("tester/animals").oid
+    random_residual(online, seed=1)
+    second = online.push_to_hub("tester/animals", parent_commit=first).oid
+    random_residual(online, seed=2)
+    with pytest.raises(HubError, match=f"no longer at {first}"):
+        online.push_to_hub("tester/animals", parent_commit=first)
+    assert hub.repos["models/tester/animals"].refs["main"] == second
 
 
-def test_card_says_the_strength_and_the_one_measured_at(trained: Path) -> None:
-    config = json.loads((trained / "config.json").read_text())
-    assert "strength" not in model_card(config)
-    card = model_card({**config, "strength": 0.5, "training": {"method": "gda"}})
-    assert "| strength | 0.5 " in card
-    assert "(159 pictures, at strength 1.0)" in card
-    assert "| method | gda |" in card
-    card = model_card({**config, "strength": 0.5, "metrics": {**config["metrics"], "strength": 0.5}})
-    assert "(159 pictures)" in card
+def test_private_is_not_promised_for_a_public_repository(online: Model, hub: HubServer) -> None:
+    online.push_to_hub("tester/animals")
+    with pytest.raises(ConfigurationError, match="is public"):
+        online.push_to_hub("tester/animals", private=True)
+    first = online.push_to_hub("tester/secret", private=True)
+    assert hub.repos["models/tester/secret"].private
+    assert online.push_to_hub("tester/secret", private=True).oid == first.oid
 
 
 def test_a_classifier_with_a_bias_is_pushed_and_loaded(online: Model, hub: HubServer, tmp_path: Path) -> None:
@@ -262,21 +284,6 @@ def test_a_classifier_with_a_bias_is_pushed_and_loaded(online: Model, hub: HubSe
     push_folder(tmp_path / "a", "tester/as-it-is")
     for name in ("tester/whole", "tester/as-it-is"):
         assert torch.equal(Model.from_pretrained(name)(image_embeds=images).logits, expected)
-
-
-def test_card_names_a_dataset_only_if_the_hub_can_have_it(trained: Path) -> None:
-    config = json.loads((trained / "config.json").read_text())
-    for name, expected in (("food", None), ("me/food", ["me/food"])):
-        config["data"] = {"id": name, "name": name}
-        assert yaml.safe_load(model_card(config).split("---")[1]).get("datasets") == expected
-
-
-def test_card_cannot_be_broken_by_names(trained: Path) -> None:
-    config = json.loads((trained / "config.json").read_text())
-    config["id2label"]["0"] = "a|b<script>alert(1)</script>\n---\n`x`"
-    card = model_card(config, "me/x")
-    assert "<script>" not in card
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "taskres_hf"
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])

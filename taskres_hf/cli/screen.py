@@ -103,6 +103,8 @@ def quiet_libraries(no_bars: bool, heavy: bool = True, collect: bool = False) ->
     _collected.clear()
     warnings.showwarning = functools.partial(_on_warning, collect=collect)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    waits = logging.ERROR if no_bars or collect else logging.WARNING  # of its requests, which may take minutes
+    logging.getLogger("huggingface_hub.utils._http").setLevel(waits)
     if not heavy:
         return
     import datasets

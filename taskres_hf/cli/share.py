@@ -43,12 +43,15 @@ def push(
         str, typer.Argument(metavar="REPO", help="Repository on the Hub, such as me/pets-taskres.", show_default=False)
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to upload to.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch, or refs/pr/1, to upload to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     include_code: Annotated[
         bool, typer.Option("--include-code", help="Add the module trust_remote_code needs.")
     ] = False,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Commit message.")] = None,
+    parent_commit: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Refuse if the branch has moved on from this one.")
+    ] = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -68,6 +71,7 @@ def push(
         revision=revision,
         create_pr=create_pr,
         commit_message=message,
+        parent_commit=parent_commit,
         include_code=include_code,
     )
     result = {"repo_id": repo_id, "url": str(commit.repo_url), "commit": commit.oid, "pr_url": commit.pr_url}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError, HubError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, warn, when_interrupted
 from .values import (
     check_device,
     check_output_folder,
@@ -124,7 +124,12 @@ def train(
     metrics = _measure(trainer, run, data.held_out)
     if trainer.accelerator.is_main_process:
         result = _save(model, run) | metrics | {"account": data.account.as_dict()}
+        failure = _upload(run) if run["hub_model_id"] else {}
+        result |= failure
         emit(as_json, result, lambda: _show(result))
+        if "error" in failure:
+            warn(f"Error: {failure['error']}")
+            raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------- before training
@@ -254,7 +259,7 @@ def _measure(trainer: TaskResTrainer, run: dict[str, Any], held_out: LabelledIma
 
 
 def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict[str, Any]:
-    """Save, read back, write the settings beside it and upload; what was done."""
+    """Save, read back and write the settings beside it; what was done."""
     import torch
 
     folder = Path(run["output_dir"])
@@ -268,14 +273,22 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
     result["train_images"] = (model.config.few_shot or {}).get("num_images")
     result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
-    if run["hub_model_id"]:
-        when_interrupted(lambda: f"The classifier is saved in {folder}; upload it with: taskres push {folder} REPO")
-        commit = model.push_to_hub(
-            run["hub_model_id"], private=run["hub_private_repo"] or None, residual_dtype=half,
-            include_code=run["include_code"],
-        )  # fmt: skip
-        result["url"] = str(commit.repo_url)
     return result
+
+
+def _upload(run: dict[str, Any]) -> dict[str, Any]:
+    """Upload what was saved: where it is now, or why it is not there. The result of the training stands either way."""
+    from ..hub import push_folder
+
+    folder = run["output_dir"]
+    when_interrupted(lambda: f"The classifier is saved in {folder}; upload it with: taskres push {folder} REPO")
+    try:
+        commit = push_folder(
+            folder, run["hub_model_id"], private=run["hub_private_repo"] or None, include_code=run["include_code"]
+        )
+    except (HubError, ConfigurationError) as error:
+        return {"error": str(error), "type": type(error).__name__}
+    return {"url": str(commit.repo_url)}
 
 
 def _portable(name: str) -> str:

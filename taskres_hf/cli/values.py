@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from ..errors import ArtifactError, BaseModelError, ConfigurationError
+from ..errors import ArtifactError, BaseModelError, ConfigurationError, no_answer
+from ..storage import check_can_write
 
 SHIPPED = "shipped"
 
@@ -42,12 +43,13 @@ def check_output_folder(folder: Path, replace: bool) -> None:
     """Refuse, before any work, a folder that a classifier cannot be saved in.
 
     Raises:
-        ArtifactError: it holds a model that is not to be replaced, or is a file.
+        ArtifactError: it holds a model that is not to be replaced, is a file or cannot be written.
     """
     if (folder / "config.json").exists() and not replace:
         raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
+    check_can_write(folder)
 
 
 def _listed_names(option: str) -> Any:
@@ -211,10 +213,9 @@ def without_base(name: str, error: OSError) -> Exception:
     from ..storage import is_path
     from .options import BASE_VARIABLE
 
-    if is_path(name):
+    if is_path(name) or no_answer(error) is None:
         return error
     return BaseModelError(
-        f"The base model {name} is neither on this machine nor could it be downloaded: "
         f"{str(error).splitlines()[0]}\n"
         f"Download it where there is a network (hf download {name}), then name its folder with --base-model or "
         f"${BASE_VARIABLE}; or train on the small model in this package with --base-model {SHIPPED}."

@@ -56,3 +56,44 @@ def test_push_uploads_the_files_as_they_are(
     assert uploaded["preprocessor_config.json"] == (folder / "preprocessor_config.json").read_bytes()
     assert uploaded["README.md"] == b"# My own words\n"
     assert "run.yaml" not in uploaded
+
+
+def test_push_to_a_branch_a_pull_request_and_on_top_of_a_commit(
+    capsys: pytest.CaptureFixture[str], trained: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pets"
+    shutil.copytree(trained, folder)
+    code, text, error = run(capsys, "push", folder, "tester/cli", "--private", "--revision", "next", "--json")
+    assert code == 0, error
+    first = json.loads(text)["commit"]
+    repo = hub.repos["models/tester/cli"]
+    assert repo.private
+    assert repo.refs["next"] == first
+    assert "config.json" not in hub.files("tester/cli")
+    (folder / "LICENSE").write_text("MIT")
+    code, text, error = run(capsys, "push", folder, "tester/cli", "--create-pr", "-m", "A licence")
+    assert code == 0, error
+    assert "/discussions/1" in text
+    assert repo.messages[-1] == "A licence"
+    code, _, error = run(capsys, "push", folder, "tester/cli", "--revision", "next", "--parent-commit", first)
+    assert code == 0, error
+    (folder / "LICENSE").write_text("Apache")
+    code, _, error = run(capsys, "push", folder, "tester/cli", "--revision", "next", "--parent-commit", first)
+    assert code == 1
+    assert f"no longer at {first}" in error
+    assert f"taskres push {folder} tester/cli" in error
+
+
+def test_a_busy_hub_is_said_and_waited_for(
+    capsys: pytest.CaptureFixture[str], trained: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskres_hf.hub._WAITS", (0.0, 0.0))
+    hub.fail("POST", "/commit/", 429, headers={"Retry-After": "0"})
+    code, text, error = run(capsys, "push", trained, "tester/cli", "--json")
+    assert code == 0, error
+    assert any("answered 429" in warning for warning in json.loads(text)["warnings"])
+    hub.fail("POST", "/repos/create", 503, times=9)
+    code, _, error = run(capsys, "push", trained, "tester/cli")
+    assert code == 1
+    assert "Warning: The Hub: it answered 503" in error
+    assert "Traceback" not in error
