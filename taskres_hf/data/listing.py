@@ -306,7 +306,7 @@ class ArchiveListing(Listing):
             name = _inside(member.filename)
             if name is None:
                 passed.setdefault("members whose name leads out of the archive", []).append(member.filename)
-            elif is_ignored(name):
+            elif is_ignored(name) or name == "":
                 continue
             elif member.is_dir():
                 folders.add(name)

@@ -210,7 +210,7 @@ def _compare(splits: Mapping[str, LabelledImages], spec: Mapping[str, Any], name
 def _from_paths(paths: Sequence[Path], labels: Sequence[int], names: Sequence[str], folder: Path) -> LabelledImages:
     if not paths:
         raise DataError(f"There are no pictures below {folder}.")
-    absent = [path for path in paths if not path.is_file()]
+    absent = [path for path in paths if not os.path.isfile(path)]  # a name may be too long to ask `Path`
     if absent:
         raise DataError(
             f"{len(absent)} of {len(paths)} pictures that the split names are not there, the first {absent[0]}. "
