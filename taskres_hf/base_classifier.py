@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from .base_model import (
 from .encoders import BaseSource, encode_texts, family_of, load_tokenizer, score_parameters, text_length
 from .errors import ArtifactError, BaseMismatchError, BaseModelError, ConfigurationError
 from .prompts import prompts_digest, warn_of_equals
-from .storage import cache_root, read_tensors, write_tensors
+from .storage import cache_root, read_tensors, warn_not_kept, write_tensors
 
 _SKETCHES = 8
 # Of t's sketch, relative to its norm, by the coarsest dtype its text tower was rounded to: above rounding, far below
@@ -47,6 +47,11 @@ _COARSEST = 2e-2
 _IMAGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 _BLOCKS, _BLOCK = 8, 8  # elements looked at in each weight: few, near each other, so that a mapped file is hardly read
 _SMALL = 1e-4  # weights below are compared absolutely: fp16 has no finer ones
+_ACCEPT = "Pass accept_base_mismatch=True to from_pretrained if you want the residual on this base all the same."
+_OTHER_PROMPTS = (
+    "The class names, their order or the templates in config.json are not those the residual was trained with, so its "
+    "rows would meet other classes. Restore config.json."
+)
 _NO_IMAGE_SIDE = ("text_", "logit_", "temperature")
 
 
@@ -131,8 +136,7 @@ def check_fingerprint(now: Mapping[str, Any], stored: Mapping[str, Any], name: s
     """
     reason = _difference(now, stored)
     if reason is not None:
-        accept = "Pass accept_base_mismatch=True to from_pretrained if you want the residual on this base all the same."
-        raise BaseMismatchError(f"{reason.format(name=repr(name))} {'' if 'shape' in reason else accept}".rstrip())
+        raise BaseMismatchError(f"{reason.format(name=repr(name))} {'' if 'shape' in reason else _ACCEPT}".rstrip())
 
 
 def _difference(now: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
@@ -143,10 +147,7 @@ def _difference(now: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None
             f"{stored.get('shape')}. Load it on the base model it was made for (base_model=, base_revision=)."
         )
     if now.get("prompts_sha256") != stored.get("prompts_sha256"):
-        return (
-            "The class names, their order or the templates in config.json are not those the residual was trained "
-            "with, so its rows would meet other classes. Restore config.json."
-        )
+        return _OTHER_PROMPTS
     gap = _gap(now, stored)
     allowed = max(_TOLERANCE.get(str(side.get("dtype", "float32")), _COARSEST) for side in (now, stored))
     if gap > allowed:
@@ -383,6 +384,8 @@ def base_for_artifact(
         BaseMismatchError: another base. BaseModelError: it cannot be loaded.
     """
     prompts, average, stored = config.class_prompts(), config.prompt_average, config.base_fingerprint or {}
+    if not accept_mismatch and prompts_digest(prompts, average) != stored.get("prompts_sha256"):
+        raise BaseMismatchError(f"{_OTHER_PROMPTS} {_ACCEPT}")  # before thousands of prompts are embedded
     kept = cached_table_path(source, prompts, average)
     table = read_table(kept)
     if table is not None and not _fits(fingerprint(table, prompts, average), stored):
@@ -452,16 +455,24 @@ def cached_table_path(source: BaseSource, prompts: Sequence[Sequence[str]], aver
 
 
 def read_table(path: Path | None) -> Tensor | None:
-    """A kept `t` [K, D], or None."""
+    """A kept `t` [K, D], or None; a warning where the file is damaged."""
     if path is None or not path.is_file():
         return None
-    with suppress(ArtifactError, KeyError):
-        return read_tensors(path)[0]["base"]
-    return None
+    try:
+        tensors, metadata = read_tensors(path)
+        table = tensors.get("base")
+        if table is None or table.dtype != torch.float32 or table.dim() != 2 or metadata.get("of") != path.stem:
+            raise ArtifactError("it holds another table")
+        return table
+    except ArtifactError as error:
+        warnings.warn(f"The base classifier kept in {path} cannot be used ({error}) and is made again.", stacklevel=3)
+        return None
 
 
 def write_table(path: Path | None, table: Tensor) -> None:
     """Keep `t`; a cache folder that cannot be written only costs time later."""
     if path is not None:
-        with suppress(ArtifactError):
-            write_tensors(path, {"base": table})
+        try:
+            write_tensors(path, {"base": table}, {"of": path.stem})
+        except ArtifactError as error:
+            warn_not_kept(path.parent, "The base classifier is", error)

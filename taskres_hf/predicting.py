@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .embedding.embedder import Embedder
 from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
-from .storage import write_bytes
+from .storage import digest_of, write_bytes
 from .tables import json_text, spreadsheet_text, visible
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -172,14 +172,16 @@ def classify_to_file(
     head = model.classifier
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
-        "files": _digest(*(os.fsencode(name) for file in files for name in (file, os.path.abspath(file)))),
-        "classifier": _digest(
-            head.weight().detach().cpu().numpy().tobytes(),
-            head.residual.detach().cpu().numpy().tobytes(),
-            *bias,
-            json.dumps([head.extra_repr(), *model.class_names]).encode(),
+        "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
+        "classifier": digest_of(
+            [
+                head.weight().detach().cpu().numpy().tobytes(),
+                head.residual.detach().cpu().numpy().tobytes(),
+                *bias,
+                json.dumps([head.extra_repr(), *model.class_names]).encode(),
+            ]
         ),
-        "base model or engine": _digest(json.dumps([*embedder.key, embedder.engine.is_stock]).encode()),
+        "base model or engine": digest_of([json.dumps([*embedder.key, embedder.engine.is_stock]).encode()]),
         "top_k": top_k,
         "batch_size": size,
     }
@@ -215,7 +217,7 @@ class PredictionWriter:
     ) -> None:
         self.output = Path(output)
         self.partial = self.output.with_name(f"{self.output.name}.partial")
-        self.rows = 0
+        self.rows, self._last = 0, b""
         try:
             self._stream: IO[bytes] = os.fdopen(os.open(self.partial, _OPEN, 0o666), "r+b")
         except OSError as error:
@@ -244,8 +246,7 @@ class PredictionWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row of `classify_files`; it is with the operating system when this returns."""
         try:
-            self._stream.write(_line(row))
-            self._stream.flush()
+            self._write(row)
         except OSError as error:
             raise self._failure(error) from error
         self.rows += 1
@@ -257,7 +258,7 @@ class PredictionWriter:
 
         def rows() -> Iterator[dict[str, Any]]:
             number = 0
-            for number, (row, _) in enumerate(_checked_lines(self._stream)):
+            for number, (row, _, _) in enumerate(_checked_lines(self._stream)):
                 if number > 0:  # the first line is the run
                     skipped.extend([row["error"]] if row["error"] else [])
                     yield row
@@ -272,6 +273,13 @@ class PredictionWriter:
         self.partial.unlink(missing_ok=True)
         self.rows = 0
         return skipped
+
+    def _write(self, value: Any) -> None:
+        text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        checksum = _checksum(self._last, text)
+        self._stream.write(b"%s %s\n" % (checksum, text))
+        self._stream.flush()
+        self._last = checksum
 
     def _lock(self) -> None:
         """Keep other processes away until this one closes the file or ends, where the system can."""
@@ -291,10 +299,10 @@ class PredictionWriter:
     def _begin(self, run: dict[str, Any], resume: bool, batch_size: int) -> None:
         """Read what is there, cut it after the last whole batch, and be ready to add rows."""
         begun: Any = None
-        ends = []  # position after each line
-        for number, (value, end) in enumerate(_checked_lines(self._stream)):
+        ends: list[tuple[int, bytes]] = []  # position after each line, and its checksum
+        for number, (value, end, checksum) in enumerate(_checked_lines(self._stream)):
             begun = value if number == 0 else begun
-            ends.append(end)
+            ends.append((end, checksum))
         if not ends and os.fstat(self._stream.fileno()).st_size:
             raise ConfigurationError(f"{self.partial} is in the way: it holds no rows of this library. Move it away.")
         rows = len(ends) - 1
@@ -309,40 +317,38 @@ class PredictionWriter:
                 f"{self.partial} was begun with other {', '.join(other)}, so its {rows} rows would not fit. Repeat the "
                 "call that began it, or delete it to start anew."
             )
+        self._stream.seek(ends[-1][0] if ends else 0)
+        if self._stream.readline().endswith(b"\n"):  # a line that was only cut short has no end
+            warnings.warn(
+                f"{self.partial} is damaged after row {rows}: what follows is made again. Rows before it are whole.",
+                stacklevel=4,
+            )
         self.rows = max(rows, 0) // batch_size * batch_size
-        self._stream.seek(ends[self.rows] if self.rows else 0)
+        end, self._last = ends[self.rows] if self.rows else (0, b"")
+        self._stream.seek(end)
         self._stream.truncate()
         if not self.rows:
-            self._stream.write(_line(run))
-            self._stream.flush()
+            self._write(run)
 
     def _failure(self, error: OSError) -> ArtifactError:
         advice = f"Its {self.rows} rows stay: make room and go on with resume=True (--resume)." if self.rows else ""
         return ArtifactError(f"Cannot write {self.partial}: {error.strerror or error}. {advice}".rstrip())
 
 
-def _line(value: Any) -> bytes:
-    """A value as JSON after its checksum, so that what was written in part or changed is noticed."""
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+def _checksum(before: bytes, text: bytes) -> bytes:
+    """Of a line and the checksum before it, so that lines lost, changed, repeated or in part are noticed."""
+    return hashlib.sha256(before + text).hexdigest()[:16].encode()
 
 
-def _checked_lines(stream: IO[bytes]) -> Iterator[tuple[Any, int]]:
-    """Each value and the position after it, up to the first line that is not whole."""
-    position = stream.tell()
+def _checked_lines(stream: IO[bytes]) -> Iterator[tuple[Any, int, bytes]]:
+    """Each value, the position after it and its checksum, up to the first line that is not as it was written."""
+    position, before = stream.tell(), b""
     for line in iter(stream.readline, b""):
-        text = line[9:-1]
-        if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(text):
+        checksum, text = line[:16], line[17:-1]
+        if line[-1:] != b"\n" or line[16:17] != b" " or checksum != _checksum(before, text):
             return
-        position += len(line)
-        yield json.loads(text), position
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(b"%d " % len(part) + part)
-    return digest.hexdigest()
+        position, before = position + len(line), checksum
+        yield json.loads(text), position, checksum
 
 
 def _as_utf8(text: str) -> str:

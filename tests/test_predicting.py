@@ -395,7 +395,30 @@ def test_a_changed_row_is_made_again(
     lines = partial.read_bytes().splitlines(keepends=True)
     lines[6] = lines[6].replace(b'"label": "', b'"label": "X')
     partial.write_bytes(b"".join(lines))
-    assert classify_to_file(classifier, files, output, batch_size=3, resume=True).resumed == 3
+    with pytest.warns(UserWarning, match="damaged after row 5: what follows is made again"):
+        assert classify_to_file(classifier, files, output, batch_size=3, resume=True).resumed == 3
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("change", ["lost", "repeated", "swapped"])
+def test_rows_of_other_places_are_made_again(
+    classifier: TaskResCLIPForImageClassification,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    """Each row is whole for itself; only their order tells."""
+    whole = tmp_path / "whole.jsonl"
+    classify_to_file(classifier, files, whole, batch_size=1)
+    output, partial = tmp_path / "r.jsonl", tmp_path / "r.jsonl.partial"
+    _stopped(monkeypatch, 5, lambda: classify_to_file(classifier, files, output, batch_size=1))
+    lines = partial.read_bytes().splitlines(keepends=True)
+    changed = {"lost": lines[:2] + lines[3:], "repeated": [*lines[:3], *lines[2:]]}
+    swapped = [lines[0], lines[2], lines[1], *lines[3:]]
+    partial.write_bytes(b"".join(changed.get(change, swapped)))
+    with pytest.warns(UserWarning, match="is damaged after row"):
+        classify_to_file(classifier, files, output, batch_size=1, resume=True)
     assert output.read_bytes() == whole.read_bytes()
 
 

@@ -7,7 +7,6 @@ time: what cannot be written costs a warning, what cannot be read is computed ag
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..storage import read_tensors, write_tensors
+from ..storage import read_tensors, warn_not_kept, write_tensors
 
 _SECONDS = 2.0  # of work that a part holds at least
 _SHARE = 0.02  # of the time so far that it holds at least, so that the parts of a long run stay few
-_NOT_WRITABLE: set[Path] = set()  # folders that have been warned of
 _STALE_DAYS = 30  # after which parts that nobody went on with are removed
 
 
@@ -63,14 +61,8 @@ class EmbeddingCache:
             return False
         try:
             tensors, metadata = read_tensors(path)
-            rows, embeds = tensors["rows"], tensors["image_embeds"]
-            if metadata.get("digest") != _digest(rows, embeds):
-                raise ArtifactError("its checksum differs: the file was damaged")
-            if rows.numel() and int(rows.max()) >= self.jobs:
-                raise ArtifactError("it holds other pictures")
-            if not bool(embeds.isfinite().all()):
-                raise ArtifactError("it holds NaN or infinity")
-        except (ArtifactError, KeyError) as error:
+            rows, embeds = self._checked(tensors, metadata)
+        except ArtifactError as error:
             if os.path.exists(path):  # or another process is through and has cleaned up
                 warnings.warn(
                     f"The cached embeddings in {path} cannot be used ({error}) and are computed again.", stacklevel=4
@@ -78,6 +70,21 @@ class EmbeddingCache:
             return False
         self.fill(rows, embeds)
         return True
+
+    def _checked(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[Tensor, Tensor]:
+        """Rows and embeddings of a file that are what they must be."""
+        assert self.path is not None
+        rows, embeds = tensors.get("rows"), tensors.get("image_embeds")
+        if rows is None or embeds is None or rows.dtype != torch.int64 or embeds.dtype != torch.float32:
+            raise ArtifactError("it holds no embeddings")
+        if rows.dim() != 1 or embeds.dim() != 2 or len(rows) != len(embeds):
+            raise ArtifactError(f"its tables of {list(rows.shape)} and {list(embeds.shape)} do not belong together")
+        other = metadata.get("set") != self.path.stem or len(rows.unique()) < len(rows)
+        if other or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.jobs):
+            raise ArtifactError("it holds other pictures")
+        if not bool(embeds.isfinite().all()):
+            raise ArtifactError("it holds NaN or infinity")
+        return rows, embeds
 
     def fill(self, rows: Tensor, embeds: Tensor) -> None:
         """Take embeddings [n, D] of jobs [n] that are on disk, or with another process."""
@@ -126,12 +133,10 @@ class EmbeddingCache:
     def _write(self, path: Path, rows: Tensor, embeds: Tensor) -> bool:
         assert self.path is not None
         try:
-            write_tensors(path, {"rows": rows, "image_embeds": embeds}, {"digest": _digest(rows, embeds)})
+            write_tensors(path, {"rows": rows, "image_embeds": embeds}, {"set": self.path.stem})
         except ArtifactError as error:
             if not os.path.exists(self.path):  # or another process is through and has removed the parts' folder
-                if self.path.parent not in _NOT_WRITABLE:
-                    warnings.warn(f"Embeddings are not kept for the next run. {error}", stacklevel=5)
-                _NOT_WRITABLE.add(self.path.parent)
+                warn_not_kept(self.path.parent, "Embeddings are", error)
                 self.path = None
             return False
         return True
@@ -144,10 +149,3 @@ class EmbeddingCache:
                 newest = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
                 if time.time() - newest > _STALE_DAYS * 86400:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _digest(rows: Tensor, embeds: Tensor) -> str:
-    digest = hashlib.sha256(f"{list(rows.shape)} {list(embeds.shape)} {embeds.dtype}".encode())
-    for tensor in (rows, embeds):
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()

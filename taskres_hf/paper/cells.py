@@ -14,7 +14,7 @@ from typing import Any
 from ..base_classifier import same_base
 from ..data.labelled import LabelledImages
 from ..errors import ArtifactError, ConfigurationError
-from ..storage import read_json, write_json
+from ..storage import read_sealed, write_sealed
 
 CHANGE_NOTHING = ("embed_batch_size", "cache_dir", "buffer_mb", "use_cpu")  # settings that only cost or save time
 
@@ -29,7 +29,7 @@ def read_cell(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return read_json(path)
+        return read_sealed(path)
     except ArtifactError as error:
         warnings.warn(f"{error} This run is made again.", stacklevel=4)
         return None
@@ -82,7 +82,7 @@ def write_draw(
         train: the pictures drawn from. rows: the positions drawn.
     """
     path = folder / "few_shot" / (place or dataset) / f"shot_{shots}-seed_{seed}.json"
-    if path.exists():
+    if path.is_file() and _is_whole(path):
         return
     files = []
     for row in rows:
@@ -92,4 +92,12 @@ def write_draw(
         named = isinstance(file, (str, Path)) and str(file)
         files.append("/".join(Path(str(file)).parts[-2:]) if named else train.digest(row))
     draw = {"dataset": dataset, "shots": shots, "seed": seed, "indices": list(rows)}
-    write_json(path, {**draw, "labels": [train.labels[row] for row in rows], "files": files})
+    write_sealed(path, {**draw, "labels": [train.labels[row] for row in rows], "files": files})
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_sealed(path))
+    except ArtifactError as error:
+        warnings.warn(f"{error} It is written again.", stacklevel=4)
+        return False

@@ -25,7 +25,7 @@ from ..evaluation import accuracy, expected_calibration_error
 from ..few_shot import few_shot_indices
 from ..methods.method import METHODS, Fitted
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import write_json
+from ..storage import write_sealed
 from ..training.arguments import TaskResTrainingArguments
 from ..training.trainer import TaskResTrainer
 from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, write_draw
@@ -304,7 +304,7 @@ class _TaskRun:
             "engine": self._embedder.embedder.engine.name, "library_versions": library_versions(),
         }  # fmt: skip
         if folder is not None:
-            write_json(folder / "cells" / cell.file_name, result)
+            write_sealed(folder / "cells" / cell.file_name, result)
         return dict(plain(result))
 
     def _measured(self, cell: MethodCell, train: ImageFeatures, test: ImageFeatures) -> dict[str, Any]:

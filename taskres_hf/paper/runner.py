@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..evaluation import accuracy
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import write_json
+from ..storage import write_sealed
 from ..training import TaskResTrainer, TaskResTrainingArguments
 from ..training.recipes import published_epochs
 from .cells import CHANGE_NOTHING, plain, read_cell, require_same_run, write_draw
@@ -331,7 +331,7 @@ class _DatasetRun:
             "library_versions": library_versions(),
         }  # fmt: skip
         if folder is not None:
-            write_json(folder / "cells" / cell.file_name, result)
+            write_sealed(folder / "cells" / cell.file_name, result)
         return dict(plain(result))
 
     def _settings(self, cell: Cell) -> dict[str, Any]:

@@ -7,11 +7,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +30,7 @@ from ..base_classifier import same_base
 from ..embedding import Embedder, ImageFeatures
 from ..errors import ArtifactError, ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import read_json, read_tensors, write_json, write_tensors
+from ..storage import SEAL, read_sealed, read_tensors, staging_folder, sync_folder, write_sealed, write_tensors
 from .arguments import TaskResTrainingArguments, is_test_split
 from .measuring import Metrics
 from .recipes import Recipe
@@ -42,7 +39,6 @@ from .steps import Batches, Step, make_optimizer, set_learning_rate
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
-_STALE = 24 * 3600  # seconds after which a checkpoint that was never finished is swept
 
 
 class BestResidual:
@@ -92,7 +88,7 @@ class BestResidual:
 def write_checkpoint(
     model: Any, output_dir: str, epoch: int, tensors: Mapping[str, Tensor], state: dict[str, Any], limit: int | None
 ) -> Path:
-    """Write `checkpoint-<epoch>`, whole or absent: the artifact, and what resuming needs with a checksum of it.
+    """Write `checkpoint-<epoch>`, whole or absent: the artifact, and what resuming needs; each file has a checksum.
 
     Args:
         tensors: residual, Adam's moments and, where epochs are measured, the best residual.
@@ -100,18 +96,15 @@ def write_checkpoint(
         limit: newest checkpoints kept; None, 0 or less for all.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    _sweep(Path(output_dir))
     folder = Path(output_dir) / f"checkpoint-{epoch}"
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=output_dir))
-    try:
+    with staging_folder(Path(output_dir), folder.name) as staging:
         model.save_pretrained(staging)
-        write_tensors(staging / OPTIMIZER, tensors)
-        write_json(staging / STATE, {**state, "sha256": _checksum(state, staging / OPTIMIZER)})
+        optimizer = write_tensors(staging / OPTIMIZER, tensors)
+        write_sealed(staging / STATE, {**state, "optimizer_sha256": optimizer})
         staging.chmod(Path(output_dir).stat().st_mode & 0o777)  # mkdtemp gives 0700
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        sync_folder(folder.parent)
     if limit is not None and limit > 0:
         # Later epochs than this one are of an earlier run: they go first, and what was just written never.
         found = sorted(list_checkpoints(output_dir), key=lambda path: (_epoch(path) <= epoch, _epoch(path)))
@@ -160,29 +153,32 @@ def read_checkpoint(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state, (tensors, _) = read_json(folder / STATE), read_tensors(folder / OPTIMIZER)
-    stored = state.pop("sha256", None)
-    names = {"residual", "exp_avg", "exp_avg_sq", "step"}
-    if stored != _checksum(state, folder / OPTIMIZER) or not names <= set(tensors) or "run" not in state:
+    try:
+        state, (tensors, metadata) = read_sealed(folder / STATE), read_tensors(folder / OPTIMIZER)
+        _check_checkpoint(state, tensors, metadata)
+    except ArtifactError as error:
         raise ArtifactError(
-            f"{folder} is damaged or of another version: its checksum is not that of its content. Resume from another "
-            "checkpoint, or start anew without resume_from_checkpoint."
-        )
+            f"{folder} is damaged or of another version ({error}). Resume from another checkpoint, or start anew "
+            "without resume_from_checkpoint."
+        ) from error
     return state, tensors
 
 
-def _checksum(state: Mapping[str, Any], tensors: Path) -> str:
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    digest.update(tensors.read_bytes())
-    return digest.hexdigest()
+# What each entry of a checkpoint's state must be.
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "epoch": (int,), "global_step": (int,), "run": (dict,), "best": (dict,), "log_history": (list,),
+    "callbacks": (dict,), "optimizer_sha256": (str,),
+}  # fmt: skip
 
 
-def _sweep(output_dir: Path) -> None:
-    """Remove what an interrupted run left of a checkpoint; a fresh one may be another process's."""
-    for path in output_dir.glob(".checkpoint-*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE:
-                shutil.rmtree(path, ignore_errors=True)
+def _check_checkpoint(state: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    wrong = [key for key, types in _STATE_TYPES.items() if not isinstance(state.get(key), types)]
+    wrong += [key for key in ("score", "epoch", "waited") if key not in (state.get("best") or {})]
+    wrong += sorted({"residual", *_MOMENTS} - set(tensors))
+    if wrong:
+        raise ArtifactError(f"{', '.join(wrong)} missing or of another kind")
+    if state["optimizer_sha256"] != metadata[SEAL]:
+        raise ArtifactError(f"its {OPTIMIZER} is of another checkpoint")
 
 
 def check_same_run(folder: Path, stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -266,7 +266,7 @@ def test_where_all_are_broken_it_is_said(model: Model, embedded: dict[str, Image
 def test_what_an_interrupted_run_left_is_swept(
     model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path
 ) -> None:
-    old, fresh = tmp_path / ".checkpoint-7.abc.tmp", tmp_path / ".checkpoint-8.abc.tmp"
+    old, fresh = tmp_path / ".checkpoint-7.abc.taskres.tmp", tmp_path / ".checkpoint-8.abc.taskres.tmp"
     old.mkdir()
     fresh.mkdir()
     os.utime(old, (0, 0))

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_digest
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
-from ...storage import cache_root, read_json, umask, write_json
+from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
 from .onednn import onednn
 from .rewriting import best_batch_size, int8_obstacle, rewritten, takes_bytes, watched_module
 
@@ -110,32 +110,27 @@ def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Call
             return folder / name
         warnings.warn(f"The converted tower in {folder} is damaged and is made again.", stacklevel=2)
         shutil.rmtree(folder, ignore_errors=True)
-    staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        convert(staging / name)
-        sums = {file.name: _sha256(file) for file in staging.iterdir()}
-        (staging / _SHEET).write_text(json.dumps(sums), encoding="utf-8")
-        staging.chmod(0o777 & ~umask())
-        os.rename(staging, folder)
-    except OSError as error:
+        with staging_folder(folder.parent, folder.name) as staging:
+            convert(staging / name)
+            write_sealed(staging / _SHEET, {file.name: _sha256(file) for file in staging.iterdir()})
+            staging.chmod(0o777 & ~umask())
+            os.rename(staging, folder)
+    except (ArtifactError, OSError) as error:
         if not folder.is_dir():  # or another process was faster
-            warnings.warn(f"The converted tower is not kept for the next run: {error}.", stacklevel=2)
+            warn_not_kept(folder.parent, "The converted tower is", error)
             folder = Path(tempfile.mkdtemp(prefix="taskres-"))
             weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
             convert(folder / name)
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return folder / name
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        sums = json.loads((folder / _SHEET).read_text(encoding="utf-8"))
+        sums = read_sealed(folder / _SHEET)
         return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError, AttributeError):
+    except (ArtifactError, OSError):
         return False
 
 
@@ -259,7 +254,7 @@ def agrees(embeds: Tensor, expected: Tensor, precision: str) -> bool:
 def remembered_choice(base: PreTrainedModel, engine: ImageEngine) -> bool | None:
     """Whether this engine was measured to be faster than the tower as it is, on this machine; None if never."""
     with suppress(ArtifactError):
-        seconds = read_json(_file()).get(_key(base, engine))
+        seconds = read_sealed(_file()).get(_key(base, engine))
         if isinstance(seconds, Mapping) and all(isinstance(seconds.get(key), float) for key in ("engine", "stock")):
             return bool(seconds["engine"] <= seconds["stock"])
     return None
@@ -281,7 +276,7 @@ def is_faster(
     finally:
         torch.set_num_threads(cores)
     with suppress(ArtifactError):  # what cannot be remembered is measured again
-        write_json(_file(), {**_remembered(), _key(base, engine): best})
+        write_sealed(_file(), {**_remembered(), _key(base, engine): best})
     return best["engine"] <= best["stock"]
 
 
@@ -293,7 +288,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _remembered() -> dict[str, Any]:
     try:
-        return read_json(_file())
+        return read_sealed(_file())
     except ArtifactError:
         return {}
 
