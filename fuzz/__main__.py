@@ -33,7 +33,9 @@ _PROOFS = ("kills", "full", "races", "soak")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("target", nargs="*", choices=[*TARGETS, *_PROOFS, []], help="default: every kind of file")
     parser.add_argument("--runs", type=int, help="inputs of each kind, or kills")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs; with it all of them can be made again")

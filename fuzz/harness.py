@@ -249,7 +249,12 @@ def _work(worker: _Worker, numbers: range, deadline: float, pipe: Any, current: 
 
 
 def run_target(
-    target: Target, runs: int, seed: int, seconds: float = float("inf"), corpus: Path = CORPUS, scratch: str | None = None
+    target: Target,
+    runs: int,
+    seed: int,
+    seconds: float = float("inf"),
+    corpus: Path = CORPUS,
+    scratch: str | None = None,
 ) -> Outcome:
     """Read `runs` damaged inputs of a target, or as many as fit into `seconds`."""
     outcome, start = Outcome(target.name), time.monotonic()

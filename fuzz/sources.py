@@ -25,7 +25,9 @@ from .harness import Target
 from .material import CLASSES, png
 
 Files = dict[str, bytes]
-_PICTURES = {f"{name}/{number}.png": png(3 * place + number) for place, name in enumerate(CLASSES) for number in range(3)}
+_PICTURES = {
+    f"{name}/{number}.png": png(3 * place + number) for place, name in enumerate(CLASSES) for number in range(3)
+}
 _LABELS = [(path, path.split("/")[0]) for path in _PICTURES]
 
 
@@ -37,7 +39,9 @@ def _tables() -> list[Files]:
     import pyarrow.parquet
 
     splits = ["train", "test", "validation"] * 3
-    text = "\n".join(["path,label,split", *(f"{p},{label},{s}" for (p, label), s in zip(_LABELS, splits, strict=True)), ""])
+    text = "\n".join(
+        ["path,label,split", *(f"{p},{label},{s}" for (p, label), s in zip(_LABELS, splits, strict=True)), ""]
+    )
     rows = [{"path": path, "label": label, "n": n} for n, (path, label) in enumerate(_LABELS)]
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
@@ -65,11 +69,21 @@ def _train_on_table(folder: Path) -> Any:
     (table,) = folder.glob("labels.*")
     data = load_training_data(table)
     train = data.train
-    return [("train", [hashlib.sha256(str(train.digest(row)).encode()).hexdigest() for row in range(len(train))], list(train.labels))]
+    return [
+        (
+            "train",
+            [hashlib.sha256(str(train.digest(row)).encode()).hexdigest() for row in range(len(train))],
+            list(train.labels),
+        )
+    ]
 
 
 def _paired(answer: Any) -> str:
-    return "" if all(len(cells) == len(labels) > 0 for _, cells, labels in answer) else "pictures and labels differ in number"
+    return (
+        ""
+        if all(len(cells) == len(labels) > 0 for _, cells, labels in answer)
+        else "pictures and labels differ in number"
+    )
 
 
 def tables() -> Target:
@@ -125,7 +139,9 @@ def _read_archive(folder: Path) -> Any:
 
 def _inside(answer: Any) -> str:
     names = [path for _, digests, _ in answer for path, _ in digests]
-    outside = [name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name.split("/")[0][1:2]]
+    outside = [
+        name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name.split("/")[0][1:2]
+    ]
     return f"members from outside: {outside[:3]}" if outside else _paired(answer)
 
 
@@ -147,7 +163,9 @@ def _described() -> dict[str, Any]:
         spec.pop("wnids", None)
     pets["layout"]["split_file"] = "split.json"
     rows = list(_split_rows().values())
-    pets["split_sha256"] = hashlib.sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    pets["split_sha256"] = hashlib.sha256(
+        json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()
+    ).hexdigest()
     return dict(known)
 
 
@@ -159,7 +177,10 @@ def _split_rows() -> dict[str, list[Any]]:
 
 
 def _split_seed() -> Files:
-    return {"d/split.json": json.dumps(_split_rows()).encode(), **{f"d/images/{n}": data for n, data in _PICTURES.items()}}
+    return {
+        "d/split.json": json.dumps(_split_rows()).encode(),
+        **{f"d/images/{n}": data for n, data in _PICTURES.items()},
+    }
 
 
 def _variant_seed() -> Files:

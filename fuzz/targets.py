@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.artifact import CONFIG, PROCESSOR, WEIGHTS, read_checked, tensors_digest
@@ -25,7 +22,7 @@ from taskres_hf.errors import TaskResError
 from taskres_hf.paper.cells import read_cell
 from taskres_hf.paper.checkpoints import read_checkpoint as read_published
 from taskres_hf.predicting import PredictionWriter
-from taskres_hf.storage import read_stored, write_json
+from taskres_hf.storage import read_stored, write_sealed
 from taskres_hf.training.run import read_checkpoint, write_checkpoint
 
 from .harness import MADE_AGAIN, Target
@@ -128,7 +125,9 @@ def _read_base_classifier(folder: Path) -> Any:
 def base_classifier() -> Target:
     """The cache of base classifiers."""
     return Target(
-        "base-classifier", [written(lambda folder: write_table(folder / "t.safetensors", _TABLE))], _read_base_classifier
+        "base-classifier",
+        [written(lambda folder: write_table(folder / "t.safetensors", _TABLE))],
+        _read_base_classifier,
     )
 
 
@@ -176,7 +175,7 @@ def _checkpoints(folder: Path) -> None:
 def _is_of(epoch: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bool:
     expected, described = _state(epoch)
     same = set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
-    return same and state == described
+    return same and {key: state.get(key) for key in described} == described
 
 
 def _read_newest(folder: Path) -> Any:
@@ -260,7 +259,7 @@ def _read_cell(folder: Path) -> Any:
 
 def cells() -> Target:
     """Finished runs of the benchmark and of the comparison of methods."""
-    return Target("cells", [written(lambda folder: write_json(folder / "cell.json", _CELL))], _read_cell)
+    return Target("cells", [written(lambda folder: write_sealed(folder / "cell.json", _CELL))], _read_cell)
 
 
 # ---------------------------------------------------------------------- foreign checkpoints
@@ -286,13 +285,9 @@ def _read_published(folder: Path) -> Any:
     return [None if part is None else (list(part.shape), part.numpy().tobytes()) for part in (residual, table)]
 
 
-
-
 def foreign() -> Target:
     """Checkpoints of the published code, which are pickles in a zip."""
     return Target("foreign", [written(_published), written(_half)], _read_published)
-
-
 
 
 OWN: dict[str, Callable[[], Target]] = {

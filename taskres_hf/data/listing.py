@@ -205,7 +205,7 @@ def is_archive(path: Path) -> bool:
     """Whether a file is a zip or a tar (also compressed), by its content."""
     try:
         return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+    except _DAMAGED:
         return False
 
 

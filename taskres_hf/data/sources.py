@@ -243,7 +243,7 @@ def _holds_pictures(path: Path) -> bool:
 
     try:
         schema = pyarrow.parquet.read_schema(path)
-    except (OSError, ValueError) as error:  # Arrow's errors are of both kinds
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{printable(path)} is no readable parquet file: {error}") from error
     if '"Image"' in str((schema.metadata or {}).get(b"huggingface", b"")):
         return True

@@ -242,7 +242,8 @@ def _read_split_file(folder: Path, spec: Mapping[str, Any], names: Sequence[str]
                 raise DataError(f"{file}: row {number} of {key!r} {problem}.")
     pictures = folder / spec["layout"]["images"]
     problems = _path_overlaps({split: [path for path, _, _ in part] for split, part in rows.items()})
-    digest = hashlib.sha256(json.dumps(list(rows.values()), ensure_ascii=False, separators=(",", ":")).encode())
+    text = json.dumps(list(rows.values()), ensure_ascii=False, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     if spec.get("split_sha256") not in (None, digest.hexdigest()):
         problems.append(f"the rows of {file.name} are not those of the published file")
     splits = {
