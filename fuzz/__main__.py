@@ -1,4 +1,4 @@
-"""`python -m fuzz [TARGET ...] [--runs N] [--seed S] [--seconds T]`: damaged files of every kind, and what became of them.
+"""`python -m fuzz [TARGET ...] [--runs N] [--seed S] [--seconds T]`: damaged files of every kind, and what comes of it.
 
     python -m fuzz                       2,000 inputs of each kind, after the reproducers in fuzz/corpus
     python -m fuzz --all                 100,000 artifacts and 20,000 of each other kind, as `make fuzz`

@@ -233,9 +233,9 @@ class Disk:
             "open": low_open,
             "fdopen": fdopen,
         }
-        with mock.patch.multiple(os, **replaced), mock.patch.object(builtins, "open", high_open):
-            with mock.patch.object(io, "open", high_open):
-                yield
+        opening = [mock.patch.object(module, "open", high_open) for module in (builtins, io)]
+        with mock.patch.multiple(os, **replaced), opening[0], opening[1]:
+            yield
 
 
 class _Stream:

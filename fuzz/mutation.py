@@ -20,8 +20,9 @@ Mutator = Callable[[random.Random, bytes], bytes]
 DEEP = b"[" * 100_000
 BOMB = 64 << 20  # bytes that a compressed member of a hostile archive unpacks to
 TEXTS = (
-    "", " ", "x" * 70_000, "\x00", "\x1b[31m", "\u202e", "\ud800", "\U0001f600", "e\u0301", "\ufeff", "../../etc/passwd", "/etc/passwd",
-    "~", "C:\\x", "a\nb", "NaN", "1e999", "-1", "None", "{}", "{0}", "{0.__class__}", "%s", "<script>", "=1+1",
+    "", " ", "x" * 70_000, "\x00", "\x1b[31m", "\u202e", "\ud800", "\U0001f600", "e\u0301", "\ufeff",
+    "../../etc/passwd", "/etc/passwd", "~", "C:\\x", "a\nb", "NaN", "1e999", "-1", "None", "{}", "{0}",
+    "{0.__class__}", "%s", "<script>", "=1+1",
 )  # fmt: skip
 NUMBERS = (0, -1, 1, 2, 255, 2**31, 2**53 + 1, 2**63, -(2**63), 2**64, 10**400, 0.5, -0.0, 1e-320, 1e308, 1e39)
 VALUES: tuple[Any, ...] = (
@@ -30,9 +31,10 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 WHOLE_FILES = (
     b"", b"\x00", b"null", b"[]", b"{}", b"0", b'""', b"\xff\xfe", b"\xef\xbb\xbf{}", DEEP, DEEP + b"]" * 100_000,
-    b'{"a":' * 50_000, b"1" * 5000, b"[1e999]", b"[" + b"1" * 100_000 + b"]", b"<!DOCTYPE html>", b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18,
-    pickle.dumps({"a": 1}), b"\xff" * 4096, bytes(4096), struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 2) + b"{}",
-    struct.pack("<Q", 100_000) + DEEP, b"version https://git-lfs.github.com/spec/v1\n", b"PAR1", b"PAR1" + bytes(64) + b"PAR1",
+    b'{"a":' * 50_000, b"1" * 5000, b"[1e999]", b"[" + b"1" * 100_000 + b"]", b"<!DOCTYPE html>", b"PK\x03\x04",
+    b"PK\x05\x06" + b"\0" * 18, pickle.dumps({"a": 1}), b"\xff" * 4096, bytes(4096), struct.pack("<Q", 2**63) + b"{}",
+    struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 100_000) + DEEP, b"version https://git-lfs.github.com/spec/v1\n",
+    b"PAR1", b"PAR1" + bytes(64) + b"PAR1",
 )  # fmt: skip
 
 
@@ -253,8 +255,9 @@ def cells(rng: random.Random, content: bytes) -> bytes:
 
 
 NAMES = (
-    "../out.png", "/tmp/out.png", "a/../../out.png", "C:\\out.png", "\\\\server\\out.png", "a\\..\\..\\out.png", ".", "", "/",
-    "a" * 300 + ".png", "d/" * 300 + "x.png", "\u202egnp.png", "a\x00.png", "__MACOSX/._1.png", ".hidden.png", "TRAIN/x.png", "train/x/1.png/2.png", "con.png",
+    "../out.png", "/tmp/out.png", "a/../../out.png", "C:\\out.png", "\\\\server\\out.png", "a\\..\\..\\out.png", ".",
+    "", "/", "a" * 300 + ".png", "d/" * 300 + "x.png", "\u202egnp.png", "a\x00.png", "__MACOSX/._1.png",
+    ".hidden.png", "TRAIN/x.png", "train/x/1.png/2.png", "con.png",
 )  # fmt: skip
 
 
@@ -329,9 +332,11 @@ def tar_members(rng: random.Random, content: bytes) -> bytes:
 
 
 _PICKLES = (
-    b"cos\nsystem\n(S'touch HACKED'\ntR.", b"\x80\x02cbuiltins\neval\n(X\x04\x00\x00\x00exit\x85R.", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    b"(" * 100_000 + b".", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", b"\x80\x02X\xff\xff\xff\x7f.", b"\x80\x02\x8b\xff\xff\xff\x7f.",
-    b"\x80\x02}q\x00h\x00h\x00s.", b"\x80\x02]q\x00h\x00a.", b"\x80\x02Q.", b"\x80\x02).", b".", b"0.", b"\x80\x02}(}}u.", b"\x80\x02(K\x01K\x02t}R.",
+    b"cos\nsystem\n(S'touch HACKED'\ntR.", b"\x80\x02cbuiltins\neval\n(X\x04\x00\x00\x00exit\x85R.",
+    b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", b"(" * 100_000 + b".",
+    b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", b"\x80\x02X\xff\xff\xff\x7f.",
+    b"\x80\x02\x8b\xff\xff\xff\x7f.", b"\x80\x02}q\x00h\x00h\x00s.", b"\x80\x02]q\x00h\x00a.", b"\x80\x02Q.",
+    b"\x80\x02).", b".", b"0.", b"\x80\x02}(}}u.", b"\x80\x02(K\x01K\x02t}R.",
     b"\x80\x02ccollections\nOrderedDict\n)R(X\x17\x00\x00\x00text_feature_residualsK\x01u.",
 )  # fmt: skip
 _OPCODES = b"()]}.NKMJXqrhjtuesaRQbc\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x93\x94\x95"

@@ -123,7 +123,8 @@ def with_broken(count: int) -> Outcome:
         data = load_training_data(folder / "train")
         model = classifier(0, list(data.train.class_names))
         arguments = TaskResTrainingArguments(
-            output_dir=str(folder / "out"), on_error="skip", disable_tqdm=True, cache_dir=str(folder / "cache"), report_to="none",
+            output_dir=str(folder / "out"), on_error="skip", disable_tqdm=True, cache_dir=str(folder / "cache"),
+            report_to="none",
         )  # fmt: skip
         trainer = TaskResTrainer(model, arguments, data.train)
         features = trainer.embed(data.train)

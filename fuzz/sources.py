@@ -47,8 +47,9 @@ def _tables() -> list[Files]:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
     tables = {
         "labels.csv": text.encode(), "labels.tsv": text.replace(",", "\t").encode(),
-        "labels.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(), "labels.json": json.dumps(rows).encode(),
-        "labels.txt": "".join(f"{path} {label}\n" for path, label in _LABELS).encode(), "labels.parquet": sink.getvalue(),
+        "labels.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "labels.txt": "".join(f"{path} {label}\n" for path, label in _LABELS).encode(),
+        "labels.json": json.dumps(rows).encode(), "labels.parquet": sink.getvalue(),
     }  # fmt: skip
     return [{name: content, **_PICTURES} for name, content in tables.items()]
 
@@ -119,8 +120,8 @@ def _archives() -> list[Files]:
     for number, (path, label) in enumerate(_LABELS):
         shard |= {f"{number:04d}.png": _PICTURES[path], f"{number:04d}.cls": label.encode()}
     packs = {
-        "a.zip": _zip(_PICTURES), "b.zip": _zip(split, zipfile.ZIP_DEFLATED), "c.zip": _zip(table), "a.tar": _tar(split),
-        "b.tar": _tar(shard), "a.tgz": _tar(_PICTURES, "w:gz"),
+        "a.zip": _zip(_PICTURES), "b.zip": _zip(split, zipfile.ZIP_DEFLATED), "c.zip": _zip(table),
+        "a.tar": _tar(split), "b.tar": _tar(shard), "a.tgz": _tar(_PICTURES, "w:gz"),
     }  # fmt: skip
     return [{name: content} for name, content in packs.items()]
 
@@ -199,7 +200,7 @@ def _open(name: str, accept: bool) -> Callable[[Path], Any]:
     described = _described()
 
     def read(folder: Path) -> Any:
-        with mock.patch.object(paper, "suite_datasets", lambda: described):
+        with mock.patch.object(paper, "suite_datasets", return_value=described):
             which = name or ("oxford_pets" if (folder / "d/split.json").exists() else "fgvc_aircraft")
             data = paper.open_dataset(which, folder, allow_other_split=accept)
         answer = []

@@ -202,7 +202,7 @@ _RUN = {"files": "a" * 64, "classifier": "b" * 64, "top_k": 2, "batch_size": 4}
 _ROWS = [
     {
         "file": f"pictures/{number}.png",
-        "predictions": [] if number == 5 else [{"label": f"class {(number + k) % 3}", "score": 0.7 - 0.5 * k} for k in range(2)],
+        "predictions": [{"label": f"class {(number + k) % 3}", "score": 0.7 - 0.5 * k} for k in range(2 * (number != 5))],
         "error": "'pictures/5.png' cannot be read" if number == 5 else None,
     }
     for number in range(12)

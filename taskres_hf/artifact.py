@@ -3,69 +3,78 @@
     config.json               base model and commit, classes, prompts, alpha, how it was trained, checksums
     model.safetensors         the tensor `residual` [K, D] alone ([1, D] on the image side); `base_shift` [K, D] where
                               the base was enhanced, `class_bias` [K] where there is one; its metadata repeats
-                              config.json
+                              config.json and preprocessor_config.json, under one checksum of all
     preprocessor_config.json  how pictures are prepared, so that `pipeline` needs nothing else
     README.md                 the model card
 
-A new folder appears whole or not at all. In an existing one, replacing `model.safetensors` is the commit point: it
-carries the config it belongs to, so a crash between the two files is found by the checksum and healed on reading.
-Everything is written beside the old files first and read back: nothing is saved that does not load.
+`model.safetensors` is the whole artifact in one file: config and processor are read from it, and the two files beside
+it, which other readers take, must say the same. So an edit of either is noticed, and replacing the one file is the
+commit point of a save: it also names the files it replaces, by which a save that is under way or was cut short is told
+from an edit. A new folder appears whole or not at all. Everything is written beside the old files first and read back:
+nothing is saved that does not load.
 
 Checking an artifact imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import math
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .errors import ArtifactError, ConfigurationError
 from .prompts import class_prompts, prompts_digest
-from .storage import StoredTensor, is_path, read_json, read_stored, umask, write_bytes, write_tensors
+from .schema import (
+    CLASS_BIAS,
+    CONFIG,
+    FORMAT_VERSION,
+    PLAIN_VERSION,
+    PROCESSOR,
+    RESIDUAL,
+    SHIFT,
+    WEIGHTS,
+    problem_of_config,
+    problem_of_tensors,
+    problem_of_version,
+    tensors_digest,
+)  # fmt: skip
+from .storage import (
+    SEAL,
+    StoredTensor,
+    commit_of,
+    find_files,
+    json_bytes,
+    json_digest,
+    locked,
+    parse_json,
+    parse_tensors,
+    read_json,
+    read_stored,
+    staging_folder,
+    sync_folder,
+    umask,
+    with_metadata,
+    write_bytes,
+    write_json,
+    write_tensors,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The files of an artifact, and the tensors in its weights.
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PROCESSOR = "preprocessor_config.json"
-RESIDUAL = "residual"
-SHIFT = "base_shift"
-CLASS_BIAS = "class_bias"
-# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
-# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
-FORMAT_VERSION, PLAIN_VERSION = 3, 2
-
-_REQUIRED = (
-    "base_model_name_or_path",
-    "base_fingerprint",
-    "projection_dim",
-    "id2label",
-    "alpha",
-    "logit_scale",
-)
-
-
-def tensor_digest(tensor: StoredTensor) -> str:
-    """Checksum of a tensor's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
-    return hashlib.sha256(f"{tensor.torch_name} {list(tensor.shape)} ".encode() + tensor.content).hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """Checksum of all tensors of an artifact; of the residual alone where there is no other."""
-    digests = [tensor_digest(tensors[name]) for name in (RESIDUAL, SHIFT, CLASS_BIAS) if name in tensors]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+__all__ = [
+    "CLASS_BIAS", "CONFIG", "FORMAT_VERSION", "PLAIN_VERSION", "PROCESSOR", "RESIDUAL", "SHIFT", "WEIGHTS",
+    "as_json", "check_loads", "commit_of", "find_artifact", "library_versions", "read_artifact", "read_checked",
+    "write_artifact",
+]  # fmt: skip
+_NESTED = "processor_config.json"  # where other libraries look for a processor first
+_PATIENCE = 20  # attempts to read an artifact that is being replaced
+_Read = TypeVar("_Read")
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
@@ -78,40 +87,6 @@ def _stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def check_tensors(tensors: Mapping[str, StoredTensor], where: str) -> None:
-    """Refuse a residual or shift that is not a finite floating-point matrix, a class bias that is no such vector.
-
-    Raises:
-        ArtifactError: says what it is instead.
-    """
-    for name, tensor in tensors.items():
-        if name != CLASS_BIAS:
-            _check_matrix(tensor, where)
-            continue
-        values = tensor.values()
-        if values is None or len(tensor.shape) != 1 or not all(map(math.isfinite, values)):
-            raise ArtifactError(
-                f"{where}: {CLASS_BIAS} must be K finite floating-point numbers; it is {tensor.torch_name} "
-                f"{list(tensor.shape)}, or holds NaN or infinite values. Save the model again, or download it again."
-            )
-
-
-def _check_matrix(residual: StoredTensor, where: str) -> None:
-    values = residual.values()
-    if values is None or len(residual.shape) != 2:
-        raise ArtifactError(
-            f"{where}: the residual must be a floating-point matrix [K, D]; it is {residual.torch_name} "
-            f"{list(residual.shape)}."
-        )
-    if not all(map(math.isfinite, values)):
-        classes, dim = residual.shape
-        bad = sum(not all(map(math.isfinite, values[row * dim : (row + 1) * dim])) for row in range(classes))
-        raise ArtifactError(
-            f"{where}: the residual holds NaN or infinite values in {bad} of {classes} classes. Training "
-            "diverged or the file is damaged: train again with a lower learning rate, or download the file again."
-        )
-
-
 def write_artifact(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -122,51 +97,125 @@ def write_artifact(
 
     Args:
         folder: created when missing; other files in it are left alone.
-        config: the content of config.json; `residual_sha256` is filled in.
+        config: the content of config.json; the checksums are filled in.
         tensors: `residual` [K, D], fp32 or fp16; `base_shift` [K, D] and `class_bias` [K] where there are such.
         extra: further files by name.
 
     Raises:
         ArtifactError: a tensor is not finite, or the folder cannot be written; nothing is changed then.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder)) if os.path.islink(folder) else Path(folder)
     stored = {name: _stored(tensor) for name, tensor in tensors.items()}
-    check_tensors(stored, str(folder))
+    refuse(folder, problem_of_tensors(stored))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"Cannot save to {folder}: it is a file. Choose a folder.")
     _refuse_foreign(folder)
-    config = {**config, "residual_sha256": tensors_digest(stored)}
-    config = as_json(config)
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    encoded = text.encode("utf-8", "backslashreplace")  # a lone surrogate, as of a file name, becomes its JSON escape
-    metadata = {
-        "contents": "task residual [K, D]",
-        "config": json.dumps(config, sort_keys=True, ensure_ascii=False),
-    }
-    fresh = not folder.exists() or not any(folder.iterdir())
-    staging = None
-    try:
-        (folder.parent if fresh else folder).mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent if fresh else folder, prefix=".taskres.", suffix=".tmp"))
+    processor = parse_json(extra[PROCESSOR].decode("utf-8"), PROCESSOR) if PROCESSOR in extra else None
+    config = with_checksums(as_json(config), stored, processor)
+
+    def write(staging: Path) -> None:
         for name, content in extra.items():
             write_bytes(staging / name, content)
-        write_tensors(staging / WEIGHTS, tensors, metadata)
-        write_bytes(staging / CONFIG, encoded)
-        check_loads(staging)
+        write_tensors(staging / WEIGHTS, tensors, whole(config, processor, replaced(folder)))
+        write_bytes(staging / CONFIG, json_bytes(config, sort_keys=True))
+
+    replace_files(folder, write)
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write an artifact's files into a folder, so that a reader has the old artifact or the new one.
+
+    Args:
+        write: writes them into the folder that it is given; they are read back before anything is replaced.
+
+    Raises:
+        ArtifactError: they would not load, or the folder cannot be written.
+    """
+    try:
+        fresh = not folder.exists()
         if fresh:
-            os.chmod(staging, 0o777 & ~umask())
-            os.replace(staging, folder)
-            return
-        for name in (*extra, WEIGHTS, CONFIG):  # the weights carry the config: replacing them is the commit point
-            os.replace(staging / name, folder / name)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with staging_folder(folder.parent, folder.name) as staging:
+                write(staging)
+                check_loads(staging)
+                os.chmod(staging, 0o777 & ~umask())
+                sync_folder(staging)
+                try:
+                    os.rename(staging, folder)
+                    sync_folder(folder.parent)
+                    return
+                except OSError:
+                    if not folder.is_dir():  # or another process was faster
+                        raise
+        # There already, perhaps since a moment ago, perhaps as a mount point.
+        with staging_folder(folder, folder.name) as staging, locked(folder):
+            write(staging)
+            check_loads(staging)
+            names = {entry.name for entry in staging.iterdir()}
+            for name in sorted(names - {WEIGHTS, PROCESSOR, CONFIG}):
+                os.replace(staging / name, folder / name)
+            for name in (WEIGHTS, PROCESSOR, CONFIG):  # each is there for good before the next
+                if name in names:
+                    os.replace(staging / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+                sync_folder(folder)
     except OSError as error:
         raise ArtifactError(
             f"Cannot write {folder}: {error.strerror or error}. Nothing was changed; choose a folder that can be "
             "written."
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+
+
+def rewrite(
+    folder: Path,
+    weights: bytes,
+    config: Mapping[str, Any],
+    processor: Mapping[str, Any] | None,
+    replaces: Mapping[str, str | None] | None = None,
+) -> None:
+    """Write an artifact's files with the tensors of a weights file and another config or processor."""
+    config = with_checksums(config, parse_tensors(weights, WEIGHTS)[0], processor)
+    write_bytes(folder / WEIGHTS, with_metadata(weights, whole(config, processor, replaces or {})))
+    write_bytes(folder / CONFIG, json_bytes(config, sort_keys=True))
+    if processor is not None:
+        write_json(folder / PROCESSOR, processor)
+
+
+def with_checksums(
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], processor: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A config with the checksums of the tensors and of the processor filled in."""
+    digest = None if processor is None else json_digest(processor)
+    return {**config, "residual_sha256": tensors_digest(tensors), "processor_sha256": digest}
+
+
+def whole(
+    config: Mapping[str, Any], processor: Mapping[str, Any] | None, replaces: Mapping[str, str | None]
+) -> dict[str, str]:
+    """The metadata of an artifact's weights.
+
+    Args:
+        config, processor: what they repeat. replaces: digests of the files that the new ones take the place of.
+    """
+    metadata = {"contents": "task residual [K, D]", "config": json.dumps(config, sort_keys=True)}
+    if processor is not None:
+        metadata["processor"] = json.dumps(processor, sort_keys=True)
+    return metadata | ({"replaces": json.dumps(replaces, sort_keys=True)} if replaces else {})
+
+
+def replaced(folder: Path) -> dict[str, str | None]:
+    """Digests of the config and the processor that lie in a folder; empty where no artifact does."""
+    if not (folder / WEIGHTS).is_file():
+        return {}
+    return {name: _file_digest(folder / name) for name in (CONFIG, PROCESSOR)}
+
+
+def _file_digest(path: Path) -> str | None:
+    """Digest of a JSON file's content; None where there is no such file or it holds none."""
+    with suppress(ArtifactError, RecursionError):
+        return json_digest(read_json(path))
+    return None
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +243,7 @@ def check_loads(folder: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: it would not load.
     """
-    config, _ = read_checked(Path(folder, CONFIG), Path(folder, WEIGHTS))
+    config = read_checked(Path(folder, CONFIG), Path(folder, WEIGHTS)).config
     digest = config["base_fingerprint"].get("prompts_sha256")
     if digest is not None and prompts_digest(prompts_of(config), config.get("prompt_average", "raw")) != digest:
         raise ArtifactError(
@@ -202,8 +251,6 @@ def check_loads(folder: str | os.PathLike[str]) -> None:
             "classifier would not load again. Do not change model.config; make a new model with from_base. Nothing was "
             "changed."
         )
-    if Path(folder, PROCESSOR).is_file():
-        read_json(Path(folder, PROCESSOR))
 
 
 def prompts_of(config: Mapping[str, Any]) -> list[list[str]]:
@@ -241,60 +288,102 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
+class Checked(NamedTuple):
+    """An artifact that was read and verified: config, tensors by name, and its image processor's values or None."""
+
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    processor: dict[str, Any] | None
+
+
 def read_artifact(
     config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read and verify an artifact's two files.
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """Read and verify an artifact.
 
     Returns:
-        The config as a dict, and by name the tensors in fp32: `residual` [K, D] ([1, D] on the image side), and
-        `base_shift` [K, D] and `class_bias` [K] where there are such.
+        The config as a dict; by name the tensors in fp32, `residual` [K, D] ([1, D] on the image side), and
+        `base_shift` [K, D] and `class_bias` [K] where there are such; the image processor's values, or None.
 
     Raises:
         ArtifactError: see `read_checked`.
     """
     import torch
 
-    config, tensors = read_checked(config_path, weights_path)
-    return config, {
+    config, tensors, processor = read_checked(config_path, weights_path)
+    as_torch = {
         name: torch.frombuffer(tensor.values(), dtype=torch.float32).reshape(tensor.shape).clone()
         for name, tensor in tensors.items()
     }
+    return config, as_torch, processor
 
 
-def read_checked(
-    config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]
-) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Read and verify an artifact's two files, without torch.
+def read_checked(config_path: str | os.PathLike[str], weights_path: str | os.PathLike[str]) -> Checked:
+    """Read and verify an artifact's files, without torch: whole, also while another process replaces them.
 
-    Returns:
-        The config, and the tensors by name.
+    The image processor's file is the one beside config.json.
 
     Raises:
-        ArtifactError: a file is missing, truncated or altered, the format is newer than this library, a config key is
-            missing or wrong, there is another tensor than the residual, or its shape is not [classes, projection_dim].
+        ArtifactError: a file is missing, truncated, damaged or edited, the format is newer than this library, a config
+            key is missing or wrong, there is another tensor than the residual, or its shape is not
+            [classes, projection_dim].
     """
-    config = read_json(config_path)
-    _check_version(config, str(config_path))  # first of all: a newer one may well hold other tensors
+    config, weights = Path(config_path), Path(weights_path)
+    return _settled((config, weights, config.with_name(PROCESSOR)), lambda: _read_once(config, weights))
+
+
+def _settled(files: tuple[Path, ...], read: Callable[[], _Read]) -> _Read:
+    """What `read` returns; again where it fails while the files change."""
+    for _ in range(_PATIENCE):
+        before = [_identity(file) for file in files]
+        try:
+            return read()
+        except ArtifactError:
+            if [_identity(file) for file in files] == before:
+                raise
+            time.sleep(0.02)
+    return read()
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    with suppress(OSError):
+        status = file.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
+
+
+def _read_once(config_path: Path, weights_path: Path) -> Checked:
+    config = read_json(config_path, unique=True)
+    refuse(config_path, problem_of_version(config))  # first of all: a newer one may well hold other tensors
     tensors, metadata = read_stored(weights_path)
-    if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
+    refuse(weights_path, problem_of_tensors(tensors))
+    if SEAL in metadata:
+        config, processor = _one_unit(config, config_path, metadata, weights_path)
+    elif "processor_sha256" in config:
         raise ArtifactError(
-            f"{weights_path} must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base, "
-            f"{CLASS_BIAS!r} for a bias); it holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
+            f"{weights_path} has lost its checksum: the file was altered or damaged. Download it again, or save the "
+            "model again."
         )
-    check_tensors(tensors, str(weights_path))
-    digest = tensors_digest(tensors)
-    if config.get("residual_sha256") not in (None, digest):
-        # A save was cut between the two files: the weights carry the config they were written with.
-        carried = _carried(metadata)
-        if carried.get("residual_sha256") != digest:
-            raise ArtifactError(
-                f"The checksum of {weights_path} is not the one in config.json: the file was altered or damaged. "
-                "Download it again, or save the model again."
-            )
-        config = carried
+    else:
+        config, processor = _as_once_written(config, config_path, tensors, metadata, weights_path)
+    if config.get("residual_sha256") != tensors_digest(tensors):
+        raise ArtifactError(
+            f"The checksum of {weights_path} is not the one in config.json: the file was altered or damaged. "
+            "Download it again, or save the model again."
+        )
+    refuse(config_path, problem_of_config(config, CLASS_BIAS in tensors))
+    _check_shapes(config, tensors, weights_path)
+    return Checked(config, tensors, processor)
+
+
+def refuse(path: Path, problem: str | None) -> None:
+    """Raise what is wrong with a file, if anything is."""
+    if problem:
+        raise ArtifactError(f"{path}: {problem}")
+
+
+def _check_shapes(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], weights_path: Path) -> None:
     biased = CLASS_BIAS in tensors
-    check_config(config, str(config_path), biased)
     table = [len(config["id2label"]), config["projection_dim"]]
     expected = [1, table[1]] if config.get("residual_side") == "image" else table
     shapes = [list(tensors[name].shape) for name in (RESIDUAL, SHIFT) if name in tensors]
@@ -305,94 +394,81 @@ def read_checked(
             f"config.json speaks of {table[0]} classes and projection_dim {table[1]}. The two files do not belong "
             "together."
         )
-    return config, tensors
 
 
-def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
-    with suppress(ValueError, RecursionError):
-        carried = json.loads(metadata.get("config", "{}"))
-        if isinstance(carried, dict):
-            return carried
-    return {}
-
-
-_OBJECT, _LIST, _TEXT, _NUMBER = (dict,), (list,), (str,), (int, float)
-# What each key of config.json must be, where it is there and not null.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "base_model_name_or_path": _TEXT, "base_model_revision": _TEXT, "base_model_type": _TEXT,
-    "base_model_subfolder": _TEXT,
-    "base_fingerprint": _OBJECT, "projection_dim": (int,), "id2label": _OBJECT, "templates": _LIST,
-    "class_descriptions": _OBJECT, "prompt_names": _OBJECT, "underscores": _TEXT, "prompt_average": _TEXT,
-    "alpha": _NUMBER, "residual_side": _TEXT, "enhanced_base": _OBJECT, "logit_scale": _NUMBER, "logit_bias": _NUMBER,
-    "few_shot": _OBJECT, "training": _OBJECT, "metrics": _OBJECT, "data": _OBJECT, "library_versions": _OBJECT,
-    "residual_sha256": _TEXT, "dtype": _TEXT,
-}  # fmt: skip
-
-
-def _check_version(config: Mapping[str, Any], where: str) -> None:
-    version = config.get("format_version", 1)
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+def _one_unit(
+    config: dict[str, Any], config_path: Path, metadata: Mapping[str, str], weights_path: Path
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Config and processor that the weights carry, where the files beside them say the same or were being replaced."""
+    carried, processor = carried_by(metadata, weights_path)
+    replaces = parse_json(metadata.get("replaces", "{}"), weights_path)
+    if (changed := differing(carried, config)) and replaces.get(CONFIG) != json_digest(config):
+        raise _edited(config_path, changed)
+    beside = config_path.with_name(PROCESSOR)
+    found = read_json(beside, unique=True) if beside.is_file() else None
+    digests = [None if value is None else json_digest(value) for value in (processor, found)]
+    if digests[0] != digests[1] and not (PROCESSOR in replaces and replaces[PROCESSOR] == digests[1]):
+        if found is None:
+            raise ArtifactError(f"{beside} is missing, which belongs to the classifier. Save or download it again.")
+        raise _edited(beside, differing(processor or {}, found))
+    nested = config_path.with_name(_NESTED)
+    if nested.is_file() and differing(processor or {}, read_json(nested).get("image_processor", processor or {})):
         raise ArtifactError(
-            f"{where} has format_version {version!r}; this library reads up to {FORMAT_VERSION}. It was made by a "
-            "newer taskres_hf: upgrade with `pip install -U taskres_hf`."
+            f"{nested} holds another image processor than the classifier's own, which other readers would take. "
+            "Remove it."
         )
+    return carried, processor
 
 
-# What version 3 adds, with its range; 1 is as published.
-_SETTINGS: dict[str, tuple[float, float]] = {
-    "strength": (0, 1), "logit_scale_factor": (1e-6, 1e6), "normalize_weight": (False, True),
-}  # fmt: skip
+def carried_by(metadata: Mapping[str, str], where: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Config and processor that a weights file carries; an empty one and None where it carries none."""
+    config, processor = metadata.get("config"), metadata.get("processor")
+    return parse_json(config or "{}", where), None if processor is None else parse_json(processor, where)
 
 
-def check_config(config: Mapping[str, Any], where: str, biased: bool = False) -> None:
-    """Refuse a config.json of a newer format, without a key that loading needs, or with a value of another type.
+def _as_once_written(
+    config: dict[str, Any],
+    config_path: Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+    weights_path: Path,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Config and processor of an artifact of before the weights had a checksum; they only repeat config.json."""
+    carried, _ = carried_by(metadata, weights_path)
+    digest, stored = tensors_digest(tensors), config.get("residual_sha256")
+    if carried.get("residual_sha256") == digest:
+        if stored in (None, digest) and (changed := differing(carried, config)):
+            raise _edited(config_path, changed)
+        config = carried  # where a save was cut between the two files, the weights carry the config they belong to
+    beside = config_path.with_name(PROCESSOR)
+    return config, read_json(beside) if beside.is_file() else None
+
+
+def differing(first: Any, second: Any) -> list[str]:
+    """Keys under which two JSON objects differ.
 
     Raises:
-        ArtifactError: names the version or the keys.
+        ArtifactError: they are nested too deeply to tell, or no objects.
     """
-    _check_version(config, where)
-    missing = [key for key in _REQUIRED if config.get(key) is None]
-    if missing:
-        raise ArtifactError(
-            f"{where} lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again."
-        )
-    for key, types in _TYPES.items():
-        value = config.get(key)
-        number = not isinstance(value, float) or math.isfinite(value)
-        if value is not None and (not isinstance(value, types) or isinstance(value, bool) or not number):
-            raise ArtifactError(f"{where}: {key} has the wrong type or value ({value!r:.60}). Save the artifact again.")
-    _check_settings(config, where, biased)
-    stored = config["base_fingerprint"]
-    image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
-    numbers = [stored.get("sketch"), stored.get("score"), image.get("sketch"), [stored.get("norm") or 0]]
-    numbers.append(stored.get("shape"))
-    if not all(_numbers(values or []) for values in numbers) or stored.get("image") not in (None, image):
-        raise ArtifactError(f"{where}: base_fingerprint is damaged. Save the artifact again.")
-    names = config["id2label"]
-    if set(names) != {str(index) for index in range(len(names))} or not all(isinstance(n, str) for n in names.values()):
-        raise ArtifactError(f"{where}: id2label must name the classes 0 to K-1. Save the artifact again.")
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        raise ArtifactError("The config or the image processor holds something else than an object.")
+    missing = object()
+
+    def same(key: str) -> bool:
+        values = [side.get(key, missing) for side in (first, second)]
+        return missing not in values and json_digest(values[0]) == json_digest(values[1])
+
+    try:
+        return sorted(key for key in {**first, **second} if not same(key))
+    except (RecursionError, ValueError) as error:
+        raise ArtifactError(f"The config or the image processor cannot be compared ({error}).") from error
 
 
-def _check_settings(config: Mapping[str, Any], where: str, biased: bool) -> None:
-    for key, (low, high) in _SETTINGS.items():
-        value = config.get(key, type(high)(1))
-        kind = isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(high, bool)
-        if not kind or not low <= value <= high:
-            raise ArtifactError(
-                f"{where}: {key} must be {'true or false' if high is True else f'from {low:g} to {high:g}'}; it is "
-                f"{value!r:.60}. Save the artifact again."
-            )
-    used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
-    if used and config.get("format_version", 1) <= PLAIN_VERSION:
-        raise ArtifactError(
-            f"{where} has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "
-            "library would overlook them. Set them on the model and save it."
-        )
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in values
+def _edited(path: Path, keys: list[str]) -> ArtifactError:
+    shown = ", ".join(repr(key)[1:41].removesuffix("'") for key in keys[:6]) + (" and more" if len(keys) > 6 else "")
+    return ArtifactError(
+        f"{path} was changed after the classifier was saved, in {shown}: {WEIGHTS} carries other values. Restore it, "
+        f"or save or download the classifier again. If the change is meant, accept it with: taskres sign {path.parent}"
     )
 
 
@@ -405,51 +481,8 @@ def find_artifact(
         ArtifactError: no such folder, or it holds no artifact. OSError: no such repository or file, or no access; its
             cause is the Hub client's error.
     """
-    name = os.fspath(name_or_path)
-    if is_path(name_or_path):
-        folder = Path(name, subfolder)
-        if not folder.is_dir():
-            what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
-            raise ArtifactError(f"{what}. Check the path, or give a Hub id such as me/pets-taskres.")
-        missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
-        if missing:
-            raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
-        return str(folder / CONFIG), str(folder / WEIGHTS)
-    config, weights = (_download(name, file, revision, subfolder, hub_kwargs) for file in (CONFIG, WEIGHTS))
-    with suppress(ArtifactError, OSError):  # into the cache as well, so that the next load works without a network
-        _download(name, PROCESSOR, revision, subfolder, hub_kwargs)
+    config, weights = find_files(name_or_path, (CONFIG, WEIGHTS), PROCESSOR, revision, subfolder, **hub_kwargs)
     return config, weights
-
-
-def _download(name: str, file: str, revision: str | None, subfolder: str, hub_kwargs: Mapping[str, Any]) -> str:
-    """Path of one file of a repository, in the Hub's cache."""
-    from huggingface_hub import errors, hf_hub_download
-
-    options = {key: value for key, value in hub_kwargs.items() if key != "proxies"}
-    try:
-        return str(hf_hub_download(name, file, revision=revision, subfolder=subfolder or None, **options))
-    except errors.LocalEntryNotFoundError as error:
-        reason = f"is not in the cache and the Hub cannot be reached, or is not to be: {error}"
-        raise OSError(f"The classifier {name} {reason}") from error
-    except errors.EntryNotFoundError as error:
-        raise ArtifactError(f"The repository {name} holds no TaskRes classifier: it has no {file}.") from error
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"The classifier {name} is gated: ask for access on its page, log in with `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(
-            f"There is no repository {name} on the Hub, or it is private: check the name, or pass token= or log in "
-            "with `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(f"The repository {name} has no revision {revision!r}.") from error
-
-
-def commit_of(path: str) -> str | None:
-    """The commit of a file in the Hub's cache; None for one elsewhere."""
-    found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", os.fspath(path))
-    return found.group(1) if found else None
 
 
 def library_versions() -> dict[str, str]:

@@ -148,8 +148,7 @@ def _difference(now: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None
         )
     if now.get("prompts_sha256") != stored.get("prompts_sha256"):
         return _OTHER_PROMPTS
-    gap = _gap(now, stored)
-    allowed = max(_TOLERANCE.get(str(side.get("dtype", "float32")), _COARSEST) for side in (now, stored))
+    gap, allowed = text_gap(now, stored), text_tolerance(now, stored)
     if gap > allowed:
         tokens = (now.get("tokens_sha256"), stored.get("tokens_sha256"))
         cause = "its text tower's weights differ, as in another revision"
@@ -208,7 +207,12 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
         )
 
 
-def _gap(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+def text_tolerance(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """How far two text sides may differ by rounding alone, by the dtypes of their towers."""
+    return max(_TOLERANCE.get(str(side.get("dtype", "float32")), _COARSEST) for side in (first, second))
+
+
+def text_gap(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     """Largest relative difference of two text sides: sketches and norms."""
     sketches = first.get("sketch") or [], second.get("sketch") or []
     norms = [float(side.get("norm") or 0.0) for side in (first, second)]

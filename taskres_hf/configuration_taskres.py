@@ -80,6 +80,7 @@ class TaskResConfig(PreTrainedConfig):
             These four and `enhanced_base` are shown by `taskres info` and the card; `classifier.reset()` empties them.
         library_versions: versions of the packages that wrote the artifact.
         residual_sha256: checksum of the residual's bytes (integrity, not authenticity).
+        processor_sha256: checksum of preprocessor_config.json; None where the artifact has none.
         format_version: version of the artifact's layout.
 
     Raises:
@@ -112,6 +113,7 @@ class TaskResConfig(PreTrainedConfig):
         data: dict[str, Any] | None = None,
         library_versions: dict[str, str] | None = None,
         residual_sha256: str | None = None,
+        processor_sha256: str | None = None,
         strength: float = 1.0,
         normalize_weight: bool = True,
         logit_scale_factor: float = 1.0,
@@ -140,6 +142,7 @@ class TaskResConfig(PreTrainedConfig):
         self.base_fingerprint = base_fingerprint
         self.library_versions = library_versions
         self.residual_sha256 = residual_sha256
+        self.processor_sha256 = processor_sha256
         self.format_version = format_version
         super().__init__(**kwargs)
 
@@ -183,11 +186,18 @@ class TaskResConfig(PreTrainedConfig):
         Raises:
             ConfigurationError: a value is not what it must be, as in a config.json edited by hand.
         """
+        methods = [key for key in config_dict if key == "facts" or callable(getattr(cls, str(key), None))]
+        if methods:
+            raise ConfigurationError(f"The config.json is damaged: it may not hold {', '.join(methods)}.")
         try:
-            return super().from_dict(config_dict, **kwargs)
+            result = super().from_dict(config_dict, **kwargs)
+            config = result[0] if isinstance(result, tuple) else result
+            # What the file says; whatever differs from it later was set on purpose.
+            config._as_read = {key: config_dict[key] for key in _SETTABLE if key in config_dict}
+            return result
         except ConfigurationError:
             raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever transformers makes of a value that is not as it must be
             raise ConfigurationError(
                 f"The config.json is damaged ({type(error).__name__}: {error}). Save the artifact again, or download "
                 "it again."
@@ -215,6 +225,7 @@ class TaskResConfig(PreTrainedConfig):
         """Everything that goes into config.json."""
         values: dict[str, Any] = super().to_dict()
         facts = values.pop("facts", {})
+        values.pop("_as_read", None)
         head = {key: facts.get(key, published) for key, published in AS_PUBLISHED.items()}
         return {
             **values, "alpha": facts.get("alpha", self.alpha), **head, **{key: facts.get(key) for key in RECORDED},
@@ -277,8 +288,11 @@ def apply_config(loaded: TaskResConfig, config: PreTrainedConfig | str | None, o
                 f"The config given differs from the artifact's in {', '.join(different)}: {why}. On loading, only "
                 f"{', '.join(_SETTABLE)} can be changed."
             )
+        # What it only read from a file may be of an artifact that was saved over since.
+        read = getattr(config, "_as_read", {})
         for key in _SETTABLE:
-            setattr(loaded, key, getattr(config, key, getattr(loaded, key)))
+            if key not in read or getattr(config, key, None) != read[key]:
+                setattr(loaded, key, getattr(config, key, getattr(loaded, key)))
     for key in _SETTABLE:
         if options.get(key) is not None:
             setattr(loaded, key, options[key])

@@ -23,7 +23,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
     """
     name = os.fspath(name_or_path)
     paths = find_artifact(name_or_path, revision, **hub_kwargs)
-    config, tensors = read_checked(*paths)
+    config, tensors, _ = read_checked(*paths)
     values, (rows, dim) = tensors[RESIDUAL].values(), tensors[RESIDUAL].shape
     assert values is not None
     names = {int(index): label for index, label in config["id2label"].items()}

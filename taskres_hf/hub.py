@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import tempfile
 import warnings
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, read_checked
+from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, differing, read_checked, rewrite
 from .description import measured_on
 from .storage import is_path, read_json, write_bytes, write_json
 
@@ -200,7 +199,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_loads(folder)
-    config, _ = read_checked(folder / CONFIG, folder / WEIGHTS)
+    config, _, processor = read_checked(folder / CONFIG, folder / WEIGHTS)
     public = {**config, "base_model_name_or_path": public_base_name(str(config["base_model_name_or_path"]))}
     code = [] if include_code or "auto_map" not in config else [file.name for file in folder.glob("*.py")]
     files = {name: (folder / name).read_bytes() for name in (*_SHARED, *code) if (folder / name).is_file()}
@@ -210,9 +209,8 @@ def push_folder(
     with tempfile.TemporaryDirectory() as place:
         for name, content in files.items():
             write_bytes(Path(place, name), content)
-        if public != read_json(folder / CONFIG):
-            write_json(Path(place, CONFIG), public)
-            _rewrite_metadata(Path(place, WEIGHTS), public)
+        if differing(public, read_json(folder / CONFIG)):
+            rewrite(Path(place), files[WEIGHTS], public, processor)
         card = files.get("README.md")
         if card is None or not keep_written_card(card.decode("utf-8", "replace")):
             write_bytes(Path(place, "README.md"), model_card(public, repo_id).encode())
@@ -236,17 +234,6 @@ def public_base_name(name: str) -> str:
     return short
 
 
-def _rewrite_metadata(path: Path, config: Mapping[str, Any]) -> None:
-    """The config that a weights file carries, replaced; its tensors' bytes stay."""
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header.setdefault("__metadata__", {})["config"] = json.dumps(config, sort_keys=True, ensure_ascii=False)
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # safetensors aligns what follows
-    write_bytes(path, len(text).to_bytes(8, "little") + text + content[8 + size :])
-
-
 REMOTE_FILE = "modeling_taskres.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_taskres.TaskResConfig",
@@ -257,6 +244,24 @@ AUTO_MAP = {
 def remote_code() -> bytes:
     """The one module that `trust_remote_code=True` runs where the library is not installed."""
     return resources.files("taskres_hf").joinpath("remote").joinpath(REMOTE_FILE).read_bytes()
+
+
+def image_processor_of(values: Mapping[str, Any] | None, name: str, options: Mapping[str, Any]) -> Any:
+    """An image processor: of the values that were read with an artifact, else of a folder or repository.
+
+    Args:
+        values: content of preprocessor_config.json, or None. name, options: where to read it then.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.utils.import_utils import is_torchvision_available
+
+    # Without torchvision the default would only warn before it takes the PIL one.
+    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    if values is None:
+        return AutoImageProcessor.from_pretrained(name, **{**options, **backend, "trust_remote_code": False})
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder, PROCESSOR), values)
+        return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
 
 
 def side_files(image_processor: Any, include_code: bool) -> dict[str, bytes]:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils.import_utils import is_torchvision_available
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
@@ -28,7 +27,7 @@ from .encoders import (
     trusted_base_name,
 )
 from .errors import BaseModelError, ConfigurationError
-from .hub import AUTO_MAP, card_for, public_base_name, side_files, upload
+from .hub import AUTO_MAP, card_for, image_processor_of, public_base_name, side_files, upload
 from .residual import TaskResClassifier, cross_entropy
 from .serving import ServedConfig, answered, forget_answer
 
@@ -77,6 +76,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type:
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
         self._processor_source: tuple[str, dict[str, Any]] | None = None
+        self._processor_values: dict[str, Any] | None = None
         self.post_init()  # type: ignore[no-untyped-call]
         self.clip.requires_grad_(False)
         self.train(self.training)
@@ -208,7 +208,8 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type:
         name, older = os.fspath(pretrained_model_name_or_path), kwargs.pop("torch_dtype", None)
         dtype, subfolder = older if dtype is None else dtype, subfolder or ""
         hub, options = split_hub_kwargs(kwargs)
-        values, tensors = read_artifact(*find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub))
+        paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
+        values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
@@ -238,7 +239,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type:
             model.classifier.residual.copy_(tensors[RESIDUAL])
         model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
         at = {"revision": revision, **({"subfolder": subfolder} if subfolder else {})}
-        model._processor_source = (name, {**hub, **at})
+        model._processor_source, model._processor_values = (name, {**hub, **at}), processor
         model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)
@@ -378,11 +379,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type:
                 raise ConfigurationError(
                     "The base model has no name to find its image processor by: set image_processor."
                 )
-            name, options = self._processor_source
-            # Without torchvision the default would only warn before it takes the PIL one.
-            backend = {} if is_torchvision_available() else {"backend": "pil"}
-            options = {**options, **backend, "trust_remote_code": False}
-            self._image_processor = AutoImageProcessor.from_pretrained(name, **options)
+            self._image_processor = image_processor_of(self._processor_values, *self._processor_source)
         return self._image_processor
 
     @image_processor.setter

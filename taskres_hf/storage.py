@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,73 @@ def is_path(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str) or os.path.exists(os.path.expanduser(text)):
         return True
     return os.path.isabs(text) or ".." in text or not _HUB_ID.match(text)
+
+
+def find_files(
+    name_or_path: str | os.PathLike[str],
+    needed: Sequence[str],
+    optional: str,
+    revision: str | None = None,
+    subfolder: str = "",
+    **hub_kwargs: Any,
+) -> list[str]:
+    """Paths of the needed files of an artifact, all of one commit, downloaded into the Hub's cache where needed.
+
+    Args:
+        optional: a file that is downloaded beside them if there is one.
+
+    Raises:
+        ArtifactError: no such folder, or it lacks a file. OSError: no such repository or file, or no access; its
+            cause is the Hub client's error.
+    """
+    name = os.fspath(name_or_path)
+    if is_path(name_or_path):
+        folder = Path(name, subfolder)
+        if not folder.is_dir():
+            what = f"{folder} is a file, not a folder" if folder.is_file() else f"There is no folder {folder}"
+            raise ArtifactError(f"{what}. Check the path, or give a Hub id such as me/pets-taskres.")
+        missing = [file for file in needed if not (folder / file).is_file()]
+        if missing:
+            raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
+        return [str(folder / file) for file in needed]
+    paths: list[str] = []
+    for file in needed:
+        paths.append(_download(name, file, revision, subfolder, hub_kwargs))
+        revision = commit_of(paths[0]) or revision  # the branch may move meanwhile
+    with suppress(ArtifactError, OSError):  # a repository may have none
+        _download(name, optional, revision, subfolder, hub_kwargs)
+    return paths
+
+
+def _download(name: str, file: str, revision: str | None, subfolder: str, hub_kwargs: Mapping[str, Any]) -> str:
+    """Path of one file of a repository, in the Hub's cache."""
+    from huggingface_hub import errors, hf_hub_download
+
+    options = {key: value for key, value in hub_kwargs.items() if key != "proxies"}
+    try:
+        return str(hf_hub_download(name, file, revision=revision, subfolder=subfolder or None, **options))
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"is not in the cache and the Hub cannot be reached, or is not to be: {error}"
+        raise OSError(f"The classifier {name} {reason}") from error
+    except errors.EntryNotFoundError as error:
+        raise ArtifactError(f"The repository {name} holds no TaskRes classifier: it has no {file}.") from error
+    except errors.GatedRepoError as error:
+        raise OSError(
+            f"The classifier {name} is gated: ask for access on its page, log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise OSError(
+            f"There is no repository {name} on the Hub, or it is private: check the name, or pass token= or log in "
+            "with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"The repository {name} has no revision {revision!r}.") from error
+
+
+def commit_of(path: str) -> str | None:
+    """The commit of a file in the Hub's cache; None for one elsewhere."""
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", os.fspath(path))
+    return found.group(1) if found else None
 
 
 # ---------------------------------------------------------------------- writing
@@ -239,9 +306,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any, sort_keys: bool = False) -> bytes:
     """Indented JSON in UTF-8; a lone surrogate, as of a file name, becomes its JSON escape."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    return (json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def write_sealed(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
@@ -331,22 +400,44 @@ def read_stored(path: str | os.PathLike[str]) -> tuple[dict[str, StoredTensor], 
     """
     try:
         content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error}). Save or download it again.") from error
+    return parse_tensors(content, path)
+
+
+def parse_tensors(content: bytes, where: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file's bytes; see `read_stored`."""
+    try:
         tensors = {
             name: StoredTensor(str(entry["dtype"]), tuple(entry["shape"]), bytes(entry["data"]))
             for name, entry in deserialize(content)  # type: ignore[no-untyped-call]
         }
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = dict(header.get("__metadata__") or {})
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist: the folder is not complete; save or download it again.") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{path} is damaged or is not a safetensors file ({error}). Save or download it again."
+            f"{where} is damaged or is not a safetensors file ({error}). Save or download it again."
         ) from error
     if SEAL in metadata:
         raw = {name: (tensor.dtype, tensor.shape, tensor.content) for name, tensor in tensors.items()}
-        _check_seal(path, metadata[SEAL], lambda: tensors_digest(raw, metadata))
+        _check_seal(where, metadata[SEAL], lambda: tensors_digest(raw, metadata))
     return tensors, metadata
+
+
+def with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with other metadata and its checksum; the tensors' bytes stay. Needs no torch."""
+    size = int.from_bytes(content[:8], "little")
+    described = {"format": "pt", **metadata}
+    raw = {
+        name: (str(entry["dtype"]), entry["shape"], entry["data"])
+        for name, entry in deserialize(content)  # type: ignore[no-untyped-call]
+    }
+    header = {**json.loads(content[8 : 8 + size]), "__metadata__": {**described, SEAL: tensors_digest(raw, described)}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns what follows
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_json(path: str | os.PathLike[str], *, unique: bool = False) -> dict[str, Any]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.artifact import whole, with_checksums
 from taskres_hf.cli import main
+from taskres_hf.storage import read_stored, write_tensors
 
 
 def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> TaskResCLIPForImageClassification:
@@ -18,6 +25,37 @@ def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> 
     with torch.no_grad():
         model.classifier.residual.copy_(torch.randn(model.classifier.residual.shape, generator=generator))
     return model
+
+
+def copied(artifact: Path, to: Path) -> Path:
+    """A copy of an artifact, to change."""
+    shutil.copytree(artifact, to)
+    return to
+
+
+def golden_v3(model: TaskResCLIPForImageClassification, folder: Path) -> Path:
+    """How the golden artifact of the third format was made; the base's name was shortened afterwards."""
+    rows = torch.sin(torch.arange(8 * 192, dtype=torch.float64)).reshape(8, 192) * torch.arange(1, 9)[:, None] / 20
+    bias = torch.linspace(-2, 2, 8)
+    model.classifier.set_weight(rows, class_bias=bias, normalize_weight=False, logit_scale_factor=0.75)
+    model.config.training = {"method": "linear-probe"}
+    model.strength = 0.625
+    model.save_pretrained(folder)
+    return folder
+
+
+def forge(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, drop: str = "", **changes: Any) -> Path:
+    """An artifact changed as whoever knows the checksums would: config, tensors or both, without any check."""
+    weights = folder / "model.safetensors"
+    write_tensors(weights, tensors if tensors is not None else load_file(weights))
+    processor = folder / "preprocessor_config.json"
+    prepared = json.loads(processor.read_text()) if processor.is_file() else None
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    config.pop(drop, None)
+    config = with_checksums(config, read_stored(weights)[0], prepared)
+    write_tensors(weights, load_file(weights), whole(config, prepared, {}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

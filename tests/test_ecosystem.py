@@ -18,7 +18,7 @@ import train_both_ways
 from datasets import DatasetDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import random_residual
+from support import forge, random_residual
 from transformers import AutoModelForImageClassification, CLIPModel, Trainer, TrainingArguments
 
 import taskres_hf
@@ -253,21 +253,25 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
         (tmp_path / "other" / name).write_bytes((Path(base) / name).read_bytes())
     for name in ("flipped", "renamed", "stronger", "biased"):
         shutil.copytree(tmp_path / "a", tmp_path / name)
-    config = json.loads((tmp_path / "stronger" / "config.json").read_text())
-    (tmp_path / "stronger" / "config.json").write_text(json.dumps({**config, "strength": 2, "format_version": 3}))
+    forge(tmp_path / "stronger", strength=2, format_version=3)
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     save_file({**tensors, "class_bias": torch.ones(8)}, tmp_path / "biased" / "model.safetensors")
     content = bytearray((tmp_path / "flipped" / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (tmp_path / "flipped" / "model.safetensors").write_bytes(content)
     config = json.loads((tmp_path / "renamed" / "config.json").read_text())
-    config["id2label"]["0"] = "wolf"
-    (tmp_path / "renamed" / "config.json").write_text(json.dumps(config))
+    forge(tmp_path / "renamed", id2label={**config["id2label"], "0": "wolf"})
+    for name, file in (("edited", "config.json"), ("prepared", "preprocessor_config.json")):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        values = json.loads((tmp_path / name / file).read_text())
+        values["alpha" if name == "edited" else "image_mean"] = 0.9 if name == "edited" else [0.0, 0.0, 0.0]
+        (tmp_path / name / file).write_text(json.dumps(values))
     code = (
         _WITHOUT_THE_LIBRARY
         + """
 for name, options, words in (
     ("flipped", {}, "checksum"), ("renamed", {}, "classes or templates"), ("a", {"base_model": "other"}, "image tower"),
+    ("edited", {}, "config.json was changed"), ("prepared", {}, "preprocessor_config.json was changed"),
     ("stronger", {}, "strength"), ("a", {"strength": -1}, "strength"), ("biased", {}, "checksum"),
 ):
     try:

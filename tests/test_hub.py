@@ -12,7 +12,7 @@ import torch
 import yaml
 from hub_server import HubServer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from support import random_residual
+from support import forge, random_residual
 from transformers import AutoModelForImageClassification, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
@@ -91,13 +91,13 @@ def test_cached_copy_serves_when_the_hub_is_down(online: Model, hub: HubServer) 
     assert loaded.image_processor is not None
 
 
-def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str) -> None:
+def test_a_path_in_a_download_is_not_followed(online: Model, hub: HubServer, base: str, tmp_path: Path) -> None:
     online.push_to_hub("tester/animals")
     repo = hub.repos["models/tester/animals"]
-    config = json.loads(hub.files("tester/animals")["config.json"])
+    online.save_pretrained(tmp_path)
     for name in (base, "../tiny-clip", "~/model"):
-        changed = {**config, "base_model_name_or_path": name}
-        repo.commit({"config.json": json.dumps(changed).encode()}, "main", "edit")
+        forge(tmp_path, base_model_name_or_path=name)
+        repo.commit({file.name: file.read_bytes() for file in tmp_path.iterdir()}, "main", "edit")
         with pytest.raises(BaseModelError, match="not followed"):
             Model.from_pretrained("tester/animals")
     assert Model.from_pretrained("tester/animals", base_model="tester/tiny-clip").class_names == online.class_names

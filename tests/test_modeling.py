@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_residual, tiny_config, tiny_images
+from support import forge, random_residual, tiny_config, tiny_images
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -259,7 +259,8 @@ def test_edited_classes_are_noticed(model: Model, tmp_path: Path, change: str) -
         labels["0"] = "wolf"
     else:
         config["templates"] = ["a sketch of a {}."]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config["label2id"] = {name: int(index) for index, name in labels.items()}
+    forge(tmp_path, **config)
     with pytest.raises(BaseMismatchError, match="class names, their order or the templates"):
         Model.from_pretrained(tmp_path)
 

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
-    "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation", "artifact",
-    "description",
+    "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation", "schema",
+    "artifact", "description",
     "encoders", "base_model", "base_classifier", "configuration_taskres", "hub", "serving", "modeling_taskres",
     "pictures",
     "data.reading", "data.listing", "data.labelled", "data.folders", "data.tables", "data.sources",
@@ -26,12 +26,12 @@ ORDER = [
     "methods.clap", "methods.class_mean", "methods.clip_adapter", "methods.clip_lora", "methods.coop",
     "methods.cross_modal", "methods.gda", "methods.linear_probe", "methods.lp_plus_plus", "methods.proker",
     "methods.prolip", "methods.taskres", "methods.zero_shot", "methods.saving", "methods.all", "methods",
-    "predicting", "demo",
+    "predicting", "demo", "checking.signing", "checking.verifying", "checking",
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate",
-    "cli.predict", "cli.share", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.predict", "cli.share", "cli.check", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500

@@ -26,6 +26,8 @@ _COMMANDS = {
     "demo": ("demo", "demo", _USE),
     "info": ("share", "info", _SHARE),
     "push": ("share", "push", _SHARE),
+    "verify": ("check", "verify", _SHARE),
+    "sign": ("check", "sign", _SHARE),
     "benchmark": ("paper", "benchmark", _PAPER),
     "import": ("paper", "import_checkpoint", _PAPER),
 }

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -70,8 +71,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         name = str(pretrained_model_name_or_path)
         hub = {k: kwargs.pop(k) for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
         where = {**hub, "revision": revision, "subfolder": subfolder}
-        paths = [cached_file(name, file, **where) for file in ("config.json", "model.safetensors")]
-        config, tensors = read_artifact(*paths)
+        config_path = cached_file(name, "config.json", **where)
+        if commit := re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", config_path):
+            where["revision"] = commit.group(1)  # all files of one commit
+        weights_path = cached_file(name, "model.safetensors", **where)
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        config, tensors = read_artifact(
+            config_path, weights_path, cached_file(name, "preprocessor_config.json", **where, **optional)
+        )
         base_name = _base_name(config, kwargs.pop("base_model", None), local=os.path.isdir(name))
         pinned = {} if os.path.isdir(base_name) else {"revision": config.base_model_revision}
         pinned["subfolder"] = getattr(config, "base_model_subfolder", None) or ""
@@ -132,13 +139,19 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         raise RuntimeError("Saving needs the library: pip install taskres_hf. To copy a classifier, copy its files.")
 
 
-def read_artifact(config_path, weights_path):
+def read_artifact(config_path, weights_path, processor_path=None):
     """The config and the tensors of an artifact, verified; ValueError where they are damaged or too new."""
     values = json.loads(Path(config_path).read_text(encoding="utf-8"))
     if values.get("format_version", 1) > _FORMAT_VERSION:
         raise ValueError(f"{config_path} was made by a newer taskres_hf: install it and load the classifier with it.")
     with safe_open(weights_path, framework="pt") as stream:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        metadata = stream.metadata() or {}
+    if "sha256" in metadata:
+        processor = None if processor_path is None else json.loads(Path(processor_path).read_text(encoding="utf-8"))
+        values = check_whole(values, processor, tensors, metadata)
+    elif "processor_sha256" in values:
+        raise ValueError(f"{weights_path} has lost its checksum: download it again.")
     digests = [_digest(tensors[key]) for key in ("residual", "base_shift", "class_bias") if key in tensors]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     if values.get("residual_sha256") != digest:
@@ -159,6 +172,30 @@ def read_artifact(config_path, weights_path):
         if not number or not low <= value <= high:
             raise ValueError(f"{config_path}: {key} must be from {low} to {high}; it is {value!r}.")
     return config, tensors
+
+
+def check_whole(values, processor, tensors, metadata):
+    """The config; ValueError where weights, config or processor are not as they were saved together."""
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    parts = [json.dumps(sorted((key, text) for key, text in metadata.items() if key != "sha256")).encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts.append(json.dumps([name, kinds.get(tensor.dtype), list(tensor.shape)]).encode())
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(b"".join(b"%d " % len(part) + part for part in parts)).hexdigest()
+    if digest != metadata["sha256"]:
+        raise ValueError("The checksum of model.safetensors is not that of its content: download it again.")
+    config, replaces = json.loads(metadata["config"]), json.loads(metadata.get("replaces", "{}"))
+    files = {"config.json": (config, values)}
+    files["preprocessor_config.json"] = (json.loads(metadata.get("processor", "null")), processor)
+    for file, pair in files.items():
+        stored, found = (None if x is None else _json_digest(x) for x in pair)
+        if stored != found and not (file in replaces and replaces[file] == found):  # a save that was cut short
+            raise ValueError(f"{file} was changed after the classifier was saved: restore it, or download it again.")
+    return config
+
+
+def _json_digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _digest(tensor):

@@ -1,0 +1,229 @@
+"""What the files of an artifact must hold: one check of a config.json, one of the tensors. Imports no torch.
+
+Nothing that passes is of another type, range or depth than the code that reads it expects, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .storage import StoredTensor
+
+# The files of an artifact, and the tensors in its weights.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+RESIDUAL = "residual"
+SHIFT = "base_shift"
+CLASS_BIAS = "class_bias"
+# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
+# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
+FORMAT_VERSION, PLAIN_VERSION = 3, 2
+
+_REQUIRED = (
+    "base_model_name_or_path",
+    "base_fingerprint",
+    "projection_dim",
+    "id2label",
+    "alpha",
+    "logit_scale",
+)
+
+
+def tensor_digest(tensor: StoredTensor) -> str:
+    """Checksum of a tensor's dtype, shape and bytes; it finds damage, it does not prove who wrote the file."""
+    return hashlib.sha256(f"{tensor.torch_name} {list(tensor.shape)} ".encode() + tensor.content).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
+    """Checksum of all tensors of an artifact; of the residual alone where there is no other."""
+    digests = [tensor_digest(tensors[name]) for name in (RESIDUAL, SHIFT, CLASS_BIAS) if name in tensors]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def problem_of_tensors(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Why these are not an artifact's tensors, finite floating-point matrices and a bias [K]; None if they are."""
+    if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
+        return (
+            f"it must hold exactly one tensor named {RESIDUAL!r} (and {SHIFT!r} for an enhanced base, {CLASS_BIAS!r} "
+            f"for a bias); it holds {sorted(tensors)[:5]}. It is not a TaskRes artifact."
+        )
+    for name, tensor in tensors.items():
+        values = tensor.values()
+        if name == CLASS_BIAS:
+            if values is None or len(tensor.shape) != 1 or not all(map(math.isfinite, values)):
+                return (
+                    f"{CLASS_BIAS} must be K finite floating-point numbers; it is {tensor.torch_name} "
+                    f"{list(tensor.shape)}, or holds NaN or infinite values. Save or download the model again."
+                )
+        elif values is None or len(tensor.shape) != 2:
+            return (
+                f"the residual must be a floating-point matrix [K, D]; it is {tensor.torch_name} {list(tensor.shape)}."
+            )
+        elif not all(map(math.isfinite, values)):
+            classes, dim = tensor.shape
+            bad = sum(not all(map(math.isfinite, values[row * dim : (row + 1) * dim])) for row in range(classes))
+            return (
+                f"the residual holds NaN or infinite values in {bad} of {classes} classes. Training diverged or the "
+                "file is damaged: train again with a lower learning rate, or download the file again."
+            )
+    return None
+
+
+_DEEPEST = 32  # objects and lists within each other; ours have five
+_LARGEST = 2**63  # of a whole number
+
+Check = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < _LARGEST and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and _number(value)
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and value >= 0
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _base64(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and base64.b64decode(value, validate=True) is not None
+    except (binascii.Error, ValueError):
+        return False
+
+
+def _one_of(*values: str) -> Check:
+    return lambda value: isinstance(value, str) and value in values
+
+
+def _list(of: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(of, value))
+
+
+def _object(of: Check = lambda value: True) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(of, value.values()))
+
+
+def _record(**entries: Check) -> Check:
+    """An object in which each of these is null, absent or as it must be."""
+    return lambda value: (
+        isinstance(value, dict) and all(value.get(key) is None or check(value[key]) for key, check in entries.items())
+    )
+
+
+# What each key of config.json must be, where it is there and not null.
+_KEYS: dict[str, Check] = {
+    "base_model_name_or_path": _text, "base_model_revision": _text, "base_model_type": _text,
+    "base_model_subfolder": _text, "projection_dim": lambda value: _whole(value) and value > 0,
+    "base_fingerprint": _record(
+        shape=_list(_count), norm=_number, sketch=_list(_number), score=_list(_number), dtype=_text,
+        prompts_sha256=_text, tokens_sha256=_text,
+        image=_record(sketch=_list(_number), weights=_count, dtype=_text),
+    ),
+    "id2label": _object(_text), "label2id": _object(_count), "templates": _list(_text),
+    "class_descriptions": _object(lambda value: _text(value) or _list(_text)(value)), "prompt_names": _object(_text),
+    "underscores": _one_of("replace", "keep"), "prompt_average": _one_of("raw", "normalized"),
+    "residual_side": _one_of("text", "image"), "alpha": _number, "logit_scale": _positive, "logit_bias": _number,
+    "enhanced_base": _object(), "library_versions": _object(_text), "residual_sha256": _text,
+    "processor_sha256": _text, "dtype": _text, "architectures": _list(_text), "auto_map": _object(),
+    "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
+    "training": _record(method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole),
+    "metrics": _record(
+        accuracy=_number, zero_shot_accuracy=_number, accuracy_interval=_list(_number), method=_text, split=_text,
+        folds=_count, num_images=_count, strength=_number, per_class=_object(_object()),
+    ),
+    "data": _record(
+        id=_text, name=_text, split=_text, train_digest=_text, train_images=_count, epoch_chosen_on=_text,
+        train_pictures=_record(count=_count, sha256_prefixes=_base64),
+        account=_record(kind=_text, left_out=_list(lambda row: isinstance(row, dict) and {"reason", "count"} <= set(row)
+                                                   and _text(row["reason"]) and _count(row["count"]))),
+    ),
+}  # fmt: skip
+
+
+def problem_of_version(config: Mapping[str, Any]) -> str | None:
+    """Why a config.json is not of a format that this library reads."""
+    version = config.get("format_version", 1)
+    if isinstance(version, int) and not isinstance(version, bool) and 1 <= version <= FORMAT_VERSION:
+        return None
+    return (
+        f"it has format_version {version!r:.60}; this library reads up to {FORMAT_VERSION}. It was made by a newer "
+        "taskres_hf: upgrade with `pip install -U taskres_hf`."
+    )
+
+
+# What version 3 adds, with its range; 1 is as published.
+_SETTINGS: dict[str, tuple[float, float]] = {
+    "strength": (0, 1), "logit_scale_factor": (1e-6, 1e6), "normalize_weight": (False, True),
+}  # fmt: skip
+
+
+def problem_of_config(config: Mapping[str, Any], biased: bool = False) -> str | None:
+    """Why a config.json cannot be loaded: a newer format, a key missing, a value of another type or range.
+
+    Args:
+        biased: whether the tensors hold a class bias.
+    """
+    if problem := problem_of_version(config):
+        return problem
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        return f"it lacks {', '.join(missing)}: it is not a complete TaskRes artifact. Save it again."
+    if not _is_shallow(config):
+        return "it is nested too deeply. Save the artifact again."
+    for key, check in _KEYS.items():
+        value = config.get(key)
+        if value is not None and not check(value):
+            return f"{key} has the wrong type or value ({value!r:.60}). Save the artifact again."
+    names, ids = config["id2label"], config.get("label2id")
+    if not names or set(names) != {str(index) for index in range(len(names))}:
+        return "id2label must name the classes 0 to K-1. Save the artifact again."
+    if ids is not None and ids != {name: int(index) for index, name in names.items()}:
+        return "label2id is not id2label the other way round. Save the artifact again."
+    return _problem_of_settings(config, biased)
+
+
+def _is_shallow(value: Any) -> bool:
+    layer = [value]
+    for _ in range(_DEEPEST):
+        inner = [item.values() if isinstance(item, dict) else item for item in layer if isinstance(item, (dict, list))]
+        layer = [item for items in inner for item in items]
+        if not layer:
+            return True
+    return False
+
+
+def _problem_of_settings(config: Mapping[str, Any], biased: bool) -> str | None:
+    for key, (low, high) in _SETTINGS.items():
+        value = config.get(key, type(high)(1))
+        kind = isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(high, bool)
+        if not kind or not low <= value <= high:
+            return (
+                f"{key} must be {'true or false' if high is True else f'from {low:g} to {high:g}'}; it is "
+                f"{value!r:.60}. Save the artifact again."
+            )
+    used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
+    if used and config.get("format_version", 1) <= PLAIN_VERSION:
+        return (
+            f"it has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "
+            "library would overlook them. Set them on the model and save it."
+        )
+    return None
