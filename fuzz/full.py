@@ -76,9 +76,9 @@ def _artifact(folder: Path) -> Any:
     place = folder / "artifact"
     if not place.exists():
         return ABSENT
-    config, tensors = read_checked(place / CONFIG, place / WEIGHTS)
+    config, tensors, processor = read_checked(place / CONFIG, place / WEIGHTS)
     TaskResCLIPForImageClassification.from_pretrained(place, base_model=base()).image_processor  # noqa: B018
-    return config, tensors
+    return config, tensors, processor
 
 
 def _checkpoint(folder: Path, epoch: int) -> None:

@@ -132,7 +132,7 @@ def _save(folder: Path) -> tuple[Any, int]:
 
 
 def _saved_digest(folder: Path) -> str:
-    config, tensors = read_checked(folder / "artifact" / CONFIG, folder / "artifact" / WEIGHTS)
+    config, tensors, _ = read_checked(folder / "artifact" / CONFIG, folder / "artifact" / WEIGHTS)
     return hashlib.sha256(repr((sorted(config.items(), key=str), tensors["residual"])).encode()).hexdigest()
 
 

@@ -14,22 +14,22 @@ from unittest import mock
 import torch
 
 from taskres_hf import TaskResCLIPForImageClassification
-from taskres_hf.artifact import CONFIG, PROCESSOR, WEIGHTS, read_checked, tensors_digest
+from taskres_hf.artifact import CONFIG, PROCESSOR, WEIGHTS, read_checked, rewrite
 from taskres_hf.base_classifier import read_table, write_table
 from taskres_hf.embedding.cache import EmbeddingCache
 from taskres_hf.embedding.engines.choose import converted_tower
-from taskres_hf.errors import TaskResError
 from taskres_hf.paper.cells import read_cell
 from taskres_hf.paper.checkpoints import read_checkpoint as read_published
 from taskres_hf.predicting import PredictionWriter
-from taskres_hf.storage import read_stored, write_sealed
+from taskres_hf.storage import SEAL, json_bytes, sealed, with_metadata, write_sealed
 from taskres_hf.training.run import read_checkpoint, write_checkpoint
 
 from .harness import MADE_AGAIN, Target
 from .material import base, classifier, folder_files
-from .mutation import join_safetensors, split_safetensors
+from .mutation import split_safetensors
 
 Files = dict[str, bytes]
+_GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def written(write: Callable[[Path], Any]) -> Files:
@@ -65,21 +65,38 @@ def _load_artifact(folder: Path) -> Any:
 
 
 def _resign_artifact(files: Files) -> Files | None:
-    """The config's checksum and the weights' copy of the config made right, where both can be read at all."""
+    """An artifact with all checksums made right, where its files can be read at all."""
     try:
-        config, (header, body) = json.loads(files[CONFIG]), split_safetensors(files[WEIGHTS])
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, WEIGHTS).write_bytes(files[WEIGHTS])
-            config["residual_sha256"] = tensors_digest(read_stored(Path(folder, WEIGHTS))[0])
-        header["__metadata__"] = {**header.get("__metadata__", {}), "config": json.dumps(config)}
-        return {**files, CONFIG: json.dumps(config).encode(), WEIGHTS: join_safetensors(header, body)}
-    except (TaskResError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
+        config, processor = json.loads(files[CONFIG]), json.loads(files[PROCESSOR])
+        return written(lambda folder: rewrite(folder, files[WEIGHTS], config, processor))
+    except Exception:  # of whatever is too damaged
         return None
+
+
+def _reseal(files: Files) -> Files | None:
+    """Any other files with the checksums inside them made right."""
+    try:
+        return {name: _resealed(name, content) for name, content in files.items()}
+    except Exception:
+        return None
+
+
+def _resealed(name: str, content: bytes) -> bytes:
+    if name.endswith(".json"):
+        return json_bytes(sealed(json.loads(content)))
+    header = split_safetensors(content)[0]
+    return with_metadata(content, {key: text for key, text in header.get("__metadata__", {}).items() if key != SEAL})
 
 
 def artifact() -> Target:
     """Saved classifiers; every 50th is loaded as a user does, with its image processor, and classifies."""
     return Target("artifact", _artifacts(), _read_artifact, thorough=_load_artifact, resign=_resign_artifact)
+
+
+def old_artifact() -> Target:
+    """Artifacts of earlier formats, whose checksum covers the tensors alone: an edited config is another answer."""
+    seeds = [folder_files(folder) for folder in sorted(_GOLDEN.iterdir()) if (folder / WEIGHTS).is_file()]
+    return Target("old-artifact", seeds, _read_artifact, check=lambda answer: "")
 
 
 # ---------------------------------------------------------------------- caches
@@ -114,7 +131,7 @@ def _read_embeddings(folder: Path) -> Any:
 
 def embeddings() -> Target:
     """The cache of embeddings: the file, and parts of an unfinished one."""
-    return Target("embeddings", _embeddings(), _read_embeddings, changes_folder=True)
+    return Target("embeddings", _embeddings(), _read_embeddings, changes_folder=True, resign=_reseal)
 
 
 def _read_base_classifier(folder: Path) -> Any:
@@ -124,11 +141,8 @@ def _read_base_classifier(folder: Path) -> Any:
 
 def base_classifier() -> Target:
     """The cache of base classifiers."""
-    return Target(
-        "base-classifier",
-        [written(lambda folder: write_table(folder / "t.safetensors", _TABLE))],
-        _read_base_classifier,
-    )
+    seed = written(lambda folder: write_table(folder / "t.safetensors", _TABLE))
+    return Target("base-classifier", [seed], _read_base_classifier, resign=_reseal)
 
 
 _TOWER = {"tower.xml": b"<net>" + bytes(range(32, 127)) * 3 + b"</net>", "tower.bin": _TABLE.numpy().tobytes()}
@@ -195,14 +209,14 @@ def _read_named(folder: Path) -> Any:
 def checkpoint() -> Target:
     """Checkpoints of training, as resuming reads them: where the newest is damaged, the one before it counts."""
     seed = {name: data for name, data in written(_checkpoints).items() if not name.endswith((CONFIG, PROCESSOR, ".md"))}
-    return Target("checkpoint", [seed], _read_newest, thorough=_read_named, keep=(WEIGHTS,))
+    return Target("checkpoint", [seed], _read_newest, thorough=_read_named, keep=(WEIGHTS,), resign=_reseal)
 
 
 _RUN = {"files": "a" * 64, "classifier": "b" * 64, "top_k": 2, "batch_size": 4}
 _ROWS = [
     {
         "file": f"pictures/{number}.png",
-        "predictions": [{"label": f"class {(number + k) % 3}", "score": 0.7 - 0.5 * k} for k in range(2 * (number != 5))],
+        "predictions": [{"label": f"class {(number + k) % 3}", "score": 0.7} for k in range(2 * (number != 5))],
         "error": "'pictures/5.png' cannot be read" if number == 5 else None,
     }
     for number in range(12)
@@ -259,7 +273,9 @@ def _read_cell(folder: Path) -> Any:
 
 def cells() -> Target:
     """Finished runs of the benchmark and of the comparison of methods."""
-    return Target("cells", [written(lambda folder: write_sealed(folder / "cell.json", _CELL))], _read_cell)
+    return Target(
+        "cells", [written(lambda folder: write_sealed(folder / "cell.json", _CELL))], _read_cell, resign=_reseal
+    )
 
 
 # ---------------------------------------------------------------------- foreign checkpoints
@@ -291,6 +307,7 @@ def foreign() -> Target:
 
 
 OWN: dict[str, Callable[[], Target]] = {
-    "artifact": artifact, "embeddings": embeddings, "base-classifier": base_classifier, "tower": tower,
+    "artifact": artifact, "old-artifact": old_artifact,
+    "embeddings": embeddings, "base-classifier": base_classifier, "tower": tower,
     "checkpoint": checkpoint, "predictions": predictions, "cells": cells, "foreign": foreign,
 }  # fmt: skip

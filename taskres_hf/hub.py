@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, differing, read_checked, rewrite
 from .description import measured_on
+from .errors import ArtifactError, TaskResError
 from .storage import is_path, read_json, write_bytes, write_json
 
 # A card without this line was written by a person and is never replaced.
@@ -259,18 +260,32 @@ def image_processor_of(values: Mapping[str, Any] | None, name: str, options: Map
     backend = {} if is_torchvision_available() else {"backend": "pil"}
     if values is None:
         return AutoImageProcessor.from_pretrained(name, **{**options, **backend, "trust_remote_code": False})
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder, PROCESSOR), values)
-        return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder, PROCESSOR), values)
+            return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+    except TaskResError:
+        raise
+    except Exception as error:  # whatever transformers makes of values that are not as they must be
+        raise ArtifactError(
+            f"{PROCESSOR} of {name} makes no image processor ({type(error).__name__}: {error}). Set "
+            "model.image_processor, or mend the file and sign it."
+        ) from error
 
 
 def side_files(image_processor: Any, include_code: bool) -> dict[str, bytes]:
     """An image processor's files, if there is one, and the module for `trust_remote_code` on request, by name."""
     files: dict[str, bytes] = {}
     if image_processor is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            image_processor.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                image_processor.save_pretrained(folder)
+                files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        except OSError as error:
+            raise ArtifactError(
+                f"Cannot write to {tempfile.gettempdir()}, where files are made: {error.strerror or error}. Nothing "
+                "was changed; make room there, or set TMPDIR."
+            ) from error
     if include_code:
         files[REMOTE_FILE] = remote_code()
     return files

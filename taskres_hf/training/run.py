@@ -191,7 +191,8 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_checkpoint(state: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     wrong = [key for key, types in _STATE_TYPES.items() if not isinstance(state.get(key), types)]
-    wrong += [key for key in ("score", "epoch", "waited") if key not in (state.get("best") or {})]
+    best = state.get("best")
+    wrong += [key for key in ("score", "epoch", "waited") if not isinstance(best, dict) or key not in best]
     wrong += sorted({"residual", *_MOMENTS} - set(tensors))
     if wrong:
         raise ArtifactError(f"{', '.join(wrong)} missing or of another kind")
