@@ -31,7 +31,7 @@ from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
 from .residual import TaskResClassifier
-from .storage import digest_of, write_bytes
+from .storage import check_can_write, digest_of, write_bytes
 from .tables import json_text, spreadsheet_text, visible
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -380,8 +380,12 @@ def check_output(path: Path) -> None:
         raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} into.")
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder: give the name of a file to write.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"The folder {path.parent} cannot be written: choose another for {path.name}.")
+    try:
+        check_can_write(folder)
+    except ArtifactError as error:
+        raise ConfigurationError(
+            f"The folder {path.parent} cannot be written: choose another for {path.name}. {error}"
+        ) from error
 
 
 def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1) -> None:
@@ -426,7 +430,7 @@ def _parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
     fields = {"file": pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
     schema = pa.schema({**fields, "error": pa.string()})
     sink, remaining = io.BytesIO(), iter(rows)
-    with pq.ParquetWriter(sink, schema) as writer:
+    with pq.ParquetWriter(sink, schema, write_page_checksum=True) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
             columns = {
                 "file": [_as_utf8(row["file"]) for row in group],

@@ -222,7 +222,7 @@ def check_can_write(folder: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: it cannot be written.
     """
-    place = Path(folder).absolute()
+    place = Path(os.path.realpath(folder))
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from ..errors import ArtifactError, BaseModelError, ConfigurationError
+from ..storage import check_can_write
 
 SHIPPED = "shipped"
 
@@ -42,12 +43,13 @@ def check_output_folder(folder: Path, replace: bool) -> None:
     """Refuse, before any work, a folder that a classifier cannot be saved in.
 
     Raises:
-        ArtifactError: it holds a model that is not to be replaced, or is a file.
+        ArtifactError: it holds a model that is not to be replaced, is a file or cannot be written.
     """
     if (folder / "config.json").exists() and not replace:
         raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
+    check_can_write(folder)
 
 
 def _listed_names(option: str) -> Any:

@@ -31,7 +31,16 @@ from ..base_classifier import same_base
 from ..embedding import Embedder, ImageFeatures
 from ..errors import ArtifactError, ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..storage import SEAL, read_sealed, read_tensors, staging_folder, sync_folder, write_sealed, write_tensors
+from ..storage import (
+    SEAL,
+    check_can_write,
+    read_sealed,
+    read_tensors,
+    staging_folder,
+    sync_folder,
+    write_sealed,
+    write_tensors,
+)
 from .arguments import TaskResTrainingArguments, is_test_split
 from .measuring import Metrics
 from .recipes import Recipe
@@ -275,9 +284,13 @@ OWN = (EpochFlow, EpochBar, Trackers)  # none of them looks at single steps
 def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split: str | None, callbacks: Any) -> bool:
     """Whether the evaluation set chooses the epoch; refused without one, or on the pictures of the final measurement.
 
+    Where checkpoints are asked for, their folder is tried too.
+
     Args:
         split: name of the evaluation set's split, or None where it is unknown.
     """
+    if args.save_epochs:
+        check_can_write(args.output_dir)  # before hours of embedding
     if args.evaluates_epochs and eval_dataset is None:
         reason = "early_stopping_patience" if args.early_stopping_patience is not None else "eval_strategy='epoch'"
         raise ConfigurationError(f"{reason} needs an eval_dataset: give a validation split.")
