@@ -52,7 +52,8 @@ class Save:
 
     Attributes:
         before: makes what is there first. act: writes. read: folder to what a reader finds, `ABSENT` for nothing.
-        quiet: a cache: a full disk is no error. ordered: whether the order of writes matters, since no checksum is
+        quiet: a cache: a full disk is no error. needs_room: a cache of files that are needed somewhere: an
+            error where there is no room at all. ordered: whether the order of writes matters, since no checksum is
             compared before a file is used. kept: endings of names that may stay after a fault, to go on from.
     """
 
@@ -61,6 +62,7 @@ class Save:
     act: Callable[[Path], Any]
     read: Callable[[Path], Any]
     quiet: bool = False
+    needs_room: bool = False
     ordered: bool = True
     kept: tuple[str, ...] = ()
 
@@ -145,7 +147,7 @@ SAVES = (
         lambda f: write_sealed(f / "cell.json", targets._CELL), _cell,
     ),
     Save("predictions", _nothing, _predict, _predicted, kept=(".partial",)),
-    Save("a converted tower", _nothing, targets._read_tower, _tower, quiet=True, ordered=False),
+    Save("a converted tower", _nothing, targets._read_tower, _tower, quiet=True, needs_room=True, ordered=False),
 )  # fmt: skip
 
 
@@ -311,7 +313,7 @@ def problems(
             return [f"{type(error).__name__}: {error}"]
         what = disk.calls[number][0] if number < len(disk.calls) else "nothing"
         synced_folder = what == "fsync" and os.path.isdir(disk.calls[number][1])
-        if save.quiet and raised is not None:
+        if save.quiet and raised is not None and not (save.needs_room and for_good):
             found.append(f"a cache ended the work: {raised}")
         after = save.read(folder)
         if after not in (old, new):

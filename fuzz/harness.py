@@ -152,14 +152,20 @@ def _where(trace: str) -> str:
     return f"({lines[-1].split('taskres_hf/', 1)[-1]})" if lines else ""
 
 
-def pack(folder: Path, expected: Mapping[str, bytes], files: Mapping[str, bytes]) -> bytes:
-    """A reproducer: the damaged files and the undamaged ones they were made of."""
+def pack(expected: Mapping[str, bytes], files: Mapping[str, bytes], forged: bool = False) -> bytes:
+    """A reproducer: the damaged files and the undamaged ones they were made of; forged ones have right checksums."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
         for part, content in (("undamaged", expected), ("damaged", files)):
             for name, data in content.items():
-                archive.writestr(zipfile.ZipInfo(f"{part}/{name}"), data)
+                archive.writestr(f"{part}/{name}", data)
+        archive.comment = b"forged" if forged else b""
     return sink.getvalue()
+
+
+def is_forged(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return archive.comment == b"forged"
 
 
 def unpack(path: Path) -> dict[str, dict[str, bytes]]:
@@ -209,13 +215,13 @@ class _Worker:
         kind, reason = judge(self.target, self.folder(place, files), expected, forged, read)
         if kind == "finding":
             reason = f"{self.target.name} {number}: {reason}"
-            self.keep(place, files, reason)
+            self.keep(place, files, forged, reason)
         return kind, reason
 
-    def keep(self, place: int, files: Mapping[str, bytes], reason: str) -> None:
+    def keep(self, place: int, files: Mapping[str, bytes], forged: bool, reason: str) -> None:
         self.kept[signature(reason)] += 1
         if self.kept[signature(reason)] <= _KEPT:
-            content = pack(self.scratch, self.target.seeds[place], files)
+            content = pack(self.target.seeds[place], files, forged)
             self.corpus.mkdir(parents=True, exist_ok=True)
             name = f"{self.target.name}-{hashlib.sha256(content).hexdigest()[:10]}.zip"
             (self.corpus / name).write_bytes(content)
@@ -281,8 +287,8 @@ def run_target(
                 outcome.inputs += sum(counts.values())
                 break
             # What the process had counted is lost with it: its inputs count as read, the last one as a finding.
-            place, files, _ = make_input(target, seed, current.value)
-            worker.keep(place, files, f"{target.name} {current.value}: {reason}")
+            place, files, forged = make_input(target, seed, current.value)
+            worker.keep(place, files, forged, f"{target.name} {current.value}: {reason}")
             outcome.findings.append(f"{target.name} {current.value}: {reason}")
             outcome.counts["finding"] += 1
             outcome.inputs += current.value - first + 1
@@ -322,7 +328,7 @@ def replay(target: Target, corpus: Path = CORPUS, scratch: str | None = None) ->
                         expected = read(Path(folder, "undamaged"))
                     except TaskResError:  # written by a release whose files are refused now
                         expected = None
-                    kind, reason = judge(target, Path(folder, "damaged"), expected, False, read)
+                    kind, reason = judge(target, Path(folder, "damaged"), expected, is_forged(path), read)
                 outcome.counts[kind] += 1
                 outcome.inputs += 1
                 if reason:

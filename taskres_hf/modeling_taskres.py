@@ -35,7 +35,7 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type: ignore[misc]
+class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
     Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
@@ -356,11 +356,13 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):  # type:
     @property
     def class_names(self) -> list[str]:
         """Class names in label order."""
-        return self.config.class_names
+        names: list[str] = self.config.class_names
+        return names
 
     def class_prompts(self) -> list[list[str]]:
         """The prompts of each class, K lists."""
-        return self.config.class_prompts()
+        prompts: list[list[str]] = self.config.class_prompts()
+        return prompts
 
     @property
     def tokenizer(self) -> Any:

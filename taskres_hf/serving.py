@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from .configuration_taskres import TaskResConfig
 
 _LATEST = threading.local()
 
@@ -45,14 +42,13 @@ class ServedConfig:
     _config: Any = None
 
     @property
-    def config(self) -> TaskResConfig:
+    def config(self) -> Any:
         """The config of the head that serves; of the one that gave them, in a thread that holds logits."""
         head = self._modules.get("classifier")
-        served: TaskResConfig = _of_answer(self) or getattr(head, "config", None) or self._config
-        return served
+        return _of_answer(self) or getattr(head, "config", None) or self._config
 
     @config.setter
-    def config(self, value: TaskResConfig) -> None:
+    def config(self, value: Any) -> None:
         self._config = value
         if "classifier" in self._modules:
             self._modules["classifier"].config = value
