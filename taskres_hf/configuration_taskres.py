@@ -24,6 +24,11 @@ _IGNORED_KWARGS = {
     "weights_only", "code_revision", "trust_remote_code", "offload_state_dict",
 }  # fmt: skip
 _SETTABLE = ("alpha", "strength", "return_dict")  # values of the config that `from_pretrained` takes
+# Which code runs is never decided by a file.
+_NEVER_READ = {
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+    "quantization_config",
+}  # fmt: skip
 # What makes the classifier, which a config given beside the artifact must agree on.
 _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
@@ -190,7 +195,8 @@ class TaskResConfig(PreTrainedConfig):
         if methods:
             raise ConfigurationError(f"The config.json is damaged: it may not hold {', '.join(methods)}.")
         try:
-            result = super().from_dict(config_dict, **kwargs)
+            plain = {key: value for key, value in config_dict.items() if key not in _NEVER_READ}
+            result = super().from_dict(plain, **kwargs)
             config = result[0] if isinstance(result, tuple) else result
             # What the file says; whatever differs from it later was set on purpose.
             config._as_read = {key: config_dict[key] for key in _SETTABLE if key in config_dict}

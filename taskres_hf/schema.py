@@ -85,6 +85,10 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value
 
 
+def _printable(value: Any) -> bool:
+    return isinstance(value, str) and (value.isprintable() or not value)
+
+
 def _number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -131,8 +135,8 @@ def _record(**entries: Check) -> Check:
 
 # What each key of config.json must be, where it is there and not null.
 _KEYS: dict[str, Check] = {
-    "base_model_name_or_path": _text, "base_model_revision": _text, "base_model_type": _text,
-    "base_model_subfolder": _text, "projection_dim": lambda value: _whole(value) and value > 0,
+    "base_model_name_or_path": _text, "base_model_revision": _printable, "base_model_type": _printable,
+    "base_model_subfolder": _printable, "projection_dim": lambda value: _whole(value) and value > 0,
     "base_fingerprint": _record(
         shape=_list(_count), norm=_number, sketch=_list(_number), score=_list(_number), dtype=_text,
         prompts_sha256=_text, tokens_sha256=_text,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,6 +33,7 @@ from taskres_hf.paper.comparison import (
 from taskres_hf.paper.memory import PeakMemory
 from taskres_hf.paper.runner import run_benchmark
 from taskres_hf.paper.tasks import held_out_rows, open_tasks
+from taskres_hf.storage import read_sealed
 
 FEW: dict[str, Any] = {"shots": [1, 2], "seeds": [1, 2]}
 
@@ -168,7 +168,7 @@ def test_results_csv_has_a_row_a_cell(base: str, tmp_path: Path) -> None:
     assert {row["method"] for row in rows} == {"taskres", "taskres-paper"}
     assert len(rows) == len(results) == 16
     for row, result in zip(rows, results, strict=True):
-        stored = json.loads((tmp_path / "cells" / MethodCell(**{k: result[k] for k in _KEYS}).file_name).read_text())
+        stored = read_sealed(tmp_path / "cells" / MethodCell(**{k: result[k] for k in _KEYS}).file_name)
         assert stored == result
         assert (float(row["accuracy"]), float(row["ece"])) == (result["accuracy"], result["ece"])
         assert (

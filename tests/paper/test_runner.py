@@ -30,7 +30,7 @@ from taskres_hf.paper.reports import (
     write_reports,
 )
 from taskres_hf.paper.runner import accuracies, few_shot_runs, grid, run_benchmark, task_runs
-from taskres_hf.storage import write_json
+from taskres_hf.storage import read_sealed, write_json
 
 
 def test_finished_cells_are_not_run_again(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_a_damaged_cell_is_run_again(base: str, tmp_path: Path) -> None:
     cell.write_text('{"accur')
     with pytest.warns(UserWarning, match="This run is made again"):
         assert run_benchmark(base, ["food"], tmp_path, **options) == first
-    assert json.loads(cell.read_text()) == first[0]
+    assert read_sealed(cell) == first[0]
 
 
 @pytest.mark.parametrize("side", ["text", "vision"])
@@ -219,7 +219,7 @@ def test_one_loop_serves_other_experiments(base: str, spec: Any, splits: Any) ->
 def test_draws_are_stored_and_replayable(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_benchmark(base, ["food"], tmp_path, shots=[2], seeds=[5], recipes=["paper"])
     draw = tmp_path / "few_shot" / "food" / "shot_2-seed_5.json"
-    content = json.loads(draw.read_text())
+    content = read_sealed(draw)
     assert len(content["indices"]) == len(content["labels"]) == len(content["files"]) == 14
     data = Path(runner.__file__).parents[1] / "demo_data" / "food"
     code, _, _ = run(
