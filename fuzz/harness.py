@@ -3,7 +3,7 @@
 An input must give the answer of the undamaged file, or an error of ours, or, from a cache, nothing (it is made again).
 Files of other people (tables, archives, split lists) carry no checksum of ours: there another answer is allowed as long
 as it is well formed. Anything else is a finding: an error of another kind, another answer, a crash of the process,
-more than 5 seconds, or more than 500 MB.
+more than 5 seconds of the processor, or more than 500 MB.
 
 Each kind of file runs in a process of its own that is forked once, so a crash ends that process and is seen from here.
 Every input follows from the seed, the kind and its number: any of them can be made again.
@@ -113,12 +113,12 @@ def _alarm(number: int, frame: Any) -> None:
 
 def judge(target: Target, folder: Path, expected: Any, forged: bool, read: Callable[[Path], Any]) -> tuple[str, str]:
     """What reading a folder comes to: `same`, `refused`, `made again`, `other`, or `finding` with what went wrong."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    signal.signal(signal.SIGALRM, _alarm)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    signal.signal(signal.SIGPROF, _alarm)
+    signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
     try:
         answer = read(folder)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if isinstance(answer, str) and answer == MADE_AGAIN:
             result = ("made again", "")
         elif answer == expected:
@@ -137,12 +137,12 @@ def judge(target: Target, folder: Path, expected: Any, forged: bool, read: Calla
     except BaseException as error:
         result = ("finding", f"{type(error).__name__}: {str(error)[:200]} {_where(traceback.format_exc())}")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if result[0] != "finding" and used > MOST_BYTES:
         return "finding", f"{used >> 20} MB of memory"
-    if result[0] != "finding" and time.monotonic() - start > MOST_SECONDS:
-        return "finding", f"{time.monotonic() - start:.1f} seconds"
+    if result[0] != "finding" and time.process_time() - start > MOST_SECONDS:
+        return "finding", f"{time.process_time() - start:.1f} seconds"
     return result
 
 
