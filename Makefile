@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 
-.PHONY: demo test check fix bench results clean
+.PHONY: demo test check fix bench fuzz results clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taskres demo
@@ -30,6 +30,11 @@ fix: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# Damaged files, kills, full disks, races and long runs: the figures of docs/reliability.md, in about an hour
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m fuzz --all
+	$(BIN)/python -m fuzz full kills races soak
 
 # The tables of docs/results.md: photographs first, where TASKRES_PHOTOS leads to them
 results: $(VENV)/.installed

@@ -345,9 +345,9 @@ def load_tokenizer(source: BaseSource) -> Any:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and not os.path.isdir(source.name):
             raise
+        reason = f"The tokenizer of the base model {source.name!r} cannot be loaded ({error!s:.200})."
         raise BaseModelError(
-            f"The tokenizer of the base model {source.name!r} cannot be loaded ({' '.join(str(error).split())[:200]}). "
-            "Its files belong beside the model: save it there with tokenizer.save_pretrained(FOLDER)."
+            f"{reason} Its files belong beside the model: save it there with tokenizer.save_pretrained(FOLDER)."
         ) from error
     whole = "tokenizer.json"
     files = getattr(tokenizer, "vocab_files_names", None) or {}
@@ -373,7 +373,11 @@ def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = 
     if values is not None:
         with tempfile.TemporaryDirectory() as folder:
             write_json(Path(folder, "preprocessor_config.json"), values)
-            return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+            try:
+                return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+            except Exception as error:  # whatever transformers makes of values that are not as they must be
+                reason = f"preprocessor_config.json makes no image processor ({type(error).__name__}: {error})."
+                raise ArtifactError(f"{reason} Set model.image_processor, or mend the file and sign it.") from error
     options = {"revision": source.revision, **source.hub, **backend, "trust_remote_code": False}
     with asking_for(f"The image processor of {source.name}", source.name, source.revision):
         return AutoImageProcessor.from_pretrained(source.name, **options)

@@ -29,6 +29,7 @@ from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, differing, read_c
 from .card import card_for, card_to_push, is_hub_id, is_of_older_release, model_card
 from .errors import (
     LOG_IN,
+    ArtifactError,
     ConfigurationError,
     HubError,
     TaskResError,
@@ -427,9 +428,15 @@ def side_files(image_processor: Any, include_code: bool) -> dict[str, bytes]:
     """An image processor's files, if there is one, and the module for `trust_remote_code` on request, by name."""
     files: dict[str, bytes] = {}
     if image_processor is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            image_processor.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                image_processor.save_pretrained(folder)
+                files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        except OSError as error:
+            raise ArtifactError(
+                f"Cannot write to {tempfile.gettempdir()}, where files are made: {error.strerror or error}. Nothing "
+                "was changed; make room there, or set TMPDIR."
+            ) from error
     if include_code:
         files[REMOTE_FILE] = remote_code()
     return files

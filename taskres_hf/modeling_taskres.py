@@ -30,12 +30,13 @@ from .encoders import (
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
 from .residual import TaskResClassifier, cross_entropy
+from .serving import ServedConfig, answered, forget_answer
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(PreTrainedModel):
+class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
     Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
@@ -47,7 +48,6 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
     """
 
     config_class = TaskResConfig
-    config: TaskResConfig
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
     input_modalities: Any = ("image",)
@@ -72,6 +72,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             scale, bias = score_parameters(base)
         self.classifier = TaskResClassifier(base_classifier, config.alpha, scale, bias, config.residual_side)
         self.classifier.facts = config.facts  # one home: the head's reset and the config's readers see the same
+        self.config = config  # of the head, so that both are exchanged in one step
         self._image_processor: Any = None
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
@@ -291,7 +292,9 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 f"image_embeds must have {self.config.projection_dim} columns, the base's projection size; got "
                 f"{tuple(image_embeds.shape)}. Use the projected features of {self.config.base_model_name_or_path}."
             )
-        logits = self.classifier(image_embeds)
+        head = self.classifier
+        logits = head(image_embeds)
+        answered(self, head, logits)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
@@ -316,13 +319,16 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         return self.classifier.zero_shot_logits(image_embeds)
 
     def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
-        """Serve another task over the same backbone, from now on: its head and config take the place of these.
+        """Serve another task over the same backbone: its head and config take the place of these, in one step.
+
+        A thread that holds logits sees config and class names of the head they are from, until it drops them.
 
         Raises:
             ConfigurationError: the other model was made for another base.
         """
         check_same_bases(self.config, other.config)
-        self.classifier, self.config = other.classifier, other.config
+        forget_answer()
+        self._config, self.classifier = other.config, other.classifier
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
@@ -353,11 +359,11 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
     @property
     def class_names(self) -> list[str]:
         """Class names in label order."""
-        return self.config.class_names
+        return list(self.config.class_names)
 
     def class_prompts(self) -> list[list[str]]:
         """The prompts of each class, K lists."""
-        return self.config.class_prompts()
+        return list(self.config.class_prompts())
 
     @property
     def tokenizer(self) -> Any:

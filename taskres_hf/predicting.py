@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,11 +30,15 @@ from .embedding.embedder import Embedder
 from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
+from .residual import TaskResClassifier
 from .storage import check_can_write, digest_of, write_bytes
 from .tables import json_text, spreadsheet_text, visible
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link there may point at anything
+# How the first line begins, which says what the run is; such a line without an end was cut short.
+_BEGINNING = re.compile(rb'[0-9a-f]{0,16}|[0-9a-f]{16} (\{("[^\n]*)?)?')
+_LONGEST_BEGINNING = 4096  # bytes
 _ROW_GROUP = 65536  # rows that parquet compresses together
 
 
@@ -63,11 +68,11 @@ def classify_files(
     """
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     embedder.get_ready(len(files))
-    yield from _classify(model, embedder, files, top_k, batch_size or embedder.batch_size, progress)
+    yield from _classify(model.classifier, embedder, files, top_k, batch_size or embedder.batch_size, progress)
 
 
 def _classify(
-    model: TaskResCLIPForImageClassification,
+    head: TaskResClassifier,
     embedder: Embedder,
     files: Sequence[str | os.PathLike[str]],
     top_k: int,
@@ -75,8 +80,8 @@ def _classify(
     progress: bool,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the files from number `done` on."""
-    names, head = model.class_names, model.classifier
+    """Rows of the files from number `done` on, by a head with the names that belong to it."""
+    names = head.config.class_names
     paths = [os.fsdecode(file) for file in files]
     batches = [range(start, min(start + batch_size, len(paths))) for start in range(done, len(paths), batch_size)]
     errors: dict[int, str] = {}
@@ -168,8 +173,9 @@ def classify_to_file(
     # To go on, not to measure again: forms of the tower that are as fast as each other differ in the last bits.
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
-    top_k = min(top_k, len(model.class_names))
     head = model.classifier
+    names = head.config.class_names
+    top_k = min(top_k, len(names))
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
         "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
@@ -178,7 +184,7 @@ def classify_to_file(
                 head.weight().detach().cpu().numpy().tobytes(),
                 head.residual.detach().cpu().numpy().tobytes(),
                 *bias,
-                json.dumps([head.extra_repr(), *model.class_names]).encode(),
+                json.dumps([head.extra_repr(), *names]).encode(),
             ]
         ),
         "base model or engine": digest_of([json.dumps([*embedder.key, embedder.engine.is_stock]).encode()]),
@@ -187,7 +193,7 @@ def classify_to_file(
     }
     with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:
         done = writer.rows
-        for row in _classify(model, embedder, files, top_k, size, progress, done):
+        for row in _classify(head, embedder, files, top_k, size, progress, done):
             writer.write(row)
         skipped = writer.finish(top_k)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
@@ -303,7 +309,7 @@ class PredictionWriter:
         for number, (value, end, checksum) in enumerate(_checked_lines(self._stream)):
             begun = value if number == 0 else begun
             ends.append((end, checksum))
-        if not ends and os.fstat(self._stream.fileno()).st_size:
+        if not ends and not self._was_never_begun():
             raise ConfigurationError(f"{self.partial} is in the way: it holds no rows of this library. Move it away.")
         rows = len(ends) - 1
         if rows > 0 and not resume:
@@ -329,6 +335,12 @@ class PredictionWriter:
         self._stream.truncate()
         if not self.rows:
             self._write(run)
+
+    def _was_never_begun(self) -> bool:
+        """Whether the file holds nothing, or a first line of ours that was cut short."""
+        self._stream.seek(0)
+        start = self._stream.read(_LONGEST_BEGINNING)
+        return len(start) < _LONGEST_BEGINNING and bool(_BEGINNING.fullmatch(start))
 
     def _failure(self, error: OSError) -> ArtifactError:
         advice = f"Its {self.rows} rows stay: make room and go on with resume=True (--resume)." if self.rows else ""

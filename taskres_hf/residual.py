@@ -113,6 +113,7 @@ class TaskResClassifier(nn.Module):
     shift: Tensor | None
     class_bias: Tensor | None
     facts: dict[str, Any]
+    config: Any = None  # of the model that it serves in
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ def test_the_wheel_is_the_library_and_no_more(source: Path) -> None:
 
 
 def test_the_source_distribution_holds_what_the_tests_need(source: Path) -> None:
-    needed = _files(source, "tests", "docs", "examples", "benchmarks", "taskres_hf")
+    needed = _files(source, "tests", "docs", "examples", "benchmarks", "fuzz", "taskres_hf")
     with tarfile.open(_build(source, "sdist")) as tar:
         names = {"/".join(Path(name).parts[1:]) for name in tar.getnames()}
         metadata = next(member for member in tar.getmembers() if Path(member.name).parts[1:] == ("PKG-INFO",))

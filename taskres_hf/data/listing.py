@@ -205,7 +205,7 @@ def is_archive(path: Path) -> bool:
     """Whether a file is a zip or a tar (also compressed), by its content."""
     try:
         return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+    except _DAMAGED:
         return False
 
 
@@ -306,7 +306,7 @@ class ArchiveListing(Listing):
             name = _inside(member.filename)
             if name is None:
                 passed.setdefault("members whose name leads out of the archive", []).append(member.filename)
-            elif is_ignored(name):
+            elif is_ignored(name) or name == "":
                 continue
             elif member.is_dir():
                 folders.add(name)

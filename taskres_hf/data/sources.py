@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
 
 from ..errors import DataError, TaskResError
 from ..storage import is_path
@@ -205,7 +206,7 @@ def _read_file(path: Path, options: SourceOptions) -> Reading:
     ending = suffix(path.name)
     if ending in (".parquet", ".pq") and _holds_pictures(path):
         split = split_name(path.stem) or "train"
-        part = load_dataset("parquet", data_files=str(path), split="train", cache_dir=options.cache_dir)
+        part = _load_parquet([str(path)], "train", options)
         return Reading("parquet", [SplitReading(split, path.name, part)])
     if ending in TABLE_ENDINGS:
         beside = FolderListing(path.absolute().parent, scan=False)
@@ -221,6 +222,13 @@ def _read_file(path: Path, options: SourceOptions) -> Reading:
         raise DataError(f"{printable(path)} is one picture. {EXPECTED}")
     extra = " Save a spreadsheet as CSV." if ending in (".xlsx", ".xls", ".ods") else ""
     raise DataError(f"The file {printable(path)} is of no kind that can be read here. {READABLE}{extra}")
+
+
+def _load_parquet(paths: Sequence[str], split: str, options: SourceOptions) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files={split: list(paths)}, split=split, cache_dir=options.cache_dir)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(f"{printable(paths[0])} cannot be read as parquet: {error}") from error
 
 
 def _content(path: Path) -> bytes:
@@ -243,7 +251,7 @@ def _holds_pictures(path: Path) -> bool:
 
     try:
         schema = pyarrow.parquet.read_schema(path)
-    except (OSError, ValueError) as error:  # Arrow's errors are of both kinds
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{printable(path)} is no readable parquet file: {error}") from error
     if '"Image"' in str((schema.metadata or {}).get(b"huggingface", b"")):
         return True
@@ -306,7 +314,7 @@ def _read_parquet_files(path: Path, names: list[str], options: SourceOptions) ->
         files.setdefault(split, []).append(str(path / name))
     reading = Reading("parquet files", [])
     for split, paths in files.items():  # one by one: files of a folder may differ in columns
-        part = load_dataset("parquet", data_files={split: paths}, split=split, cache_dir=options.cache_dir)
+        part = _load_parquet(paths, split, options)
         reading.splits.append(SplitReading(split, shorten([Path(p).name for p in paths], 2), part))
     return reading
 

@@ -41,7 +41,7 @@ _DTYPES = {
 _LITERALS = frozenset(
     ("BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT")
 )
-_LONGEST_PICKLE = 32 << 20  # bytes; that of a published checkpoint has a few thousand
+_LONGEST_PICKLE = 1 << 20  # bytes, followed within seconds; that of a published checkpoint has a few thousand
 _MOST_MEMBERS = 10_000
 _RESIDUAL, _BASE = "text_feature_residuals", "base_text_features"
 _ROUNDING = 5e-3  # the published code rounds text embeddings to fp16; relative to a row's length

@@ -210,7 +210,7 @@ def _compare(splits: Mapping[str, LabelledImages], spec: Mapping[str, Any], name
 def _from_paths(paths: Sequence[Path], labels: Sequence[int], names: Sequence[str], folder: Path) -> LabelledImages:
     if not paths:
         raise DataError(f"There are no pictures below {folder}.")
-    absent = [path for path in paths if not path.is_file()]
+    absent = [path for path in paths if not os.path.isfile(path)]  # a name may be too long to ask `Path`
     if absent:
         raise DataError(
             f"{len(absent)} of {len(paths)} pictures that the split names are not there, the first {absent[0]}. "
@@ -242,7 +242,8 @@ def _read_split_file(folder: Path, spec: Mapping[str, Any], names: Sequence[str]
                 raise DataError(f"{file}: row {number} of {key!r} {problem}.")
     pictures = folder / spec["layout"]["images"]
     problems = _path_overlaps({split: [path for path, _, _ in part] for split, part in rows.items()})
-    digest = hashlib.sha256(json.dumps(list(rows.values()), ensure_ascii=False, separators=(",", ":")).encode())
+    text = json.dumps(list(rows.values()), ensure_ascii=False, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     if spec.get("split_sha256") not in (None, digest.hexdigest()):
         problems.append(f"the rows of {file.name} are not those of the published file")
     splits = {

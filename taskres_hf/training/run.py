@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -48,6 +49,7 @@ from .steps import Batches, Step, make_optimizer, set_learning_rate
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
+_ATTEMPTS = 100  # at replacing a checkpoint that other processes replace too
 
 
 class BestResidual:
@@ -104,22 +106,38 @@ def write_checkpoint(
         state: the run's description and history, for JSON.
         limit: newest checkpoints kept; None, 0 or less for all.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(output_dir) / f"checkpoint-{epoch}"
-    with staging_folder(Path(output_dir), folder.name) as staging:
-        model.save_pretrained(staging)
-        optimizer = write_tensors(staging / OPTIMIZER, tensors)
-        write_sealed(staging / STATE, {**state, "optimizer_sha256": optimizer})
-        staging.chmod(Path(output_dir).stat().st_mode & 0o777)  # mkdtemp gives 0700
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
-        sync_folder(folder.parent)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _write_checkpoint(folder, model, tensors, state)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot write {folder}: {error.strerror or error}. Make room, or choose another output_dir; earlier "
+            "checkpoints stay."
+        ) from error
     if limit is not None and limit > 0:
         # Later epochs than this one are of an earlier run: they go first, and what was just written never.
         found = sorted(list_checkpoints(output_dir), key=lambda path: (_epoch(path) <= epoch, _epoch(path)))
         for old in found[:-limit]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _write_checkpoint(folder: Path, model: Any, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    with staging_folder(folder.parent, folder.name) as staging:
+        model.save_pretrained(staging)
+        optimizer = write_tensors(staging / OPTIMIZER, tensors)
+        write_sealed(staging / STATE, {**state, "optimizer_sha256": optimizer})
+        staging.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp gives 0700
+        for attempt in range(_ATTEMPTS):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.replace(staging, folder)
+                break
+            except OSError as error:  # another process was faster with this epoch
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                    raise
+        sync_folder(folder.parent)
 
 
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -182,7 +200,8 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_checkpoint(state: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     wrong = [key for key, types in _STATE_TYPES.items() if not isinstance(state.get(key), types)]
-    wrong += [key for key in ("score", "epoch", "waited") if key not in (state.get("best") or {})]
+    best = state.get("best")
+    wrong += [key for key in ("score", "epoch", "waited") if not isinstance(best, dict) or key not in best]
     wrong += sorted({"residual", *_MOMENTS} - set(tensors))
     if wrong:
         raise ArtifactError(f"{', '.join(wrong)} missing or of another kind")

@@ -120,10 +120,22 @@ def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Call
     except (ArtifactError, OSError) as error:
         if not folder.is_dir():  # or another process was faster
             warn_not_kept(folder.parent, "The converted tower is", error)
-            folder = Path(tempfile.mkdtemp(prefix="taskres-"))
-            weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
-            convert(folder / name)
+            folder = _for_this_process(name, base, convert)
     return folder / name
+
+
+def _for_this_process(name: str, base: PreTrainedModel, convert: Callable[[Path], None]) -> Path:
+    """A folder with the converted tower that lasts as long as its base."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="taskres-"))
+        weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
+        convert(folder / name)
+    except OSError as error:
+        raise ArtifactError(
+            f"There is no room for the converted tower, neither in the cache folder nor in {tempfile.gettempdir()} "
+            f"({error.strerror or error}). Make room, or run engine='torch', which needs no files."
+        ) from error
+    return folder
 
 
 def _is_whole(folder: Path) -> bool:

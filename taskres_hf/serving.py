@@ -1,0 +1,54 @@
+"""Head and config as one: which classifier a thread's latest answer came from.
+
+`use_classifier` may exchange the head while other threads classify. The config is the head's, so both change in one
+step. A thread that holds an answer (its logits) goes on seeing the config that belongs to it, so names are those of the
+head that gave the logits; everybody else sees the config of the head that serves now.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+_LATEST = threading.local()
+
+
+def answered(model: Any, head: Any, logits: torch.Tensor) -> None:
+    """Note that this thread got `logits` from a head of a model."""
+    if not torch.compiler.is_compiling():
+        _LATEST.answer = weakref.ref(model), weakref.ref(logits), getattr(head, "config", None)
+
+
+def forget_answer() -> None:
+    """This thread has exchanged the classifier itself, and sees the new one at once."""
+    _LATEST.answer = None
+
+
+def _of_answer(model: Any) -> Any:
+    """The config that this thread's latest answer belongs to; None where it holds none of this model."""
+    answer = getattr(_LATEST, "answer", None)
+    if answer is None or answer[0]() is not model or answer[1]() is None:
+        return None
+    return answer[2]
+
+
+class ServedConfig:
+    """The attribute `config` of a model whose head brings its own."""
+
+    _modules: Any
+    _config: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The config of the head that serves; of the one that gave them, in a thread that holds logits."""
+        head = self._modules.get("classifier")
+        return _of_answer(self) or getattr(head, "config", None) or self._config
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self._config = value
+        if "classifier" in self._modules:
+            self._modules["classifier"].config = value
