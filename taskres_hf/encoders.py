@@ -74,23 +74,14 @@ FAMILIES: dict[str, EncoderFamily] = {
     "align": EncoderFamily(score="temperature"),
     # SigLIP pools the last token: short padding or a mask would pool another one.
     "siglip": EncoderFamily(
-        padding="max_length",
-        attention_mask=False,
-        score="exp_scale_bias",
-        text_length=64,
-        text_projection="text_model.head",
-        text_modules=("text_model",),
-        clip_layers=True,
+        padding="max_length", attention_mask=False, score="exp_scale_bias", text_length=64, clip_layers=True,
+        text_projection="text_model.head", text_modules=("text_model",),
     ),
     "siglip2": EncoderFamily(
-        padding="max_length",
-        attention_mask=False,
-        score="exp_scale_bias",
-        text_length=64,
-        text_projection="text_model.head",
-        image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+        padding="max_length", attention_mask=False, score="exp_scale_bias", text_length=64,
+        text_projection="text_model.head", image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
     ),
-}
+}  # fmt: skip
 
 
 def family_of(model_or_config: Any) -> EncoderFamily:

@@ -51,10 +51,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
     input_modalities: Any = ("image",)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
 
     def __init__(
