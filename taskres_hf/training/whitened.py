@@ -250,7 +250,7 @@ class _Whitened:
         return self._apply(weight if self.span is None else weight @ self.span.T)
 
 
-# ---------------------------------------------------------------------- candidates
+# ---------------------------------------------------------------------- the fit, and what held-out shots say of it
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ def _log_loss(logits: Tensor, y: Tensor, weights: Tensor) -> float:
 
 
 class _Objective:
-    """`sum_i w_i CE(logits_i, y_i) + decay / 2 |V|^2` of B candidates, whose logits [B, N, K] are moved in place.
+    """`sum_i w_i CE(logits_i, y_i) + decay / 2 |V|^2` of B problems, whose logits [B, N, K] are moved in place.
 
     It goes over the pictures in pieces: one more set of logits is all the memory that a direction takes.
     """
