@@ -1,8 +1,9 @@
 """The six tasks of photographs, built from clones of the public repositories that hold them.
 
-Which pictures the published tables use follows from no rule: a random draw decided it, and near-duplicates an image
-network found. `build` draws by a rule of its own, with the same classes, the same number of pictures or nearly, and the
-same groups kept apart. Given a `Draw`, it makes those very tasks, byte for byte.
+Which pictures the tables of docs/results.md use follows from no rule: a random draw decided it, and near-duplicates an
+image network found. `PUBLISHED` keeps their row numbers, from which `build` makes those very tasks, byte for byte with
+the same JPEG encoder. Without a draw it draws by a rule of its own: the same classes, the same number of pictures or
+nearly, and the same groups kept apart.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ SPLITS = ("train", "validation", "test")
 MOST = {"train": 32, "validation": 8, "test": 40}  # pictures a class
 SHORT_SIDE, QUALITY = 160, 88
 
-# Rows of the sorted candidates of a task, by split, in the order in which the split holds them.
-Draw = Mapping[str, Mapping[str, Sequence[int]]]
+# Of each task, the rows of its sorted candidates by split, in the order in which the split holds them, and `sha256` of
+# the files they name, which tells another commit.
+Draw = Mapping[str, Mapping[str, Any]]
+PUBLISHED = Path(__file__).with_name("photos_draw.json")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def candidates(root: Path, name: str) -> list[Candidate]:
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    found = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return sorted(found, key=lambda path: path.name)  # paths themselves sort differently on Windows
 
 
 def prepared(path: Path) -> bytes:
@@ -215,36 +219,52 @@ def build(root: Path, out: Path, names: Iterable[str] | None = None, draw: Draw 
 
     Args:
         root: folder of the clones, each under its repository's name.
-        draw: what `draw.json` of an earlier build says, or a folder of tasks whose very pictures are wanted; None
-            draws by the rule, the same everywhere.
+        draw: what `PUBLISHED` or the `draw.json` of an earlier build says, or a folder of tasks whose very pictures
+            are wanted; None draws by the rule, the same everywhere.
 
     Returns:
         The content of `tasks.json`.
 
     Raises:
-        DataError: a clone is missing or another, or a picture of the folder `draw` cannot be made.
+        DataError: a clone is missing or at another commit, or a picture of the folder `draw` cannot be made.
     """
-    tasks, rows = {}, {}
+    tasks, draws = {}, {}
     for name in names or SOURCES:
         pictures = candidates(root, name)
         if isinstance(draw, Path):
-            rows[name] = drawn_like(draw, name, pictures)
+            rows = drawn_like(draw, name, pictures)
         else:
-            rows[name] = drawn_by_rule(name, pictures) if draw is None else _checked(name, draw, pictures)
-        tasks[name] = _write(
-            root, out, name, {split: [pictures[row] for row in part] for split, part in rows[name].items()}
-        )
+            rows = drawn_by_rule(name, pictures) if draw is None else _checked(name, draw, pictures)
+        parts = {split: [pictures[row] for row in part] for split, part in rows.items()}
+        tasks[name] = _write(root, out, name, parts)
+        draws[name] = {"sha256": _digest(parts), **rows}
     (out / "tasks.json").write_text(json.dumps(tasks, indent=1) + "\n", encoding="utf-8")
-    (out / "draw.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    (out / "draw.json").write_text(json.dumps(draws, separators=(",", ":")) + "\n", encoding="utf-8")
     return tasks
 
 
 def _checked(name: str, draw: Draw, pictures: Sequence[Candidate]) -> dict[str, list[int]]:
-    if name not in draw or set(draw[name]) != set(SPLITS):
-        raise DataError(f"The draw says nothing of {name}; it must hold rows for {', '.join(SPLITS)}.")
-    if max(max(part) for part in draw[name].values()) >= len(pictures):
-        raise DataError(f"The draw of {name} is of another commit: there are {len(pictures)} pictures to draw from.")
-    return {split: list(draw[name][split]) for split in SPLITS}
+    """Rows that a draw has for a task, after a look whether they name the files that they were drawn from."""
+    if name not in draw or set(draw[name]) != {"sha256", *SPLITS}:
+        raise DataError(f"The draw says nothing of {name}; it must hold sha256 and rows for {', '.join(SPLITS)}.")
+    rows = {split: list(draw[name][split]) for split in SPLITS}
+    if all(0 <= row < len(pictures) for part in rows.values() for row in part):
+        digest = _digest({split: [pictures[row] for row in part] for split, part in rows.items()})
+        if digest == draw[name]["sha256"]:
+            return rows
+    raise DataError(
+        f"The draw of {name} is of other files than the {len(pictures)} here; is the clone of "
+        f"{SOURCES[name].repository} at {SOURCES[name].commit}?"
+    )
+
+
+def _digest(parts: Mapping[str, Sequence[Candidate]]) -> str:
+    """SHA-256 of the files of the splits, each by its own, whatever they are encoded to afterwards."""
+    whole = hashlib.sha256()
+    for split in SPLITS:
+        for picture in parts[split]:
+            whole.update(hashlib.sha256(picture.path.read_bytes()).digest())
+    return whole.hexdigest()
 
 
 def _write(root: Path, out: Path, name: str, parts: Mapping[str, Sequence[Candidate]]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
     python -m benchmarks.photos                              # what the folder of TASKRES_PHOTOS holds
     python -m benchmarks.photos --root CLONES --out FOLDER   # build the tasks from clones of their sources
 
+Built are the very pictures of the tables in docs/results.md, by the row numbers in `benchmarks/photos_draw.json`;
+`--draw rule` draws others.
+
 The pictures are no part of the project. `TASKRES_PHOTOS` names their folder (default `../shared/photos`, beside the
 repository, where it exists) and `TASKRES_PHOTO_CLIP` the dual encoder they are measured with (default `photo-clip`
 beside that folder).
@@ -92,10 +95,16 @@ def missing() -> str | None:
 
 
 def _read_draw(path: Path) -> photo_sources.Draw | Path:
-    """A folder of tasks, or the rows of an earlier build."""
+    """A folder of tasks, or the rows of an earlier build.
+
+    Raises:
+        ConfigurationError: there is neither.
+    """
     if path.is_dir():
         return path
-    draw: Mapping[str, Mapping[str, list[int]]] = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise ConfigurationError(f"{path} is neither a draw.json, nor a folder of tasks, nor the word rule.")
+    draw: photo_sources.Draw = json.loads(path.read_text(encoding="utf-8"))
     return draw
 
 
@@ -113,8 +122,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write the tasks to")
     parser.add_argument("--tasks", nargs="+", choices=list(photo_sources.SOURCES), help="default: all")
     parser.add_argument(
-        "--draw", type=Path,
-        help="draw.json of an earlier build, or a folder of tasks whose very pictures are wanted; else a rule draws",
+        "--draw", default=str(photo_sources.PUBLISHED), metavar="FILE|FOLDER|rule",
+        help="draw.json of an earlier build, a folder of tasks whose very pictures are wanted, or the word rule, to "
+        "draw by a fixed seed; default: the pictures of the tables in docs/results.md",
     )  # fmt: skip
     options = parser.parse_args()
     if (options.root is None) != (options.out is None):
@@ -124,14 +134,14 @@ def main() -> None:
         if options.root is None:
             print(_table(photo_tasks()))
             return
-        draw = None if options.draw is None else _read_draw(options.draw)
+        draw = None if options.draw == "rule" else _read_draw(Path(options.draw))
         tasks = photo_sources.build(options.root, options.out, options.tasks, draw)
     except TaskResError as error:
         parser.exit(1, f"Error: {error}\n")
     print(_table(tasks))
     if draw is None:
         print(
-            "\nDrawn by the rule in benchmarks/photo_sources.py: the classes and groups of the published tables, and "
+            "\nDrawn by the rule in benchmarks/photo_sources.py: the classes and groups of the published draw, and "
             "nearly their sizes, but not their very pictures, so numbers will differ by what draws differ by."
         )
     print(f"\nTo measure on them: export TASKRES_PHOTOS={options.out.absolute()}")

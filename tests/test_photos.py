@@ -13,7 +13,7 @@ import pytest
 from support import run
 
 from benchmarks import photo_sources, photos, results
-from benchmarks.photo_sources import SOURCES, SPLITS, build, candidates, drawn_by_rule
+from benchmarks.photo_sources import PUBLISHED, SOURCES, SPLITS, build, candidates, drawn_by_rule
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.errors import ConfigurationError, DataError
 
@@ -88,7 +88,7 @@ def test_tasks_are_built_opened_and_built_again(
     clones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["photos", "--root", str(clones), "--out", str(tmp_path / "one"), "--tasks", "coins", "waste"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", [*command, "--draw", "rule"])
     photos.main()
     assert "not their very pictures" in capsys.readouterr().out
     monkeypatch.setenv("TASKRES_PHOTOS", str(tmp_path / "one"))
@@ -101,6 +101,34 @@ def test_tasks_are_built_opened_and_built_again(
     build(clones, tmp_path / "two", ["coins"], photos._read_draw(tmp_path / "one" / "draw.json"))
     build(clones, tmp_path / "three", ["coins"], photos._read_draw(tmp_path / "one"))
     assert first == _stored(tmp_path / "two" / "coins") == _stored(tmp_path / "three" / "coins")
+    assert (tmp_path / "two" / "draw.json").read_text() == (tmp_path / "three" / "draw.json").read_text()
+
+
+def test_a_build_takes_the_published_draw_and_refuses_other_files(
+    clones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["photos", "--root", str(clones), "--out", str(tmp_path / "out"), "--tasks", "waste"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        photos.main()
+    assert left.value.code == 1
+    assert SOURCES["waste"].commit in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    build(clones, tmp_path / "own", ["waste"])
+    monkeypatch.setattr(photo_sources, "PUBLISHED", tmp_path / "own" / "draw.json")
+    photos.main()
+    assert "not their very pictures" not in capsys.readouterr().out
+    assert _stored(tmp_path / "out" / "waste") == _stored(tmp_path / "own" / "waste")
+
+
+def test_the_published_draw_has_rows_for_every_task() -> None:
+    assert PUBLISHED.stat().st_size < 30_000
+    draw = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    assert list(draw) == list(SOURCES)
+    for name, one in draw.items():
+        rows = [row for split in SPLITS for row in one[split]]
+        assert len(set(rows)) == len(rows), name
+        assert set(one) == {"sha256", *SPLITS}
 
 
 def test_what_is_not_the_source_is_refused(clones: Path, tmp_path: Path) -> None:
@@ -112,8 +140,12 @@ def test_what_is_not_the_source_is_refused(clones: Path, tmp_path: Path) -> None
     build(clones, tmp_path / "waste", ["waste"])
     with pytest.raises(DataError, match="says nothing of coins"):
         build(clones, tmp_path / "x", ["coins"], json.loads((tmp_path / "waste" / "draw.json").read_text()))
-    with pytest.raises(DataError, match="another commit"):
-        build(clones, tmp_path / "x", ["coins"], {"coins": {split: [99_999] for split in SPLITS}})
+    draw = json.loads((tmp_path / "waste" / "draw.json").read_text())["waste"]
+    for wrong in ([99_999], [-99_999], draw["train"][::-1]):  # the last: files that are there, but not those drawn
+        with pytest.raises(DataError, match=SOURCES["waste"].commit):
+            build(clones, tmp_path / "x", ["waste"], {"waste": {**draw, "train": wrong}})
+    with pytest.raises(ConfigurationError, match="rules is neither"):
+        photos._read_draw(tmp_path / "rules")
     (tmp_path / "waste" / "waste").rename(tmp_path / "waste" / "coins")
     with pytest.raises(DataError, match="are not what kaa/coins-dataset gives"):
         build(clones, tmp_path / "x", ["coins"], tmp_path / "waste")
