@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = (PROCESSOR, "processor_config.json")  # where transformers looks for an image processor
+_CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
 RESIDUAL = "residual"
 SHIFT = "base_shift"
 CLASS_BIAS = "class_bias"
@@ -316,6 +318,7 @@ def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
+_INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")  # a revision or folder of a repository
 _OBJECT, _LIST, _TEXT, _NUMBER = (dict,), (list,), (str,), (int, float)
 # What each key of config.json must be, where it is there and not null.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -361,6 +364,9 @@ def check_config(config: Mapping[str, Any], where: str, biased: bool = False) ->
         number = not isinstance(value, float) or math.isfinite(value)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool) or not number):
             raise ArtifactError(f"{where}: {key} has the wrong type or value ({value!r:.60}). Save the artifact again.")
+    for key in ("base_model_revision", "base_model_subfolder"):
+        if config.get(key) and not _INSIDE.fullmatch(config[key]):
+            raise ArtifactError(f"{where}: {key} leads out of the repository ({config[key]!r:.60}).")
     _check_settings(config, where, biased)
     stored = config["base_fingerprint"]
     image = stored.get("image") if isinstance(stored.get("image"), dict) else {}
@@ -368,6 +374,9 @@ def check_config(config: Mapping[str, Any], where: str, biased: bool = False) ->
     numbers.append(stored.get("shape"))
     if not all(_numbers(values or []) for values in numbers) or stored.get("image") not in (None, image):
         raise ArtifactError(f"{where}: base_fingerprint is damaged. Save the artifact again.")
+    code = config.get("auto_map") or {}
+    if not isinstance(code, dict) or not set(code) <= _CODE_FOR:
+        raise ArtifactError(f"{where}: auto_map names code for {str(code)!r:.60}, which no artifact has.")
     names = config["id2label"]
     if set(names) != {str(index) for index in range(len(names))} or not all(isinstance(n, str) for n in names.values()):
         raise ArtifactError(f"{where}: id2label must name the classes 0 to K-1. Save the artifact again.")
@@ -414,6 +423,7 @@ def find_artifact(
         missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
         if missing:
             raise ArtifactError(f"{folder} is not a TaskRes artifact: it has no {' and no '.join(missing)}.")
+        _refuse_code([str(folder / file) for file in _PROCESSORS if (folder / file).is_file()])
         return str(folder / CONFIG), str(folder / WEIGHTS)
     from huggingface_hub import try_to_load_from_cache
 
@@ -423,9 +433,28 @@ def find_artifact(
     config, weights = (_download(name, file, revision, subfolder, hub_kwargs) for file in (CONFIG, WEIGHTS))
     if not isinstance(known, str):
         warn_if_moved("classifier", name, revision, {**hub_kwargs, "subfolder": subfolder})
-    with suppress(ArtifactError, OSError):  # into the cache as well, so that the next load works without a network
-        _download(name, PROCESSOR, revision, subfolder, hub_kwargs)
+    found = []
+    for file in _PROCESSORS:  # into the cache as well, so that the next load works without a network
+        with suppress(ArtifactError, OSError):
+            found.append(_download(name, file, revision, subfolder, hub_kwargs))
+    _refuse_code(found)
     return config, weights
+
+
+def _refuse_code(processors: Iterable[str]) -> None:
+    """Refuse an image processor with code of its own, which transformers would ask about at the terminal.
+
+    `pipeline` reads these files by itself, after the model, so that here is the place.
+
+    Raises:
+        ArtifactError: names the file.
+    """
+    for path in processors:
+        if '"auto_map": ' in json.dumps(read_json(path)):
+            raise ArtifactError(
+                f"{path} names code of its own to prepare pictures with (auto_map). No artifact of this library does, "
+                "and it is not run. If you know where it comes from, delete auto_map from the file."
+            )
 
 
 def _download(name: str, file: str, revision: str | None, subfolder: str, hub_kwargs: Mapping[str, Any]) -> str:

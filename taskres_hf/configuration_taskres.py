@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from .artifact import FORMAT_VERSION, PLAIN_VERSION, library_versions
@@ -315,3 +319,65 @@ def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """What goes to the Hub client, and the rest."""
     hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
     return hub, {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
+
+
+# ---------------------------------------------------------------------- the config of a head that may be swapped
+
+
+_SWAPPING = threading.Lock()
+_ANSWERED: ContextVar[tuple[weakref.ref[Any], TaskResConfig] | None] = ContextVar("answered", default=None)
+
+
+class ServedConfig:
+    """`model.config`, where the classifier may be swapped while other threads are being answered.
+
+    Logits and the names of their classes are fetched one after the other, by `pipeline` too. So a thread that has been
+    answered reads the config of the head that answered it, until it asks again or says that it wants the present one.
+    """
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        answered = _ANSWERED.get()
+        if answered is not None and answered[0]() is model:
+            return answered[1]
+        try:
+            return vars(model)["config"]
+        except KeyError:
+            raise AttributeError("config") from None
+
+    def __set__(self, model: Any, config: Any) -> None:
+        vars(model)["config"] = config
+        _forget(model)
+
+
+class SwappableHead:
+    """A model whose head and config may be exchanged while other threads are being answered."""
+
+    config: Any = ServedConfig()
+    classifier: Any
+
+    def answering_head(self) -> Any:
+        """The head that answers now; its config is what this thread reads from the model until it asks again."""
+        if torch.compiler.is_compiling():
+            return self.classifier
+        with _SWAPPING:
+            head, config = self.classifier, vars(self)["config"]
+        _ANSWERED.set((weakref.ref(self), config))
+        return head
+
+    def present_head(self) -> Any:
+        """The head as it is now; `config` is its config again, also in a thread that another has answered."""
+        _forget(self)
+        return self.classifier
+
+    def swap_head(self, head: Any, config: TaskResConfig) -> None:
+        """Put another head and its config in place; a thread that asks meanwhile meets both or neither."""
+        with _SWAPPING:
+            self.classifier, self.config = head, config
+
+
+def _forget(model: Any) -> None:
+    answered = _ANSWERED.get()
+    if answered is not None and answered[0]() is model:
+        _ANSWERED.set(None)

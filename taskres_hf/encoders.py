@@ -62,6 +62,11 @@ class EncoderFamily:
 
 
 _CLIP_TEXT = ("text_model", "text_projection")
+# SigLIP pools the last token: short padding or a mask would pool another one.
+_SIGLIP: dict[str, Any] = {
+    "padding": "max_length", "attention_mask": False, "score": "exp_scale_bias", "text_length": 64,
+    "text_projection": "text_model.head",
+}  # fmt: skip
 
 FAMILIES: dict[str, EncoderFamily] = {
     "clip": EncoderFamily(text_modules=_CLIP_TEXT, clip_layers=True, reads_first_token=True),
@@ -71,24 +76,8 @@ FAMILIES: dict[str, EncoderFamily] = {
     "blip": EncoderFamily(),
     "vision-text-dual-encoder": EncoderFamily(),
     "align": EncoderFamily(score="temperature"),
-    # SigLIP pools the last token: short padding or a mask would pool another one.
-    "siglip": EncoderFamily(
-        padding="max_length",
-        attention_mask=False,
-        score="exp_scale_bias",
-        text_length=64,
-        text_projection="text_model.head",
-        text_modules=("text_model",),
-        clip_layers=True,
-    ),
-    "siglip2": EncoderFamily(
-        padding="max_length",
-        attention_mask=False,
-        score="exp_scale_bias",
-        text_length=64,
-        text_projection="text_model.head",
-        image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
-    ),
+    "siglip": EncoderFamily(**_SIGLIP, text_modules=("text_model",), clip_layers=True),
+    "siglip2": EncoderFamily(**_SIGLIP, image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes")),
 }
 
 
@@ -123,6 +112,10 @@ _OTHER_FORMATS = {
 _OPEN_CLIP = (
     "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
     "convert_clip_original_pytorch_to_hf.py of transformers."
+)
+_OWN_CODE = (
+    "has code of its own (auto_map in its config.json), which runs only if you say so. If you trust it, pass "
+    "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
 )
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
@@ -235,8 +228,8 @@ def _content(source: BaseSource) -> str:
     return f"the folder holds {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else "it is empty"
 
 
-def check_model_type(name: str, path: str) -> None:
-    """Say what a model is that is no dual encoder.
+def check_model_type(name: str, path: str, trusted: bool = False) -> None:
+    """Say what a model is that is no dual encoder, or one with code of its own that nobody said to trust.
 
     Raises:
         BaseModelError: with what it is and what to give instead.
@@ -247,6 +240,8 @@ def check_model_type(name: str, path: str) -> None:
         raise BaseModelError(f"The config.json of the base model {name!r} is damaged: {error}") from error
     kind = config.get("model_type")
     if kind in FAMILIES:
+        if "auto_map" in config and not trusted:
+            raise BaseModelError(f"The base model {name!r} {_OWN_CODE}")
         return
     advice = "Give the whole model, with both towers."
     if kind == "taskres":
@@ -365,13 +360,19 @@ def load_image_processor(source: BaseSource) -> Any:
     """The image processor that lies beside a base or an artifact.
 
     Raises:
-        HubError: it cannot be downloaded.
+        BaseModelError: it is of no known kind, or has code of its own. HubError: it cannot be downloaded.
     """
     # Without torchvision the default would only warn before it takes the PIL one.
     backend = {} if is_torchvision_available() else {"backend": "pil"}
     options = {"revision": source.revision, **source.hub, **backend, "trust_remote_code": False}
-    with asking_for(f"The image processor of {source.name}", source.name, source.revision):
-        return AutoImageProcessor.from_pretrained(source.name, **options)
+    try:
+        with asking_for(f"The image processor of {source.name}", source.name, source.revision):
+            return AutoImageProcessor.from_pretrained(source.name, **options)
+    except ValueError as error:
+        why = " ".join(str(error).split())[:200]
+        raise BaseModelError(
+            f"{source.name!r} has no image processor that can be loaded (code is not run): {why}"
+        ) from error
 
 
 def text_length(base: Any, tokenizer: Any) -> int:

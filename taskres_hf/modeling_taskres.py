@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
-from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
+from .configuration_taskres import SwappableHead, TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
     BaseSource,
     advise_on_dtype,
@@ -35,7 +35,7 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(PreTrainedModel):
+class TaskResCLIPForImageClassification(SwappableHead, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
     Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
@@ -288,7 +288,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
                 f"image_embeds must have {self.config.projection_dim} columns, the base's projection size; got "
                 f"{tuple(image_embeds.shape)}. Use the projected features of {self.config.base_model_name_or_path}."
             )
-        logits = self.classifier(image_embeds)
+        logits = self.answering_head()(image_embeds)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
@@ -310,16 +310,19 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
             raise ConfigurationError("Pass either pixel_values or image_embeds; got both or neither.")
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values, **kwargs)
-        return self.classifier.zero_shot_logits(image_embeds)
+        return self.answering_head().zero_shot_logits(image_embeds)
 
     def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
         """Serve another task over the same backbone, from now on: its head and config take the place of these.
+
+        Other threads may be asking: each answer is of one head, and `config` and `class_names` stay those of a
+        thread's last answer until it asks again.
 
         Raises:
             ConfigurationError: the other model was made for another base.
         """
         check_same_bases(self.config, other.config)
-        self.classifier, self.config = other.classifier, other.config
+        self.swap_head(other.present_head(), other.config)
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
@@ -425,7 +428,7 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         self, folder: Any, base_name: str | None, state: Any, dtype: torch.dtype, include_code: bool, kwargs: Any
     ) -> None:
         """Write the artifact, naming the base `base_name`."""
-        state, head = state or {}, self.classifier
+        state, head = state or {}, self.present_head()
         residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, head.residual))
         found = {RESIDUAL: (residual, dtype), SHIFT: (head.shift, dtype), CLASS_BIAS: (head.class_bias, torch.float32)}
         tensors = {name: tensor.detach().to(kind) for name, (tensor, kind) in found.items() if tensor is not None}

@@ -76,7 +76,7 @@ def _classify(
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the files from number `done` on."""
-    names, head = model.class_names, model.classifier
+    head, names = model.answering_head(), model.class_names  # of one classifier, whoever swaps them meanwhile
     paths = [os.fsdecode(file) for file in files]
     batches = [range(start, min(start + batch_size, len(paths))) for start in range(done, len(paths), batch_size)]
     errors: dict[int, str] = {}

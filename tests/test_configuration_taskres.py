@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from support import random_residual
@@ -12,6 +16,7 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf import TaskResConfig
+from taskres_hf.configuration_taskres import ServedConfig
 from taskres_hf.errors import ConfigurationError
 
 
@@ -105,3 +110,50 @@ def test_head_and_config_have_one_strength(model: Model) -> None:
     assert TaskResConfig.from_dict(model.config.to_dict()).strength == 0.5
     model.classifier.reset()
     assert model.config.strength == 1.0
+
+
+# ---------------------------------------------------------------------- swapped while it answers
+
+
+def test_an_answer_is_of_one_classifier_whoever_swaps_them(
+    model: Model, base: str, pixel_values: torch.Tensor, tmp_path: Path
+) -> None:
+    first, other = model.class_names, Model.from_base(base, ["cat", "dog", "fish"])
+    with ThreadPoolExecutor(1) as elsewhere:
+        logits = model(pixel_values=pixel_values).logits
+        elsewhere.submit(model.use_classifier, other).result()
+        assert (logits.shape[1], model.class_names, model.config.num_labels) == (len(first), first, len(first))
+        assert elsewhere.submit(lambda: model.class_names).result() == other.class_names
+        model.save_pretrained(tmp_path / "saved")  # what is there now, whole
+        assert Model.from_pretrained(tmp_path / "saved").class_names == other.class_names == model.class_names
+        assert model(pixel_values=pixel_values).logits.shape[1] == len(model.class_names) == 3
+
+
+def test_no_answer_has_the_names_of_another_classifier_under_load(model: Model, base: str) -> None:
+    first, other = Model.from_base(base, model.class_names), Model.from_base(base, ["cat", "dog", "fish"])
+    picture, done, wrong = PIL.Image.new("RGB", (32, 32)), threading.Event(), []
+    pipe = pipeline("image-classification", model=model, image_processor=model.image_processor)
+    read = ServedConfig.__get__
+
+    def slowly(self: ServedConfig, *arguments: Any) -> Any:
+        time.sleep(1e-4)  # another thread's turn
+        return read(self, *arguments)
+
+    def swap() -> None:
+        while not done.is_set():
+            model.use_classifier(other)
+            model.use_classifier(first)
+
+    def ask() -> None:
+        for _ in range(30):
+            names = sorted(top["label"] for top in pipe(picture, top_k=99))
+            if names not in (sorted(first.class_names), sorted(other.class_names)):
+                wrong.append(names)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(ServedConfig, "__get__", slowly)
+        swapping = pool.submit(swap)
+        asking = [pool.submit(ask) for _ in range(3)]
+        errors = [answer.exception() for answer in asking]
+        done.set()
+    assert (wrong, errors, swapping.exception()) == ([], [None] * 3, None)
