@@ -310,7 +310,8 @@ class TaskResCLIPForImageClassification(SwappableHead, PreTrainedModel):
             raise ConfigurationError("Pass either pixel_values or image_embeds; got both or neither.")
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values, **kwargs)
-        return self.answering_head().zero_shot_logits(image_embeds)
+        logits: Tensor = self.answering_head().zero_shot_logits(image_embeds)
+        return logits
 
     def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
         """Serve another task over the same backbone, from now on: its head and config take the place of these.

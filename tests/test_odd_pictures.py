@@ -157,7 +157,9 @@ READ = {
     "fax.tif": Odd(_of("1", "TIFF", compression="group4")),
     "lzw.tif": Odd(_of("RGB", "TIFF", compression="tiff_lzw")),
     "jpeg.tif": Odd(_of("RGB", "TIFF", compression="jpeg")),
-    "one pixel.png": Odd(lambda photo: _bytes(photo.resize((1, 1)), "PNG")),
+    "one pixel.png": Odd(
+        lambda photo: _bytes(photo.resize((1, 1)), "PNG"), differs="pipeline of older transformers fails"
+    ),
     "line.png": Odd(lambda photo: _bytes(photo.resize((1, 200)), "PNG")),
     "long line.png": Odd(lambda photo: _bytes(photo.resize((1, 20000)), "PNG"), differs="pipeline takes gigabytes"),
     "plain.gif": Odd(_of("RGB", "GIF")),
