@@ -218,13 +218,15 @@ def _of_both_back_ends(base: str) -> list[Any]:
 
 @pytest.mark.parametrize("exact", [False, True], ids=["short way", "stock way"])
 def test_the_back_ends_with_and_without_torchvision_agree(base: str, splits: Any, exact: bool) -> None:
+    # The stock processors of older transformers take the height of such small pictures for the channels.
+    pictures = [picture for picture in _pictures(splits) if min(picture.size) > 3 or not exact]
     found = []
     for processor in _of_both_back_ends(base):
         prepare = Preprocessor(processor, exact=exact)
         assert prepare.fast is not exact
-        found.append([prepare([picture])["pixel_values"] for picture in _pictures(splits)])
+        found.append([prepare([picture])["pixel_values"] for picture in pictures])
     std = torch.tensor(processor.image_std).view(3, 1, 1)
-    for picture, of_pillow, of_torchvision in zip(_pictures(splits), *found, strict=True):
+    for picture, of_pillow, of_torchvision in zip(pictures, *found, strict=True):
         assert ((of_pillow - of_torchvision) * std * 255).abs().max() <= 2.01, picture.size
 
 
