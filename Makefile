@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 
-.PHONY: demo test check fix bench fuzz results clean
+.PHONY: demo test check fix bench fuzz results matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taskres demo
@@ -40,6 +40,12 @@ fuzz: $(VENV)/.installed-dev
 results: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.results
 
+# The tests on the lowest and the newest core packages, on every Python found, with and without torchvision; each set is
+# an environment of its own below .matrix (gigabytes). A part: make matrix MATRIX="--python 3.11 --set lowest" TESTS=...
+MATRIX ?=
+matrix:
+	$(PYTHON) tests/matrix.py $(MATRIX) -- $(TESTS)
+
 # torch first: it decides which build (CPU or CUDA) everything else meets.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,4 +59,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .matrix build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache

@@ -39,6 +39,7 @@ from .schema import (
     SHIFT,
     WEIGHTS,
     problem_of_config,
+    problem_of_processor,
     problem_of_shapes,
     problem_of_tensors,
     problem_of_version,
@@ -325,6 +326,8 @@ def _read_once(config_path: Path, weights_path: Path) -> Checked:
     refuse(config_path, problem_of_version(config))  # first of all: a newer one may well hold other tensors
     tensors, metadata = read_stored(weights_path)
     refuse(weights_path, problem_of_tensors(tensors))
+    for beside in map(config_path.with_name, (PROCESSOR, _NESTED)):  # `pipeline` reads them by itself, after the model
+        refuse(beside, problem_of_processor(read_json(beside)) if beside.is_file() else None)
     if SEAL in metadata:
         config, processor = _one_unit(config, config_path, metadata, weights_path)
     elif "processor_sha256" in config:
@@ -372,10 +375,7 @@ def _one_unit(
             raise _edited(beside, differing(processor or {}, found))
     nested = config_path.with_name(_NESTED)
     if nested.is_file() and differing(processor or {}, read_json(nested).get("image_processor", processor or {})):
-        raise ArtifactError(
-            f"{nested} holds another image processor than the classifier's own, which other readers would take. "
-            "Remove it."
-        )
+        refuse(nested, "it holds another image processor than the classifier's own, which others take. Remove it.")
     return carried, processor
 
 
@@ -466,11 +466,10 @@ def find_artifact(
     weights = _download(name, WEIGHTS, pinned, subfolder, hub_kwargs)
     if not isinstance(known, str):
         warn_if_moved("classifier", name, revision, {**hub_kwargs, "subfolder": subfolder})
-    try:  # into the cache as well, so that the next load works without a network
-        _download(name, PROCESSOR, pinned, subfolder, hub_kwargs)
-    except (ArtifactError, OSError) as error:  # it may have none
-        if isinstance(error, OSError) and read_json(config).get("processor_sha256") is not None:
-            raise
+    for file in (PROCESSOR, _NESTED):  # into the cache as well, so that the next load works without a network
+        needed = file == PROCESSOR and read_json(config).get("processor_sha256") is not None
+        with suppress(ArtifactError, *([] if needed else [OSError])):  # it may have none
+            _download(name, file, pinned, subfolder, hub_kwargs)
     return config, weights
 
 

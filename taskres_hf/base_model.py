@@ -44,7 +44,7 @@ def load_base(
     """
     path = config_file(source)
     commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
-    check_model_type(source.name, path)
+    check_model_type(source.name, path, source.trust_remote_code)
     options = {**source.hub, "revision": commit or source.revision}  # every further file comes from the same commit
     options["trust_remote_code"] = source.trust_remote_code
     try:

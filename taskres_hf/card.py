@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import re
 import warnings
@@ -21,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .description import measured_on
 from .storage import is_path, read_json
+from .tables import markdown_text, visible
 
 # The part between these lines is generated. The first holds checksums of the metadata and of the part, by which text
 # that was added where it would be lost is noticed.
@@ -89,19 +89,19 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         ModelCardData(**fields),
         template_str=template,
         repo_id=repo_id or "path/or/repo",
-        base=base if is_hub_id(base) else Path(base or "unknown").name,
+        base=base if is_hub_id(base) else _code(Path(base or "unknown").name),
         config=config,
         classes=[cell(names[index]) for index in sorted(names)],
-        templates=[cell(template) for template in config.get("templates") or []],
+        templates=[_code(template) for template in config.get("templates") or []],
         metrics=metrics,
         measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],
-        few_shot=config.get("few_shot") or {},
-        training=config.get("training") or {},
-        data={key: cell(str(value)) for key, value in data.items() if not isinstance(value, Mapping)},
-        versions=config.get("library_versions") or {},
+        few_shot=_cells(config.get("few_shot")),
+        training=_cells(config.get("training")),
+        data=_cells({key: value for key, value in data.items() if not isinstance(value, Mapping)}),
+        versions=_cells(config.get("library_versions")),
     )
     card = RepoCard(str(text))
     part, header = card.text.strip(), _dict(card)
@@ -122,8 +122,18 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def cell(text: str) -> str:
-    """User text that cannot break a Markdown table or inject HTML."""
-    return html.escape(" ".join(text.split())).replace("|", "\\|").replace("`", "&#96;")
+    """User text that a page shows as it is: no end of a table cell, link, HTML or control character comes of it."""
+    return markdown_text(" ".join(text.split())).replace("\\<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """User text for between two backticks, where nothing else means anything."""
+    return visible(" ".join(text.split())).replace("`", "'")
+
+
+def _cells(values: Any) -> dict[str, str]:
+    """Values of a config that a person may have written, for a table."""
+    return {cell(str(key)): cell(str(value)) for key, value in _mapping(values).items()}
 
 
 # ---------------------------------------------------------------------------------------------------- what people wrote

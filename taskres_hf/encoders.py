@@ -1,8 +1,7 @@
 """Dual encoders: their families, where one lies and what is none, and embeddings out of one.
 
 Families differ in how text must be padded, how a cosine becomes a logit, where their text side is and what their image
-towers are made of; each row says so, and a test compares every row with the model's own `logits_per_image`. Adding a
-family is one row and one test parameter.
+towers are made of; each row says so, and a test compares every row with the model's own `logits_per_image`.
 """
 
 from __future__ import annotations
@@ -63,6 +62,11 @@ class EncoderFamily:
 
 
 _CLIP_TEXT = ("text_model", "text_projection")
+# SigLIP pools the last token: short padding or a mask would pool another one.
+_SIGLIP: dict[str, Any] = {
+    "padding": "max_length", "attention_mask": False, "score": "exp_scale_bias", "text_length": 64,
+    "text_projection": "text_model.head",
+}  # fmt: skip
 
 FAMILIES: dict[str, EncoderFamily] = {
     "clip": EncoderFamily(text_modules=_CLIP_TEXT, clip_layers=True, reads_first_token=True),
@@ -72,16 +76,9 @@ FAMILIES: dict[str, EncoderFamily] = {
     "blip": EncoderFamily(),
     "vision-text-dual-encoder": EncoderFamily(),
     "align": EncoderFamily(score="temperature"),
-    # SigLIP pools the last token: short padding or a mask would pool another one.
-    "siglip": EncoderFamily(
-        padding="max_length", attention_mask=False, score="exp_scale_bias", text_length=64, clip_layers=True,
-        text_projection="text_model.head", text_modules=("text_model",),
-    ),
-    "siglip2": EncoderFamily(
-        padding="max_length", attention_mask=False, score="exp_scale_bias", text_length=64,
-        text_projection="text_model.head", image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
-    ),
-}  # fmt: skip
+    "siglip": EncoderFamily(**_SIGLIP, text_modules=("text_model",), clip_layers=True),
+    "siglip2": EncoderFamily(**_SIGLIP, image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes")),
+}
 
 
 def family_of(model_or_config: Any) -> EncoderFamily:
@@ -115,6 +112,10 @@ _OTHER_FORMATS = {
 _OPEN_CLIP = (
     "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
     "convert_clip_original_pytorch_to_hf.py of transformers."
+)
+_OWN_CODE = (
+    "has code of its own (auto_map in its config.json), which runs only if you say so. If you trust it, pass "
+    "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
 )
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
@@ -189,12 +190,11 @@ def config_file(source: BaseSource) -> str:
         if path is not None:
             return path
     else:
-        where = {"cache_dir": source.hub.get("cache_dir"), "revision": source.revision}
+        at: dict[str, Any] = {"filename": "config.json", "revision": source.revision}
         try:
             with source.asking():
-                known = try_to_load_from_cache(name, "config.json", **where)
-                at = {"path_or_repo_id": name, "filename": "config.json", "revision": source.revision}
-                found = else_cached(cached_file, **at, **source.hub)
+                known = try_to_load_from_cache(name, cache_dir=source.hub.get("cache_dir"), **at)
+                found = else_cached(cached_file, path_or_repo_id=name, **at, **source.hub)
             if found is not None:
                 if not isinstance(known, str) or source.revision is None:
                     warn_if_moved("base model", name, source.revision, source.hub)
@@ -227,8 +227,8 @@ def _content(source: BaseSource) -> str:
     return f"the folder holds {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else "it is empty"
 
 
-def check_model_type(name: str, path: str) -> None:
-    """Say what a model is that is no dual encoder.
+def check_model_type(name: str, path: str, trusted: bool = False) -> None:
+    """Say what a model is that is no dual encoder, or one with code of its own that nobody said to trust.
 
     Raises:
         BaseModelError: with what it is and what to give instead.
@@ -239,6 +239,8 @@ def check_model_type(name: str, path: str) -> None:
         raise BaseModelError(f"The config.json of the base model {name!r} is damaged: {error}") from error
     kind = config.get("model_type")
     if kind in FAMILIES:
+        if "auto_map" in config and not trusted:
+            raise BaseModelError(f"The base model {name!r} {_OWN_CODE}")
         return
     advice = "Give the whole model, with both towers."
     if kind == "taskres":
@@ -357,21 +359,24 @@ def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = 
     """The image processor that lies beside a base or an artifact; of `values`, where its file was read before.
 
     Raises:
-        HubError: it cannot be downloaded.
+        BaseModelError: it is of no known kind, or has code of its own. HubError: it cannot be downloaded.
     """
     # Without torchvision the default would only warn before it takes the PIL one.
-    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    options: dict[str, Any] = {"trust_remote_code": False, **({} if is_torchvision_available() else {"backend": "pil"})}
     if values is not None:
         with tempfile.TemporaryDirectory() as folder:
             write_json(Path(folder, "preprocessor_config.json"), values)
             try:
-                return AutoImageProcessor.from_pretrained(folder, **backend, trust_remote_code=False)
+                return AutoImageProcessor.from_pretrained(folder, **options)
             except Exception as error:  # whatever transformers makes of values that are not as they must be
                 reason = f"preprocessor_config.json makes no image processor ({type(error).__name__}: {error})."
                 raise ArtifactError(f"{reason} Set model.image_processor, or mend the file and sign it.") from error
-    options = {"revision": source.revision, **source.hub, **backend, "trust_remote_code": False}
-    with asking_for(f"The image processor of {source.name}", source.name, source.revision):
-        return AutoImageProcessor.from_pretrained(source.name, **options)
+    try:
+        with asking_for(f"The image processor of {source.name}", source.name, source.revision):
+            return AutoImageProcessor.from_pretrained(source.name, revision=source.revision, **source.hub, **options)
+    except ValueError as error:
+        why = " ".join(str(error).split())[:200]
+        raise BaseModelError(f"{source.name!r} has no image processor that loads (code is not run): {why}") from error
 
 
 def text_length(base: Any, tokenizer: Any) -> int:

@@ -424,6 +424,16 @@ def remote_code() -> bytes:
     return resources.files("taskres_hf").joinpath("remote").joinpath(REMOTE_FILE).read_bytes()
 
 
+def _without_code(path: Path) -> bytes:
+    """A processor's file without the mention of code that its base has and the artifact has not."""
+    content = path.read_bytes()
+    values = json.loads(content) if path.suffix == ".json" and b"auto_map" in content else {}
+    if "auto_map" not in values:
+        return content
+    del values["auto_map"]
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
 def side_files(image_processor: Any, include_code: bool) -> dict[str, bytes]:
     """An image processor's files, if there is one, and the module for `trust_remote_code` on request, by name."""
     files: dict[str, bytes] = {}
@@ -431,7 +441,7 @@ def side_files(image_processor: Any, include_code: bool) -> dict[str, bytes]:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 image_processor.save_pretrained(folder)
-                files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+                files = {path.name: _without_code(path) for path in Path(folder).iterdir()}
         except OSError as error:
             raise ArtifactError(
                 f"Cannot write to {tempfile.gettempdir()}, where files are made: {error.strerror or error}. Nothing "

@@ -376,9 +376,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         """The image processor pictures must go through; loaded when first needed."""
         if self._image_processor is None:
             if self._processor_source is None:
-                raise ConfigurationError(
-                    "The base model has no name to find its image processor by: set image_processor."
-                )
+                raise ConfigurationError("The base has no name to find its image processor by: set image_processor.")
             self._image_processor = load_image_processor(self._processor_source, self._processor_values)
         return self._image_processor
 
@@ -431,14 +429,15 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         self, folder: Any, base_name: str | None, state: Any, dtype: torch.dtype, include_code: bool, kwargs: Any
     ) -> None:
         """Write the artifact, naming the base `base_name`."""
-        state, head = state or {}, self.classifier
+        head, state = self.classifier, state or {}
+        config = head.config  # not that of an answer which this thread may hold
         residual = state.get(f"classifier.{RESIDUAL}", state.get(RESIDUAL, head.residual))
         found = {RESIDUAL: (residual, dtype), SHIFT: (head.shift, dtype), CLASS_BIAS: (head.class_bias, torch.float32)}
         tensors = {name: tensor.detach().to(kind) for name, (tensor, kind) in found.items() if tensor is not None}
         include_code = include_code or getattr(self, "_auto_class", None) is not None
-        self.config.architectures, self.config.dtype = [type(self).__name__], self.clip.dtype
-        auto_map = AUTO_MAP if include_code else None
-        values = as_json(self.config.to_save(base_name, SHIFT in tensors, CLASS_BIAS in tensors, auto_map))
+        config.architectures, config.dtype = [type(self).__name__], self.clip.dtype
+        code = AUTO_MAP if include_code else None
+        values = as_json(config.to_save(base_name, SHIFT in tensors, CLASS_BIAS in tensors, code))
         has_processor = self._image_processor is not None or self._processor_source is not None
         extra = side_files(self.image_processor if has_processor else None, include_code)
         extra["README.md"] = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")

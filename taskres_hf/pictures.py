@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import io
 import os
 import re
@@ -29,6 +30,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 from PIL import ImageOps, features
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from .errors import ImageError
@@ -127,7 +129,7 @@ class Remarks:
 
 _REMARKS = {
     "deep": "More than 8 bits a channel in {}; values above 255 are clipped, as pipeline() does.",
-    "transparent": "Transparent pixels in {}; their hidden colour is used, as pipeline() does.",
+    "transparent": "Transparent pixels in {}; what pipeline() makes of them is used, which may be a hidden colour.",
 }
 
 
@@ -164,12 +166,14 @@ def read_image(source: Any, draft: tuple[int, int] | None = None, remarks: Remar
                 mine.add(kind, _key(source), name)
             if remarks is None:
                 mine.warn(stacklevel=2)
+            if isinstance(picture.info.get("transparency"), bytes):
+                # Pillow has a warning of its own about such palettes; converting to RGB makes no use of it.
+                picture = picture if stream is not None else picture.copy()
+                del picture.info["transparency"]
             if stream is None:
-                return load_image(picture)
-            # Without this Pillow has a warning of its own about palettes; converting to RGB makes no use of it.
-            picture.info.pop("transparency", None)
-            if picture.mode != "RGB":
-                return load_image(picture)
+                return _without_key(load_image(picture))
+            if picture.mode != "RGB" or "transparency" in picture.info:
+                return _without_key(load_image(picture))
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # as `load_image`, without copying a large picture twice
             return picture
@@ -177,6 +181,17 @@ def read_image(source: Any, draft: tuple[int, int] | None = None, remarks: Remar
         raise
     except Exception as error:  # Pillow raises many types on damaged files
         raise ImageError(f"{name} is damaged or cut short: {visible(str(error).strip())}") from error
+
+
+def _without_key(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """An RGB picture of which one colour may be transparent, as the image processors of this transformers convert it.
+
+    An alpha channel is gone by then; of such a colour newer processors make white, older ones nothing.
+    """
+    if picture.info.get("transparency") is None:
+        return picture
+    newer: Any = {"return_numpy": True} if "return_numpy" in inspect.signature(convert_to_rgb).parameters else {}
+    return PIL.Image.fromarray(np.asarray(convert_to_rgb(picture, **newer)))
 
 
 def picture_digest(source: Any) -> str:
@@ -192,7 +207,8 @@ def picture_digest(source: Any) -> str:
             if stream is None:
                 palette = source.getpalette() if getattr(source, "mode", None) == "P" else None
                 pixels = np.asarray(source)
-                kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} "
+                key = getattr(source, "info", {}).get("transparency", "")
+                kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} {key}"
                 stream = io.BytesIO(kind.encode() + np.ascontiguousarray(pixels).tobytes())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
@@ -367,7 +383,7 @@ def _oddities(picture: PIL.Image.Image, name: str) -> list[str]:
         raise ImageError(f"{name} has floating-point pixels of unknown range. Convert it to 8 bits first.")
     if picture.mode.startswith("I"):
         return ["deep"]
-    if picture.mode in ("RGBA", "LA", "PA") or (picture.mode == "P" and "transparency" in picture.info):
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         alpha = (picture if "A" in picture.mode else picture.convert("RGBA")).getchannel("A")
         lowest = alpha.getextrema()[0]
         return ["transparent"] if isinstance(lowest, (int, float)) and lowest < 255 else []

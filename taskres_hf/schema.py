@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,10 +135,14 @@ def _record(**entries: Check) -> Check:
     )
 
 
+# What a downloaded file names stays in the repository: its revision, its folder.
+_INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")
+_CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
+
 # What each key of config.json must be, where it is there and not null.
 _KEYS: dict[str, Check] = {
-    "base_model_name_or_path": _text, "base_model_revision": _printable, "base_model_type": _printable,
-    "base_model_subfolder": _printable, "projection_dim": lambda value: _whole(value) and value > 0,
+    "base_model_name_or_path": _text, "base_model_revision": _text, "base_model_type": _printable,
+    "base_model_subfolder": _text, "projection_dim": lambda value: _whole(value) and value > 0,
     "base_fingerprint": _record(
         shape=_list(_count), norm=_number, sketch=_list(_number), score=_list(_number), dtype=_text,
         prompts_sha256=_text, tokens_sha256=_text,
@@ -197,12 +203,29 @@ def problem_of_config(config: Mapping[str, Any], biased: bool = False) -> str | 
         value = config.get(key)
         if value is not None and not check(value):
             return f"{key} has the wrong type or value ({value!r:.60}). Save the artifact again."
+    for key in ("base_model_revision", "base_model_subfolder"):
+        if config.get(key) and not _INSIDE.fullmatch(config[key]):
+            return f"{key} leads out of the repository ({config[key]!r:.60})."
+    if not set(config.get("auto_map") or {}) <= _CODE_FOR:
+        return f"auto_map names code for {str(config['auto_map'])!r:.60}, which no artifact has."
     names, ids = config["id2label"], config.get("label2id")
     if not names or set(names) != {str(index) for index in range(len(names))}:
         return "id2label must name the classes 0 to K-1. Save the artifact again."
     if ids is not None and ids != {name: int(index) for index, name in names.items()}:
         return "label2id is not id2label the other way round. Save the artifact again."
     return _problem_of_settings(config, biased)
+
+
+def problem_of_processor(values: Mapping[str, Any]) -> str | None:
+    """Why an image processor's file is refused: it names code of its own, which transformers would ask about."""
+    if not _is_shallow(values):
+        return "it is nested too deeply. Save the artifact again."
+    if '"auto_map": ' not in json.dumps(values):
+        return None
+    return (
+        "it names code of its own to prepare pictures with (auto_map). No artifact of this library does, and it is not "
+        "run. If you know where it comes from, delete auto_map from the file."
+    )
 
 
 def problem_of_shapes(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str | None:

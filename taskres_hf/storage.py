@@ -32,7 +32,7 @@ from .errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?\Z")
 
 
 def cache_root() -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from fuzz import races
 from fuzz.material import classifier, picture_files
+from taskres_hf.artifact import read_artifact
 from taskres_hf.predicting import classify_files
 
 
@@ -47,6 +48,18 @@ def test_names_are_those_of_the_answer_that_a_thread_holds() -> None:
     served.use_classifier(classifier(1, ["a", "b", "c"]))  # by this thread: it sees it at once
     assert served.class_names == ["a", "b", "c"]
     assert answer.logits.shape[1] == 2
+
+
+def test_what_is_saved_is_the_classifier_that_serves(tmp_path: Path) -> None:
+    served, other = classifier(1, ["a", "b", "c"]), classifier(2, ["x", "y", "z"])
+    answer = served(image_embeds=torch.ones(1, 192))
+    _in_a_thread(lambda: served.use_classifier(other))
+    assert served.class_names == ["a", "b", "c"]
+    served.save_pretrained(tmp_path / "saved")
+    config, tensors, _ = read_artifact(tmp_path / "saved" / "config.json", tmp_path / "saved" / "model.safetensors")
+    assert list(config["id2label"].values()) == ["x", "y", "z"]
+    assert torch.equal(tensors["residual"], other.classifier.residual)
+    assert answer.logits.shape[1] == 3
 
 
 def test_a_run_of_predictions_keeps_the_classifier_it_began_with(tmp_path: Path) -> None:

@@ -84,7 +84,6 @@ EDITS = [
     ("config.json", "residual_sha256", "0" * 64), ("config.json", "processor_sha256", None),
     ("config.json", "library_versions", {}), ("config.json", "training", None), ("config.json", "alpha", True),
     ("preprocessor_config.json", "image_mean", [0.0, 0.0, 0.0]), ("preprocessor_config.json", "do_resize", False),
-    ("preprocessor_config.json", "auto_map", {"AutoImageProcessor": "x.Y"}),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import posixpath
 import re
 import warnings
@@ -317,6 +318,11 @@ class Paths:
             return files, shorten(sorted({prefix for found in options for prefix in found}))
         return None
 
+    def outside(self, files: Sequence[str]) -> list[str]:
+        """Those of the files that do not lie below the folder that is read."""
+        root = os.path.normpath(self.listing.name)
+        return [file for file in files if not os.path.normpath(os.path.join(root, file)).startswith(root + os.sep)]
+
     def fits(self, value: Any) -> bool:
         """Whether a cell names a picture that is there."""
         return isinstance(value, str) and bool(value.strip()) and bool(self._direct(value) or self._prefixes(value))
@@ -388,6 +394,9 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
     reading.notes.append(f"Columns of {table.name}: {', '.join(used)}{also}.")
     if below:
         reading.notes.append(f"The pictures of {table.name} were looked up as {below}.")
+    if outside := paths.outside(files):
+        example = f"{len(outside)} of {len(files)}, such as {printable(outside[0])}"
+        reading.notes.append(f"Pictures of {table.name} lie outside of {printable(paths.listing.name)}: {example}.")
     rows = _without_repeats(table, files, labels, named, reading)
     for name in dict.fromkeys(named[row] for row in rows):
         mine = [row for row in rows if named[row] == name]

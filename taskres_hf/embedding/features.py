@@ -30,7 +30,7 @@ from .cache import EmbeddingCache
 from .embedder import Embedder
 from .preprocessing import augment, crop_size
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)

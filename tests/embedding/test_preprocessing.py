@@ -203,3 +203,35 @@ def test_the_crop_is_part_of_the_key(model: Model) -> None:
     assert keys[0] != keys[1]
     with pytest.raises(ConfigurationError, match="`crop` must be one of"):
         Embedder(model.clip, model.image_processor, crop="centre")
+
+
+# ---------------------------------------------------------------------- the two back ends of transformers
+
+
+def _of_both_back_ends(base: str) -> list[Any]:
+    """The processor that resizes with Pillow, and the one that is taken where torchvision is installed."""
+    pytest.importorskip("torchvision")
+    processors = [CLIPImageProcessor.from_pretrained(base), transformers.AutoImageProcessor.from_pretrained(base)]
+    assert type(processors[0]) is not type(processors[1])
+    return processors
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["short way", "stock way"])
+def test_the_back_ends_with_and_without_torchvision_agree(base: str, splits: Any, exact: bool) -> None:
+    # The stock processors of older transformers take the height of such small pictures for the channels.
+    pictures = [picture for picture in _pictures(splits) if min(picture.size) > 3 or not exact]
+    found = []
+    for processor in _of_both_back_ends(base):
+        prepare = Preprocessor(processor, exact=exact)
+        assert prepare.fast is not exact
+        found.append([prepare([picture])["pixel_values"] for picture in pictures])
+    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    for picture, of_pillow, of_torchvision in zip(pictures, *found, strict=True):
+        assert ((of_pillow - of_torchvision) * std * 255).abs().max() <= 2.01, picture.size
+
+
+def test_answers_do_not_depend_on_torchvision(model: Model, base: str, splits: Any) -> None:
+    found = []
+    for processor in _of_both_back_ends(base):
+        found.append(Embedder(model.clip, processor)(_pictures(splits)))
+    assert F.cosine_similarity(*found).min() > 0.999
