@@ -250,7 +250,7 @@ class _Whitened:
         return self._apply(weight if self.span is None else weight @ self.span.T)
 
 
-# ---------------------------------------------------------------------- candidates
+# ---------------------------------------------------------------------- the fit, and what held-out shots say
 
 
 @dataclass(frozen=True)
