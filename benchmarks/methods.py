@@ -5,6 +5,9 @@ data. Methods that take many seconds a fit are left out unless `--methods` names
 
     python -m benchmarks.methods --slow --output-dir FOLDER     # finished fits are kept there and not made again
     python -m benchmarks.methods --seconds                      # what one fit of each takes
+    python -m benchmarks.methods --swap                         # each kind of tasks by the base model of the other
+
+The constants of recipe `auto` were chosen on the tasks as they are, not on those of `--swap`.
 """
 
 from __future__ import annotations
@@ -46,18 +49,23 @@ def run(
     seeds: Sequence[int],
     folder: Path | None = None,
     only: str | None = None,
+    swap: bool = False,
 ) -> list[dict[str, Any]]:
-    """Every fit on all tasks of a kind, or on the one that `only` names; with a folder, finished ones are kept."""
-    place = None if folder is None else folder / kind
+    """Every fit on all tasks of a kind, or on the one that `only` names; with a folder, finished ones are kept.
+
+    With `swap`, by the base model of the other kind.
+    """
+    place = None if folder is None else folder / (f"{kind}-swapped" if swap else kind)
+    base = demo_model() if (kind == opt.EMOJI) != swap else photo_model_path()
     if kind == opt.EMOJI:
         names = [name for name in demo_tasks() if only in (None, name)]
-        return compare_methods(demo_model(), names, place, methods=methods, shots=shots, seeds=seeds)
+        return compare_methods(base, names, place, methods=methods, shots=shots, seeds=seeds)
     return [
         result
         for name, spec in photo_tasks().items()
         if only in (None, name)
         for result in compare_methods(
-            photo_model_path(), {name: str(photo_root() / name)}, place, methods=methods, shots=shots, seeds=seeds,
+            base, {name: str(photo_root() / name)}, place, methods=methods, shots=shots, seeds=seeds,
             templates=spec["template"],
         )
     ]  # fmt: skip
@@ -106,14 +114,18 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="the methods that take many seconds a fit; 2 seeds")
     parser.add_argument("--seconds", action="store_true", help="only time one fit of each of those")
     parser.add_argument("--output-dir", type=Path, help="keep finished fits here, and take them again")
+    parser.add_argument("--swap", action="store_true", help="each kind of tasks by the base model of the other")
     options = opt.read(parser)
-    for kind in opt.kinds(options):
+    if options.swap and (options.slow or options.seconds):
+        parser.error("--swap goes with neither --slow nor --seconds")
+    for kind in opt.kinds(options, options.swap):
         if options.seconds:
             print_seconds(kind)
         elif options.slow:
             print_slow(kind, options.seeds[:2], options.output_dir)
         else:
-            print_tables(run(kind, options.methods, options.shots, options.seeds, options.output_dir))
+            folder, swap = options.output_dir, options.swap
+            print_tables(run(kind, options.methods, options.shots, options.seeds, folder, swap=swap))
 
 
 if __name__ == "__main__":

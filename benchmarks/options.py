@@ -36,13 +36,18 @@ def read(made: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def kinds(options: argparse.Namespace) -> Iterator[str]:
-    """The kinds asked for, a heading printed before each; photographs that are not at hand are a sentence instead."""
+def kinds(options: argparse.Namespace, swap: bool = False) -> Iterator[str]:
+    """The kinds asked for, a heading printed before each; photographs that are not at hand are a sentence instead.
+
+    Args:
+        swap: each kind is seen by the base model of the other one.
+    """
     for kind, heading, other in ((PHOTOGRAPHS, "Photographs", "emoji"), (EMOJI, "Shipped emoji", "photos")):
         if options.only == other:
             continue
-        print(f"## {heading}\n")
-        reason = missing() if kind == PHOTOGRAPHS else None
+        by = f" by the base model of the {EMOJI if kind == PHOTOGRAPHS else PHOTOGRAPHS}" if swap else ""
+        print(f"## {heading}{by}\n")
+        reason = missing() if swap or kind == PHOTOGRAPHS else None
         if reason:
             print(f"Not measured: {reason}\n")
         else:

@@ -4,7 +4,8 @@ On the photographs and the shipped emoji: plain shots, one to all shots a class,
 that come twice, and class names that mean nothing. Then on synthetic embeddings, which are no pictures: drawn so that
 their lengths and angles are those measured on real embeddings of CLIP ViT-B/32 (`SYNTHETIC`). All their classes vary
 alike, which real ones do not, so they flatter linear discriminants. Last, time and memory of a large task, each fit in
-a process of its own. Nothing here is used to choose anything.
+a process of its own. Shots that come twice and synthetic embeddings showed what recipe `auto` lacked, and are no
+independent check of what it does about them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m benchmarks.whitened`: what each part of recipe `auto` is worth.
 
-On the photographs (see `benchmarks.photos`) and the shipped emoji; nothing here is used to choose anything. How it
-fares where shots are poor: `benchmarks.stress`.
+On the photographs (see `benchmarks.photos`) and the shipped emoji, on whose test accuracy its constants were chosen.
+How it fares where shots are poor: `benchmarks.stress`; on tasks not chosen on: `benchmarks.methods --swap`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from .selection import CROSS_VALIDATION, NOTHING
 class TaskRes(Method):
     """TaskRes with recipe `auto`: the residual fitted at once in the whitened metric of the shots, and a bias a class.
 
-    See `training.whitened`. Width, share of the class means and temperature are weighed by cross-validation.
+    See `training.whitened`. Share of the class means, what is kept against zero-shot and temperature follow from
+    held-out shots.
     """
 
     name = "taskres"

@@ -212,6 +212,8 @@ class _Whitened:
         if pictures > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ
             noise = (w * (self.rows - white[y]).pow(2)).sum() / (pictures - here) / numbers.clamp_min(1.0)
             self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
+        # A class without a picture gets what the others get on average, so that the text alone decides about it.
+        self.bias = torch.where(present, self.bias - self.bias[present].mean(), 0.0)
         moved = float((w * (f - middle).pow(2)).sum())
         alike = pictures < 2 or moved <= _NO_SPREAD * pictures
         center = (w * rows).sum(0) / pictures
@@ -250,7 +252,7 @@ class _Whitened:
         return self._apply(weight if self.span is None else weight @ self.span.T)
 
 
-# ---------------------------------------------------------------------- the fit, and what held-out shots say of it
+# ---------------------------------------------------------------------- the fit, and what held-out shots say
 
 
 @dataclass(frozen=True)

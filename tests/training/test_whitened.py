@@ -91,7 +91,7 @@ def _discriminant(f: Array, y: Array, root: Array, classes: int) -> tuple[Array,
     if len(y) > classes:  # a mean of n pictures is longer than what it estimates, by the spread of one over n
         noise = ((f @ root - means[y]) ** 2).sum() / (len(y) - classes) / counts
         bias = bias + 0.5 * (noise - noise.mean())
-    return means - middle, bias
+    return means - middle, bias - bias.mean()
 
 
 def _least(rows: Array, y: Array, offsets: Array, decay: float, iterations: int = 2000) -> tuple[Array, float]:
@@ -285,6 +285,17 @@ def test_a_class_without_pictures_keeps_its_text_row(tasks: Any) -> None:
     assert np.abs(fitted.weight[2].numpy() - factor * rows[2]).max() < 1e-9 * factor
     assert abs(float(fitted.bias[2])) < 1e-9
     assert all(np.abs(fitted.weight[k].numpy() - factor * rows[k]).max() > 0.002 * factor for k in (0, 1, 3))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_class_without_pictures_draws_no_pictures_of_others(tasks: Any, count: int) -> None:
+    images, labels, base = _shots(tasks, count)
+    test = tasks["animals-plants"][1]["test"].image_embeds[0]
+    chosen = 0
+    for absent in range(len(base)):
+        fitted = fit_whitened(images[labels != absent], labels[labels != absent], base, SCALE)
+        chosen += int((_logits(fitted, test).argmax(1) == absent).sum())
+    assert chosen < 1.1 * len(test)  # every class was left out once: zero-shot gives each picture to one
 
 
 @pytest.mark.parametrize(
