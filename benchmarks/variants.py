@@ -2,7 +2,7 @@
 
 On the photographs (see `benchmarks.photos`) and the shipped emoji, the template of the task and the plain picture
 where nothing else is said; nothing here is used to choose anything. Only drawn pictures are embedded in views, which
-takes half an hour on a busy core; with TASKRES_CACHE set, a second run takes them from there.
+takes more than half an hour on a busy core; with TASKRES_CACHE set, a second run takes them from there.
 """
 
 from __future__ import annotations
