@@ -99,7 +99,8 @@ class TaskResClassifier(nn.Module):
         shift: buffer [K, D] fp32 or None: what the enhanced base (TaskRes*) adds to `base`; frozen.
         class_bias: buffer [K] fp32 or None: added to the logits; frozen.
         residual: parameter [K, D] ([1, D] on the image side) fp32, same units as `base`, zeros at the start.
-        strength: from 0 (the zero-shot classifier, bit for bit) to 1 (as trained); can be set at any time.
+        strength: from 0 (the zero-shot classifier, bit for bit) to 1 (as trained); can be set at any time, see
+            `training.suggest_strength` for pictures unlike the shots.
         logit_scale_factor: factor on `logit_scale` (1e-6 to 1e6). normalize_weight: see above. Both by `set_weight`.
         facts: the alpha, those three where they are not as published, and how the residual came to be (`few_shot`,
             `training`, `metrics`, `data`, `enhanced_base`).

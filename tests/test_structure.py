@@ -21,7 +21,7 @@ ORDER = [
     "embedding.engines.choose", "embedding.engines", "embedding.embedder", "embedding.cache", "embedding.features",
     "embedding",
     "training.arguments", "training.recipes", "training.enhanced_base", "training.measuring", "training.shots",
-    "training.whitened", "training.steps", "training.run", "training.trainer", "training",
+    "training.whitened", "training.strength", "training.steps", "training.run", "training.trainer", "training",
     "methods.inputs", "methods.method", "methods.selection", "methods.towers", "methods.tip_adapter", "methods.ape",
     "methods.clap", "methods.class_mean", "methods.clip_adapter", "methods.clip_lora", "methods.coop",
     "methods.cross_modal", "methods.gda", "methods.linear_probe", "methods.lp_plus_plus", "methods.proker",
