@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,6 +264,10 @@ class _Stream:
             self._stream.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
         return int(self._stream.write(content))
+
+    def writelines(self, parts: Iterable[Any]) -> None:
+        for part in parts:
+            self.write(part)
 
 
 # ---------------------------------------------------------------------- faults
