@@ -56,6 +56,7 @@ from .storage import (
     locked,
     parse_json,
     parse_tensors,
+    raw_tensor,
     read_json,
     read_stored,
     settled,
@@ -81,12 +82,8 @@ _NESTED = "processor_config.json"  # where other libraries look for a processor 
 
 def _stored(tensor: Tensor) -> StoredTensor:
     """A torch tensor as it will lie in the file."""
-    import torch
-
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    raw = tensor.detach().cpu().contiguous()
-    kind = names.get(raw.dtype, str(raw.dtype).removeprefix("torch."))
-    return StoredTensor(kind, tuple(raw.shape), raw.reshape(-1).view(torch.uint8).numpy().tobytes())
+    kind, shape, content = raw_tensor(tensor.detach().cpu().contiguous())
+    return StoredTensor(kind, tuple(shape), bytes(content))
 
 
 def write_artifact(

@@ -288,7 +288,7 @@ def write_tensors(
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {"format": "pt", **(metadata or {})}
-    digest = tensors_digest({name: _raw(tensor) for name, tensor in ready.items()}, described)
+    digest = tensors_digest({name: raw_tensor(tensor) for name, tensor in ready.items()}, described)
     write_bytes(path, *_with_header(save(ready), {**described, SEAL: digest}))
     return digest
 
@@ -311,19 +311,25 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         raise ArtifactError(
             f"{path} is damaged or is not a safetensors file ({error}). Save or download it again."
         ) from error
-    raw = {name: _raw(tensor) for name, tensor in tensors.items()}
+    raw = {name: raw_tensor(tensor) for name, tensor in tensors.items()}
     _check_seal(path, metadata.get(SEAL), lambda: tensors_digest(raw, metadata))
     return tensors, metadata
 
 
-def _raw(tensor: torch.Tensor) -> tuple[str, list[int], Any]:
-    """A contiguous tensor on the CPU as it lies in the file."""
+# How safetensors writes torch's dtypes.
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "bool": "BOOL",
+}  # fmt: skip
+_OF_TORCH = {stored: name for name, stored in _DTYPES.items()}
+
+
+def raw_tensor(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
+    """Dtype, shape and bytes of a contiguous tensor on the CPU, as they lie in the file."""
     import torch
 
-    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "bool": "BOOL"}
     kind = str(tensor.dtype).removeprefix("torch.")
     content = tensor.reshape(-1).view(torch.uint8).numpy()
-    return names.get(kind, kind), list(tensor.shape), memoryview(content)  # type: ignore[arg-type]
+    return _DTYPES.get(kind, kind), list(tensor.shape), memoryview(content)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -337,8 +343,7 @@ class StoredTensor:
     @property
     def torch_name(self) -> str:
         """Its dtype as torch writes it."""
-        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
-        return f"torch.{names.get(self.dtype, self.dtype.lower())}"
+        return f"torch.{_OF_TORCH.get(self.dtype, self.dtype.lower())}"
 
     def values(self) -> array[float] | None:
         """Its values in fp32, row after row; None where it does not hold real numbers. Needs no numpy."""

@@ -148,6 +148,13 @@ def test_a_card_of_before_there_were_marks(config: dict[str, Any]) -> None:
     assert renewed(older, fresh, None) == older  # nothing tells whether it was edited
 
 
+def _assert_kept(text: str) -> None:
+    """What `_edited` added is there still, beside the new settings."""
+    assert "Below, with ünïcode." in text
+    assert "| alpha | 0.25 |" in text
+    assert _header(text)["license"] == "mit"
+
+
 def test_saving_again_keeps_what_was_added(model: Model, tmp_path: Path) -> None:
     random_residual(model).save_pretrained(tmp_path)
     readme = tmp_path / "README.md"
@@ -155,9 +162,7 @@ def test_saving_again_keeps_what_was_added(model: Model, tmp_path: Path) -> None
     model.classifier.alpha = 0.25
     model.save_pretrained(tmp_path)
     text = readme.read_text(encoding="utf-8")
-    assert "Below, with ünïcode." in text
-    assert "| alpha | 0.25 |" in text
-    assert _header(text)["license"] == "mit"
+    _assert_kept(text)
 
 
 def test_pushing_again_keeps_what_was_added_on_the_hub(online: Model, hub: HubServer) -> None:
@@ -168,9 +173,7 @@ def test_pushing_again_keeps_what_was_added_on_the_hub(online: Model, hub: HubSe
     online.classifier.alpha = 0.25
     online.push_to_hub("tester/animals")
     text = hub.files("tester/animals")["README.md"].decode()
-    assert "Below, with ünïcode." in text
-    assert "| alpha | 0.25 |" in text
-    assert _header(text)["license"] == "mit"
+    _assert_kept(text)
 
 
 def test_the_card_of_the_revision_pushed_to_is_looked_at(online: Model, hub: HubServer) -> None:

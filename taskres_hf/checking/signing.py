@@ -86,13 +86,13 @@ def _check_meaning(config: dict[str, Any], processor: dict[str, Any] | None) -> 
     TaskResConfig.from_dict(config)
     if processor is None:
         return
+    prepare = load_image_processor(BaseSource(""), processor)
     try:
-        prepare = load_image_processor(BaseSource(""), processor)
         pixels = prepare(images=PIL.Image.new("RGB", (48, 32), "orange"), return_tensors="pt")["pixel_values"]
         usable = bool(torch.isfinite(torch.as_tensor(pixels)).all())
     except Exception as error:  # whatever transformers makes of values that are not as they must be
         raise ArtifactError(
-            f"{PROCESSOR} makes no image processor ({type(error).__name__}: {error}). Nothing was changed."
+            f"{PROCESSOR} prepares no picture ({type(error).__name__}: {error}). Nothing was changed."
         ) from error
     if not usable:
         raise ArtifactError(f"{PROCESSOR} makes NaN or infinite values of a picture. Nothing was changed.")
