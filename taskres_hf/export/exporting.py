@@ -19,7 +19,7 @@ from ..data.labelled import LabelledImages
 from ..demo import demo_dataset
 from ..embedding.engines.choose import file_sha256, picture_size
 from ..embedding.features import ImageFeatures, content_digest
-from ..errors import ArtifactError, ConfigurationError, DataError
+from ..errors import ArtifactError, ConfigurationError, DataError, TaskResError
 from ..evaluation import accuracy
 from ..hub import side_files
 from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -100,7 +100,7 @@ def export(
     images = None if dataset is None else _unseen_pictures(classifier, dataset, split)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.absolute().parent, folder.name) as staging:
-        run = FORMATS[format](fused, staging, precision)
+        run = _converted(format, fused, staging, precision)
         for name, content in _side_files(classifier).items():
             write_bytes(staging / (web.MODEL if format == "web" else "") / name, content)
         if format == "web":
@@ -114,6 +114,24 @@ def export(
         write_sealed(staging / _FACTS, facts)
         _put_in_place(staging, folder)
     return facts
+
+
+def _converted(format: str, fused: FusedClassifier, folder: Path, precision: str) -> formats.Run:
+    """What runs the file that was written.
+
+    Raises:
+        ConfigurationError: the converter does not know this image tower.
+    """
+    try:
+        return FORMATS[format](fused, folder, precision)
+    except (TaskResError, MemoryError, OSError):
+        raise
+    except Exception as error:  # whatever a converter raises at a tower it does not know
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigurationError(
+            f"The image tower of {fused.base.config.model_type!r} cannot be converted to {format} ({precision}): "
+            f"{type(error).__name__}: {reason}. Nothing was written; try another format."
+        ) from error
 
 
 def _check_wish(format: str, precision: str, vendor: bool) -> None:

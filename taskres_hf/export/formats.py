@@ -88,11 +88,13 @@ def _quantised(whole: Any, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain = file.with_name("plain.onnx")
+    head = [node.name for node in whole.graph.node if node.name.startswith("head/")]
     onnx.save(whole, str(plain))
     try:
         quantize_dynamic(
-            str(plain), str(file), op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8
-        )
+            str(plain), str(file), op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
+            nodes_to_exclude=[*head, *(f"{name}_MatMul" for name in head)],  # a Gemm becomes a MatMul of that name
+        )  # fmt: skip
     finally:
         plain.unlink()
 
@@ -162,7 +164,11 @@ def to_linear(fused: FusedClassifier, folder: Path, precision: str) -> Run:
     if hasattr(base.config, "projection_dim"):  # the tower's own may be another, unused one
         config.projection_dim = base.config.projection_dim
     vision = getattr(transformers, name)(config).to(base.dtype)
-    vision.load_state_dict({key: base.state_dict()[key] for key in vision.state_dict()})
+    known = base.state_dict()
+    known |= {
+        key.removeprefix("vision_model."): value for key, value in known.items()
+    }  # some classes have no such level
+    vision.load_state_dict({key: known[key] for key in vision.state_dict()})
     vision.save_pretrained(folder)
     tensors = {"weight": head.linear.weight, "bias": head.linear.bias}
     write_tensors(folder / "head.safetensors", tensors if head.offset is None else {**tensors, "offset": head.offset})
