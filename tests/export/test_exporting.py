@@ -184,8 +184,8 @@ def test_accuracy_before_and_after(trained: Path, splits: Any, tmp_path: Path) -
         right = [int(row.argmax()) == label for row, label in zip(model(pixels).logits, test["label"], strict=True)]
     share = sum(right) / len(right)
     assert facts["accuracy"] == {"pictures": len(test), "classifier": share, "exported": share}
+    seen = json.loads((trained / "config.json").read_text())["few_shot"]["indices"]
     with pytest.raises(DataError, match="held out"):  # of the training pictures, none is new
-        seen = json.loads((trained / "config.json").read_text())["few_shot"]["indices"]
         export(trained, tmp_path / "seen", "torch", dataset=splits["train"].select(seen))
     with pytest.warns(UserWarning, match="left out"):
         facts = export(trained, tmp_path / "part", "torch", dataset=splits["train"].select([*seen[:3], *rest(seen)]))

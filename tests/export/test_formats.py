@@ -76,7 +76,7 @@ def test_int8_is_smaller_and_keeps_the_classifier_exact(
     import onnx
 
     stored = {array.name: array for array in onnx.load(str(tmp_path / "int8" / "model.onnx")).graph.initializer}
-    weight = next(onnx.numpy_helper.to_array(stored[name]) for name in stored if name.endswith("linear.weight"))
+    weight = next(onnx.numpy_helper.to_array(stored[name]) for name in stored if name.startswith("head/linear.weight"))
     assert weight.dtype == np.float32
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -155,7 +156,7 @@ def test_without_vendor_the_packages_are_pinned(tiny: Tiny, tmp_path: Path) -> N
     text = _page(tiny, tmp_path)
     assert f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{web.TRANSFORMERS_JS}/dist/" in text
     assert "https://cdn.jsdelivr.net/npm/onnxruntime-web@1." in text
-    assert "%" not in text
+    assert not re.search("%[A-Z]+%", text)
     assert "unsafe-eval'" not in text.replace("'wasm-unsafe-eval'", "")
     assert not any(name in text for name in tiny().class_names)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
