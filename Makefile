@@ -34,7 +34,7 @@ bench: $(VENV)/.installed-dev
 # Damaged files, kills, full disks, races and long runs: the figures of docs/reliability.md, in about an hour
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m fuzz --all
-	$(BIN)/python -m fuzz full kills races soak
+	$(BIN)/python -m fuzz full small_disk kills races soak
 
 # The tables of docs/results.md: photographs first, where TASKRES_PHOTOS leads to them
 results: $(VENV)/.installed
