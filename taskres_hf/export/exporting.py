@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,15 @@ def export(
     _check_wish(format, precision, vendor)
     folder = Path(output_dir)
     _check_target(folder)
-    loaded = isinstance(model, TaskResCLIPForImageClassification)
-    classifier: Any = model if loaded else TaskResCLIPForImageClassification.from_pretrained(model)
+    classifier: Any = model
+    if not isinstance(model, TaskResCLIPForImageClassification):
+        classifier = TaskResCLIPForImageClassification.from_pretrained(model)
     fused = FusedClassifier(classifier, half=precision == "fp16" and format != "openvino")
     images = None if dataset is None else _unseen_pictures(classifier, dataset, split)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(folder.absolute().parent, folder.name) as staging:
-        run = _converted(format, fused, staging, precision)
+    words = _in_words(format, precision, str(classifier.config.base_model_type))
+    with staging_folder(folder.absolute().parent, folder.name) as staging, words:
+        run = FORMATS[format](fused, staging, precision)
         for name, content in _side_files(classifier).items():
             write_bytes(staging / (web.MODEL if format == "web" else "") / name, content)
         if format == "web":
@@ -116,21 +118,22 @@ def export(
     return facts
 
 
-def _converted(format: str, fused: FusedClassifier, folder: Path, precision: str) -> formats.Run:
-    """What runs the file that was written.
+@contextmanager
+def _in_words(format: str, precision: str, model_type: str) -> Iterator[None]:
+    """Around what converts, and runs what was converted.
 
     Raises:
-        ConfigurationError: the converter does not know this image tower.
+        ConfigurationError: instead of whatever a converter or runtime raises at an image tower it does not know.
     """
     try:
-        return FORMATS[format](fused, folder, precision)
+        yield
     except (TaskResError, MemoryError, OSError):
         raise
-    except Exception as error:  # whatever a converter raises at a tower it does not know
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigurationError(
-            f"The image tower of {fused.base.config.model_type!r} cannot be converted to {format} ({precision}): "
-            f"{type(error).__name__}: {reason}. Nothing was written; try another format."
+            f"The image tower of {model_type!r} cannot be converted to {format} ({precision}): "
+            f"{type(error).__name__}: {reason}. Nothing was kept; try another format or precision."
         ) from error
 
 

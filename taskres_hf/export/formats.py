@@ -92,7 +92,7 @@ def _quantised(whole: Any, file: Path) -> None:
     onnx.save(whole, str(plain))
     try:
         quantize_dynamic(
-            str(plain), str(file), op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
+            str(plain), str(file), op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
             nodes_to_exclude=[*head, *(f"{name}_MatMul" for name in head)],  # a Gemm becomes a MatMul of that name
         )  # fmt: skip
     finally:

@@ -102,4 +102,5 @@ def _plain_base(model: TaskResCLIPForImageClassification) -> Any:
             f"The base's weights are not at hand as plain numbers (such as {odd[0]}): load the classifier without "
             "quantization_config and device_map to export it."
         )
-    return copy.deepcopy(base).to("cpu")
+    copied: Any = copy.deepcopy(base)
+    return copied.to("cpu")
