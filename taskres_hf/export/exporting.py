@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from .. import _version
-from ..data import load_evaluation_data
-from ..data.labelled import LabelledImages
-from ..demo import demo_dataset
 from ..embedding.engines.choose import file_sha256, picture_size
-from ..embedding.features import ImageFeatures, content_digest
-from ..errors import ArtifactError, ConfigurationError, DataError, TaskResError
-from ..evaluation import accuracy
+from ..errors import ArtifactError, ConfigurationError, TaskResError
 from ..hub import side_files
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import (
@@ -33,11 +26,13 @@ from ..storage import (
     write_bytes,
     write_sealed,
 )
-from ..training.measuring import known_rows
+from ..training.measuring import unseen_pictures
 from . import formats, web
-from .fused import FusedClassifier
 
-FORMATS: dict[str, Callable[[FusedClassifier, Path, str], formats.Run]] = {
+if TYPE_CHECKING:
+    from ..data import LabelledImages
+
+FORMATS: dict[str, Callable[[formats.FusedClassifier, Path, str], formats.Run]] = {
     "onnx": formats.to_onnx,
     "openvino": formats.to_openvino,
     "torch": formats.to_torch,
@@ -97,7 +92,7 @@ def export(
     classifier: Any = model
     if not isinstance(model, TaskResCLIPForImageClassification):
         classifier = TaskResCLIPForImageClassification.from_pretrained(model)
-    fused = FusedClassifier(classifier, half=precision == "fp16" and format != "openvino")
+    fused = formats.FusedClassifier(classifier, half=precision == "fp16" and format != "openvino")
     images = None if dataset is None else _unseen_pictures(classifier, dataset, split)
     folder.parent.mkdir(parents=True, exist_ok=True)
     words = _in_words(format, precision, str(classifier.config.base_model_type))
@@ -108,7 +103,7 @@ def export(
         if format == "web":
             web.add_page(staging, classifier.config, classifier.image_processor, precision, vendor)
         facts = _facts(classifier, format, precision)
-        reference = fused if precision == "fp32" else FusedClassifier(classifier)
+        reference = fused if precision == "fp32" else formats.FusedClassifier(classifier)
         _compare(facts, run, reference, classifier, images)
         del run
         facts["files"] = {name: file_sha256(file) for name, file in _files(staging)}
@@ -162,7 +157,7 @@ def _facts(model: TaskResCLIPForImageClassification, format: str, precision: str
         "size": list(picture_size(model.clip)), "strength": model.strength,
         "base_model": Path(name).name if is_path(name) else name,  # never a path of this machine
         "base_model_revision": config.base_model_revision, "base_model_type": config.base_model_type,
-        "taskres_hf": _version.__version__, "torch": torch.__version__,
+        "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -170,7 +165,11 @@ def _facts(model: TaskResCLIPForImageClassification, format: str, precision: str
 
 
 def _compare(
-    facts: dict[str, Any], run: formats.Run, reference: FusedClassifier, model: Any, images: LabelledImages | None
+    facts: dict[str, Any],
+    run: formats.Run,
+    reference: formats.FusedClassifier,
+    model: Any,
+    images: LabelledImages | None,
 ) -> None:
     """Adds `check` and `accuracy` to the facts.
 
@@ -204,11 +203,11 @@ def _compare(
     facts["accuracy"] = None
     if images is not None:
         measured, truth = slice(_PICTURES, None), torch.tensor(images.labels)
-        both = (accuracy(wanted[measured], truth), accuracy(found[measured], truth))
+        both = [float((rows[measured].argmax(dim=1) == truth).double().mean()) for rows in (wanted, found)]
         facts["accuracy"] = {"pictures": len(truth), "classifier": both[0], "exported": both[1]}
 
 
-def _check_fusion(model: Any, reference: FusedClassifier, pixels: Tensor, fused: Tensor) -> None:
+def _check_fusion(model: Any, reference: formats.FusedClassifier, pixels: Tensor, fused: Tensor) -> None:
     """In fp32, logits of the classifier itself must be those of the fused module.
 
     Raises:
@@ -225,13 +224,15 @@ def _check_fusion(model: Any, reference: FusedClassifier, pixels: Tensor, fused:
         )
 
 
-def _longest(reference: FusedClassifier) -> float:
+def _longest(reference: formats.FusedClassifier) -> float:
     """Length of the longest row of the fused classifier; at least 1."""
     return max(float(reference.head.linear.weight.norm(dim=1).max()), 1.0)
 
 
 def _batches(images: LabelledImages | None) -> Iterator[Sequence[PIL.Image.Image]]:
     """The shipped pictures, then those of the data set, RGB."""
+    from ..demo import demo_dataset
+
     shipped = demo_dataset("all-categories")["test"]
     step = len(shipped) // _PICTURES
     yield [shipped[number * step]["image"].convert("RGB") for number in range(_PICTURES)]
@@ -242,24 +243,12 @@ def _batches(images: LabelledImages | None) -> Iterator[Sequence[PIL.Image.Image
 
 def _unseen_pictures(model: TaskResCLIPForImageClassification, dataset: Any, split: str | None) -> LabelledImages:
     """Labelled pictures in the classifier's order of classes, without those it was trained on."""
+    from ..data import LabelledImages, load_evaluation_data
+
     images = dataset
     if not isinstance(dataset, LabelledImages):
         images = load_evaluation_data(dataset, split, default_names=model.class_names)
-    images = images.aligned(model.class_names)
-    digests = tuple(images.digest(row) for row in range(len(images)))
-    labels, nothing = torch.tensor(images.labels), torch.zeros(1, len(images), 0)
-    data = ImageFeatures(nothing, labels, images.class_names, content_digest(images), (), digests)
-    seen, complete = known_rows(data, model.config.data)
-    if len(seen) == len(images) or not complete:
-        raise DataError(
-            f"The classifier was trained on {len(seen)} of these {len(images)} pictures: accuracy on them says "
-            "nothing about others. Name a split or a data set that was held out."
-        )
-    if seen:
-        warnings.warn(f"{len(seen)} of {len(images)} pictures are ones it was trained on; left out.", stacklevel=3)
-    known = set(seen)
-    selected: LabelledImages = images.select([row for row in range(len(images)) if row not in known])
-    return selected
+    return unseen_pictures(model.config.data, images.aligned(model.class_names))
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

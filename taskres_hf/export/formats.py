@@ -19,7 +19,7 @@ from torch import Tensor
 from ..embedding.engines.choose import onnx_tower, picture_size, write_onnx, write_openvino
 from ..errors import ConfigurationError, MissingExtraError
 from ..storage import write_bytes, write_tensors
-from .fused import FusedClassifier
+from .fused import FusedClassifier as FusedClassifier  # for those who take a Run
 
 Run = Callable[[Tensor], Tensor]  # pixel values [B, 3, H, W] fp32 to logits [B, K] fp32
 OUTPUTS = ["logits", "probabilities"]

@@ -9,7 +9,7 @@ a residual on the image side. Alpha, strength, an enhanced base and rows of leng
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from ..embedding.engines.choose import Tower
 from ..embedding.engines.rewriting import watched_module
 from ..encoders import family_of
 from ..errors import ConfigurationError
-from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..residual import TaskResClassifier
+
+if TYPE_CHECKING:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..residual import TaskResClassifier
 
 
 class FusedHead(nn.Module):
@@ -63,17 +65,20 @@ class FusedClassifier(nn.Module):
         half: keep the tower in fp16; what follows it stays in fp32.
 
     Attributes:
-        base: the base on the CPU, in fp32 or fp16 whatever the model runs in. size: height and width of a picture.
+        base: the base on the CPU, in fp32 or fp16 whatever the model runs in.
 
     Raises:
         ConfigurationError: the tower needs more than pixel values, a hook takes part in it, or its weights are not
             all there as numbers (quantised, or left on a disk).
     """
 
+    base: Any
+
     def __init__(self, model: TaskResCLIPForImageClassification, half: bool = False) -> None:
         super().__init__()
         base: Any = _plain_base(model)
-        self.base = base.to(torch.float16 if half else torch.float32)
+        # Not a part of this module: the text side would be exported with it.
+        self.__dict__["base"] = base.to(torch.float16 if half else torch.float32)
         self.tower, self.head = Tower(self.base), FusedHead(model.classifier)
         self.eval()
 

@@ -24,8 +24,7 @@ from typing import Any
 from ..embedding.preprocessing import Preprocessor
 from ..errors import ArtifactError, ConfigurationError, MissingExtraError
 from ..storage import cache_root, read_sealed, staging_folder, umask, write_bytes, write_json, write_sealed
-from .formats import Run, write_onnx_file
-from .fused import FusedClassifier
+from .formats import FusedClassifier, Run, write_onnx_file
 
 MODEL = "model"
 _NAMES = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
 from ..data import LabelledImages, duplicates, shorten
-from ..embedding import ImageFeatures
+from ..embedding.features import ImageFeatures, content_digest
 from ..errors import ConfigurationError, DataError
 from ..evaluation import compare_with_zero_shot, metrics_from_logits
 from ..residual import TaskResClassifier
@@ -165,6 +165,23 @@ def without_training_pictures(provenance: Mapping[str, Any] | None, data: ImageF
     warnings.warn(f"{what}; they are left out. {ask}", stacklevel=5)
     known = set(rows)
     return data.select([row for row in range(len(data)) if row not in known])
+
+
+def unseen_pictures(provenance: Mapping[str, Any] | None, images: LabelledImages) -> LabelledImages:
+    """Those of N pictures that the residual was not trained on, before any is embedded; warns where some are left out.
+
+    Args:
+        provenance: `config.data` of the classifier.
+
+    Raises:
+        OnlyTrainingPicturesError: none is left, or of too many training pictures not all can be told.
+    """
+    count, digests = len(images), tuple(map(images.digest, range(len(images))))
+    rows = torch.arange(count, dtype=torch.float64).view(1, count, 1)
+    labels = torch.tensor(images.labels)
+    data = ImageFeatures(rows, labels, images.class_names, content_digest(images), (), digests)
+    unseen = without_training_pictures(provenance, data, picture_names(images))
+    return images.select(unseen.image_embeds.flatten().long().tolist())
 
 
 def split_name(dataset: Any) -> str | None:

@@ -50,6 +50,7 @@ def test_the_model_stays_as_it_is(tiny: Tiny) -> None:
     half = FusedClassifier(model, half=True)
     assert next(half.base.parameters()).dtype == torch.float16
     assert half.head.linear.weight.dtype == torch.float32
+    assert not any("text" in name for name in half.state_dict())  # which would be exported with it
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.clip.dtype == torch.float32
 
