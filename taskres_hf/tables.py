@@ -117,6 +117,9 @@ class Table:
         below = ["", markdown_text(self.caption)] if self.caption else []
         return "\n".join(above + lines + below)
 
+    def _repr_html_(self) -> str:
+        return self.html()
+
     def html(self) -> str:
         """An HTML table; names and texts are shown as they are."""
 
