@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation", "schema",
     "artifact", "description",
-    "encoders", "base_model", "base_classifier", "configuration_taskres", "card", "hub", "serving", "modeling_taskres",
+    "encoders", "base_model", "base_classifier", "configuration_taskres", "card", "hub", "serving",
+    "rejection", "modeling_taskres",
     "pictures",
     "data.reading", "data.listing", "data.labelled", "data.folders", "data.tables", "data.sources",
     "data.training_data", "data", "few_shot",
