@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from support import run
 
+from taskres_hf.demo import demo_dataset
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, splits: Any) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes with 20 pictures each to train on and 10 to test, three pictures of noise, and a broken one."""
-    here = tmp_path_factory.mktemp("world")
+    here, splits = tmp_path_factory.mktemp("world"), demo_dataset("digits")
     for split, most in (("train", 20), ("test", 10)):
-        for label, name in ((0, "mammal"), (5, "flower")):
+        for label, name in ((0, "zero"), (7, "seven")):
             folder = here / "photos" / split / name
             folder.mkdir(parents=True)
             rows = [row for row in splits[split] if row["label"] == label][:most]
@@ -81,7 +82,7 @@ def test_predict_says_unknown_in_every_format(
     rows = {Path(row["file"]).name: row for row in json.loads(out)}
     assert rows["0.png"]["rejected"] is True
     assert rows["0.png"]["predictions"][0] == {"label": "unknown", "score": None}
-    assert rows["0.png"]["predictions"][1]["label"] in ("mammal", "flower")
+    assert rows["0.png"]["predictions"][1]["label"] in ("zero", "seven")
     assert rows["broken.png"]["rejected"] is None
     for name in ("a.csv", "a.parquet", "a.jsonl"):
         command = ["predict", classifier, noise, "--reject", "--unknown-label", "=none()", "-o", tmp_path / name, "-q"]
@@ -108,7 +109,7 @@ def test_without_the_option_nothing_is_rejected(
 def test_what_cannot_be_is_said(
     classifier: Path, world: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run(capsys, "predict", classifier, world / "noise", "--reject", "--unknown-label", "flower")
+    code, _, err = run(capsys, "predict", classifier, world / "noise", "--reject", "--unknown-label", "seven")
     assert code == 1
     assert "no class of the classifier" in " ".join(err.split())
     code, _, err = run(capsys, "predict", classifier, world / "noise", "--unknown-label", "none")
