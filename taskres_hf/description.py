@@ -66,10 +66,16 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
         "accuracy_interval": metrics.get("accuracy_interval"),
         "measured_on": measured_on(metrics, config.get("strength", 1.0)) if metrics else None,
+        "rejection": rejection_in_short(config.get("rejection")),
         "bytes": {file.name: file.stat().st_size for file in sorted(files)},
         "format_version": config.get("format_version", 1),
         "library_versions": config.get("library_versions"),
     }
+
+
+def rejection_in_short(stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of the threshold for pictures of no class, what a person wants to know; None where there is none."""
+    return {key: stored[key] for key in ("rate", "pictures")} if stored else None
 
 
 def measured_on(metrics: Mapping[str, Any], strength: float = 1.0) -> str:

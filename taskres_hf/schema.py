@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,6 +117,10 @@ def _base64(value: Any) -> bool:
         return False
 
 
+def _finite_halves(packed: bytes) -> bool:
+    return len(packed) % 2 == 0 and all(map(math.isfinite, struct.unpack(f"<{len(packed) // 2}e", packed)))
+
+
 def _one_of(*values: str) -> Check:
     return lambda value: isinstance(value, str) and value in values
 
@@ -139,8 +144,16 @@ def _record(**entries: Check) -> Check:
 _INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")
 _CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
 
+# A threshold for rejecting pictures, see `rejection.Rejection`.
+_REJECTION: dict[str, Check] = {
+    "rate": lambda value: _positive(value) and value < 1, "threshold": _number, "pictures": _count,
+    "means": lambda value: _base64(value) and _finite_halves(base64.b64decode(value)),
+}  # fmt: skip
+
 # What each key of config.json must be, where it is there and not null.
 _KEYS: dict[str, Check] = {
+    "rejection": lambda value: isinstance(value, dict) and all(key in value and check(value[key])
+                                                               for key, check in _REJECTION.items()),
     "base_model_name_or_path": _text, "base_model_revision": _text, "base_model_type": _printable,
     "base_model_subfolder": _text, "projection_dim": lambda value: _whole(value) and value > 0,
     "base_fingerprint": _record(
@@ -213,6 +226,11 @@ def problem_of_config(config: Mapping[str, Any], biased: bool = False) -> str | 
         return "id2label must name the classes 0 to K-1. Save the artifact again."
     if ids is not None and ids != {name: int(index) for index, name in names.items()}:
         return "label2id is not id2label the other way round. Save the artifact again."
+    rejection = config.get("rejection")
+    if rejection:
+        rows, rest = divmod(len(base64.b64decode(rejection["means"])), 2 * config["projection_dim"])
+        if rest or not 0 < rows <= len(names):
+            return "rejection holds other means than one for each class. Save the artifact again."
     return _problem_of_settings(config, biased)
 
 

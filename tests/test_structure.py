@@ -14,7 +14,7 @@ ORDER = [
     "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation", "schema",
     "artifact", "description",
     "encoders", "base_model", "base_classifier", "configuration_taskres", "card", "hub", "notebook", "serving",
-    "modeling_taskres", "pictures",
+    "rejection", "modeling_taskres", "pictures",
     "data.reading", "data.listing", "data.labelled", "data.folders", "data.tables", "data.sources",
     "data.training_data", "data", "few_shot",
     "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn", "embedding.engines.rewriting",

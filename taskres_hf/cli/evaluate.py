@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import options as opt
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
 from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(
     use_device(device)
     arguments = _arguments(context, device, label_map, quiet or as_json)
     from ..data import load_evaluation_data
+    from ..description import rejection_in_short
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training import TaskResTrainer
 
@@ -76,6 +77,7 @@ def evaluate(
     metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
     account = pictures.account.as_dict() if pictures.account else None
     result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
+    result["rejection"] = rejection_in_short(classifier.config.rejection)
     emit(as_json, result, lambda: _show(result))
 
 
@@ -102,3 +104,5 @@ def _show(metrics: dict[str, Any]) -> None:
     title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
     title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
     show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])
+    if metrics["rejection"]:
+        say(rejection_line(metrics["rejection"], metrics))

@@ -118,6 +118,17 @@ Strength = Annotated[
         help="From 0 (zero-shot) to 1 (as trained); default: as saved.",
     ),
 ]  # fmt: skip
+Rejecting = Annotated[
+    bool,
+    typer.Option(
+        "--reject", help="Call pictures of no class unknown, by the threshold of `train --reject`.",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+UnknownLabel = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Label of rejected pictures; 'unknown' by default.", rich_help_panel=MODEL),
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the classifier.", rich_help_panel=MODEL)
 ]
@@ -350,6 +361,14 @@ Patience = Annotated[
         min=1,
         metavar="N",
         help="Stop after N epochs without gain on a validation split or a hold-out.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Reject = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Choose when a picture is of no class: reject at most this share, such as 0.05, of those that are.",
         rich_help_panel=TRAINING,
     ),
 ]

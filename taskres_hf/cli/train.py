@@ -11,7 +11,17 @@ import typer
 from ..errors import ConfigurationError, DataError, HubError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, warn, when_interrupted
+from .screen import (
+    emit,
+    percent,
+    quiet_libraries,
+    rejection_line,
+    say,
+    say_loading,
+    show_table,
+    warn,
+    when_interrupted,
+)
 from .values import (
     check_device,
     check_output_folder,
@@ -81,6 +91,7 @@ def train(
     augment_online: opt.AugmentOnline = None,
     enhanced_base: opt.EnhancedBase = False,
     early_stopping_patience: opt.Patience = None,
+    reject: opt.Reject = None,
     save_epochs: opt.SaveEpochs = 0,
     resume: opt.Resume = False,
     report_to: opt.ReportTo = None,
@@ -262,6 +273,8 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     """Save, read back and write the settings beside it; what was done."""
     import torch
 
+    from ..description import rejection_in_short
+
     folder = Path(run["output_dir"])
     half = torch.float16 if run["fp16_residual"] else torch.float32
     model.save_pretrained(folder, residual_dtype=half, include_code=run["include_code"])
@@ -272,6 +285,7 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     write_run(folder, stored)
     result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
     result["train_images"] = (model.config.few_shot or {}).get("num_images")
+    result["rejection"] = rejection_in_short(model.config.rejection)
     result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
     return result
 
@@ -307,6 +321,8 @@ def _show(result: dict[str, Any]) -> None:
 
         row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)
+    if result["rejection"]:
+        say(rejection_line(result["rejection"], result))
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")

@@ -90,6 +90,8 @@ class TaskResTrainingArguments:
         metric_for_best_model, greater_is_better: what best means; more is better unless the name ends in `loss`.
         early_stopping_patience: stop after so many epochs without a better `metric_for_best_model` and keep the best
             residual; None (default) never stops early. Give a validation split: a split called test is refused.
+        reject: also choose below which score a picture counts as one of no class, so that at most this share of
+            pictures of the classes does, such as 0.05 (`TaskResTrainer.choose_rejection`); None chooses nothing.
         label_map: dataset class name to model class name where they differ (also as JSON), or `"position"`.
         image_column, label_column, drop_unlabelled, on_error: how datasets are read, see `data.labelled.LabelledImages`
             and `embedding.features.embed_images`.
@@ -133,6 +135,7 @@ class TaskResTrainingArguments:
     metric_for_best_model: str = "accuracy"
     greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
+    reject: float | None = None
     label_map: Mapping[str, str] | str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -188,6 +191,9 @@ class TaskResTrainingArguments:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value) and value >= 0):
                 problems.append(f"`{name}` must be a finite number of at least 0; got {value!r}")
+        reject = self.reject
+        if reject is not None and (isinstance(reject, bool) or not isinstance(reject, float) or not 0.0 < reject < 1.0):
+            problems.append(f"`reject` must be a share above 0 and below 1, such as 0.05; got {reject!r}")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 *most, last = map(repr, get_args(kind))

@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 from ..data import LabelledImages, duplicates, shorten
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError
-from ..evaluation import compare_with_zero_shot, metrics_from_logits
+from ..evaluation import accuracy, compare_with_zero_shot, metrics_from_logits
+from ..rejection import Rejection, check_enough, choose, class_means, nearest_mean, usable_rejection
 from ..residual import TaskResClassifier
 
 Name = Callable[[int], str]  # a picture's position to what a person calls it
@@ -210,6 +211,46 @@ def fold_of_each_picture(labels: Sequence[int], digests: Sequence[str], folds: i
         for fold, (_, held_out) in enumerate(splitter.split(truth, truth)):
             fold_of_key |= {keys[tested[place]]: fold for place in held_out.tolist()}
     return [fold_of_key.get(key, _ALWAYS_TRAINS) for key in keys]
+
+
+def choose_rejection(plain: ImageFeatures, rate: float, folds: int, seed: int) -> Rejection:
+    """The threshold of "none of these" from N training pictures, each compared with means of the other folds.
+
+    Args:
+        rate: see `Rejection`. folds, seed: as in `cross_validate`.
+
+    Raises:
+        FewShotError: too few pictures for the rate. DataError: no class has two different pictures.
+    """
+    check_rejectable(plain, rate, seed, folds)
+    assigned = torch.tensor(fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed))
+    embeds, parts = plain.image_embeds[0], []
+    for fold in range(int(assigned.max()) + 1):
+        means = class_means(embeds[assigned != fold], plain.labels[assigned != fold])
+        parts.append(nearest_mean(embeds[assigned == fold], means))
+    return choose(torch.cat(parts), class_means(embeds, plain.labels), rate)
+
+
+def check_rejectable(plain: ImageFeatures, rate: float, seed: int, folds: int = 5) -> None:
+    """Refuse a rate that is finer than the pictures allow, before anything is trained.
+
+    Raises:
+        FewShotError: too few pictures for the rate. DataError: no class has two different pictures.
+    """
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
+    assigned = fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed)
+    check_enough(sum(fold != _ALWAYS_TRAINS for fold in assigned), rate)
+
+
+def rejected_share(head: TaskResClassifier, data: ImageFeatures, logits: Tensor) -> Metrics:
+    """`rejected` and `accuracy_of_kept` (None where none is kept) of a head with a threshold; empty without one."""
+    if head.facts.get("rejection") is None:
+        return {}
+    rejected = usable_rejection(head).rejects(data.image_embeds[0])
+    kept = ~rejected
+    found = accuracy(logits[kept], data.labels[kept]) if bool(kept.any()) else None
+    return {"rejected": float(rejected.double().mean()), "accuracy_of_kept": found}
 
 
 def cross_validate(
