@@ -101,7 +101,7 @@ def _running(command: list[str]) -> Iterator[int]:
         process.wait()
 
 
-def service(report: Report, rounds: int = 3, most: int = 48) -> None:
+def service(report: Report, rounds: int = 3, most: int = 24) -> None:
     """Throughput and latency at 1, 8 and 32 clients, as ratios to the plain handler.
 
     Args:
@@ -119,7 +119,19 @@ def service(report: Report, rounds: int = 3, most: int = 48) -> None:
     picture = next(iter(sorted(jpeg_folder(640, (400, 300), 40).rglob("*.jpg")))).read_bytes()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = _artifact(clip_folder(32), 100, f"{scratch}/classifier")
-        serve = [sys.executable, "-m", "taskres_hf", "serve", folder, "--port", "0", "--json", "--quiet"]
+        serve = [
+            sys.executable,
+            "-m",
+            "taskres_hf",
+            "serve",
+            folder,
+            "--port",
+            "0",
+            "--json",
+            "--quiet",
+            "--timeout",
+            "600",
+        ]
         address = "/v1/models/classifier/classify"
         fast = ["--engine", "auto", "--precision", "auto", "--fast-preprocessing"]
         commands = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -110,10 +111,15 @@ def serve(
     log_to_stderr(as_json)
     service, address = app.state.service, address_of(listening)
 
+    def how_it_ended() -> str:
+        left = service.given_up
+        return f"{left} requests got no answer in --drain seconds." if left else "Everything accepted was answered."
+
     def ready() -> None:
-        when_interrupted(lambda: "Everything that was accepted is answered.")
+        when_interrupted(how_it_ended)
         rows = [service.describe(name) for name in service]
         emit(as_json, {"address": address, "models": rows}, lambda: _show(address, rows, len(service.bases())))
+        logging.captureWarnings(True)  # until now they were said, or kept for the JSON value
 
     if host not in ("127.0.0.1", "::1", "localhost"):
         warn("Anyone who reaches this machine can send pictures: there is no password. See docs/serve.md.")

@@ -206,7 +206,7 @@ def _wanted(service: Classifiers, asked: Sequence[str] | None, upload: Upload) -
     """Classifiers that a request means: of its address, else of its body, else all."""
     names = checked_models(asked or upload.models or list(service))
     for name in names:
-        service.describe(name)  # raises where there is none
+        service.find(name)  # raises where there is none
     return names
 
 

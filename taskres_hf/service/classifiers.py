@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
@@ -123,8 +124,9 @@ class Seats:
             self._service._occupy(to - self.count)
             self.count = to
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._service._occupy(-self.count)
+        self._service.given_up += kind is not None and issubclass(kind, asyncio.CancelledError)
 
 
 class Classifiers:
@@ -135,6 +137,9 @@ class Classifiers:
         settings: see `ServiceSettings`.
         on_batch: told the size of each batch.
         options: `device`, `dtype`, `base_model`, and what else `from_pretrained` takes, for those that are loaded.
+
+    Attributes:
+        closed: whether it takes no more. given_up: requests that were cut off because it had to end.
 
     Raises:
         ConfigurationError: no classifier, two of one name, or a name that cannot be one. ArtifactError, BaseModelError,
@@ -152,7 +157,7 @@ class Classifiers:
         self._device = options.pop("device", None)
         self._served: dict[str, tuple[TaskResCLIPForImageClassification, _SharedBase]] = {}
         self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._occupied, self.closed = 0, False
+        self._occupied, self.given_up, self.closed = 0, 0, False
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="taskres-decode")
         named = _named(models)
         if not named:
@@ -192,7 +197,7 @@ class Classifiers:
         Raises:
             UnknownModelError: there is none of that name.
         """
-        self._of(name)
+        self.find(name)
         self._served = {other: entry for other, entry in self._served.items() if other != name}
 
     def _loaded(self, source: str | os.PathLike[str]) -> TaskResCLIPForImageClassification:
@@ -207,7 +212,12 @@ class Classifiers:
         made = TaskResCLIPForImageClassification.from_pretrained(source, **options)
         return made.to(self._device) if self._device else made  # type: ignore[no-any-return]
 
-    def _of(self, name: str) -> tuple[TaskResCLIPForImageClassification, _SharedBase]:
+    def find(self, name: str) -> tuple[TaskResCLIPForImageClassification, _SharedBase]:
+        """A classifier and its base.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+        """
         served = self._served
         if name not in served:
             known = ", ".join(list(served)[:20]) + (", ..." if len(served) > 20 else "")
@@ -224,7 +234,7 @@ class Classifiers:
         Raises:
             UnknownModelError: there is none of that name.
         """
-        config = self._of(name)[0].classifier.config
+        config = self.find(name)[0].classifier.config
         base = str(config.base_model_name_or_path or "")
         training = config.training or {}
         return {
@@ -239,7 +249,7 @@ class Classifiers:
 
     def class_names(self, name: str) -> list[str]:
         """Its classes in label order."""
-        return list(self._of(name)[0].classifier.config.class_names)
+        return list(self.find(name)[0].classifier.config.class_names)
 
     # ---------------------------------------------------------------------- classifying
 
@@ -273,7 +283,7 @@ class Classifiers:
         """
         jobs: dict[int, tuple[_SharedBase, Waiting]] = {}
         for name in names:
-            model, base = self._of(name)
+            model, base = self.find(name)
             head = model.classifier
             _, job = jobs.setdefault(id(base), (base, Waiting({}, top_k)))
             job.heads = {**job.heads, name: head}
@@ -284,8 +294,6 @@ class Classifiers:
 
     async def in_thread(self, function: Callable[[], Any]) -> Any:
         """What a function returns, run where pictures are decoded."""
-        import asyncio
-
         return await asyncio.wrap_future(self._pool.submit(function))
 
     def warm_up(self) -> None:

@@ -75,10 +75,14 @@ class _AsJson(logging.Formatter):
 
 
 def log_to_stderr(as_json: bool = False) -> None:
-    """Show the access log, and what uvicorn says when something is wrong, on the standard error."""
+    """Show the access log, and what uvicorn and warnings say when something is wrong, on the standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_AsJson() if as_json else logging.Formatter("%(asctime)s %(message)s"))
-    for name, level in (("taskres_hf.service.access", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    for name, level in (
+        ("taskres_hf.service.access", logging.INFO),
+        ("uvicorn.error", logging.WARNING),
+        ("py.warnings", logging.WARNING),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

@@ -446,12 +446,8 @@ def test_who_waits_too_long_is_told_so_and_leaves_the_queue(artifacts: dict[str,
     assert sizes == ["taskres_batch_pictures_sum 1.0"]  # of the second alone
 
 
-def test_a_body_that_never_ends_is_given_up(artifacts: dict[str, str]) -> None:
-    app, sent = create_app(artifacts["food"], timeout_s=0.1), []
-
-    async def receive() -> dict[str, Any]:
-        await asyncio.sleep(0.02)
-        return {"type": "http.request", "body": b"x", "more_body": True}
+def _asked(app: Any, receive: Any, sent: list[Any]) -> Any:
+    """The app's work on a POST whose body `receive` gives."""
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -461,10 +457,43 @@ def test_a_body_that_never_ends_is_given_up(artifacts: dict[str, str]) -> None:
         "headers": [(b"content-type", b"image/png")], "root_path": "", "scheme": "http", "http_version": "1.1",
         "server": ("x", 80), "client": ("x", 1),
     }  # fmt: skip
-    asyncio.run(app(scope, receive, send))
+    return app(scope, receive, send)
+
+
+def test_a_body_that_never_ends_is_given_up(artifacts: dict[str, str]) -> None:
+    app, sent = create_app(artifacts["food"], timeout_s=0.1), []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    asyncio.run(_asked(app, receive, sent))
     assert sent[0]["status"] == 408
     assert json.loads(sent[1]["body"])["error"]["code"] == "timeout"
     assert app.state.service.occupied == 0
+
+
+def test_a_request_that_is_cut_off_by_the_end_is_counted_and_leaves(
+    artifacts: dict[str, str], pictures: list[bytes]
+) -> None:
+    """As uvicorn does where what was accepted takes longer than it may."""
+    app = create_app(artifacts["food"])
+    service = app.state.service
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pictures[1], "more_body": False}
+
+    async def cut_off() -> None:
+        work = asyncio.ensure_future(_asked(app, receive, []))
+        while len(service.bases()[0].batcher) < 1:
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    with service._turn:
+        asyncio.run(cut_off())
+    assert (service.given_up, service.occupied) == (1, 0)
 
 
 # ---------------------------------------------------------------------- settings
