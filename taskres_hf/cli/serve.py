@@ -18,7 +18,7 @@ _DEFAULT = ServiceSettings()
 Classifiers = Annotated[
     list[str],
     typer.Argument(
-        metavar="DIR...", show_default=False, help="Folders or Hub ids of trained classifiers, or NAME=DIR each."
+        metavar="DIR", show_default=False, help="Folders or Hub ids of trained classifiers, or NAME=DIR each."
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="127.0.0.1: only this machine; 0.0.0.0: every network.")]

@@ -88,5 +88,5 @@ def client(artifacts: dict[str, str]) -> Iterator[Any]:
 
     from taskres_hf.service import create_app
 
-    with TestClient(create_app(artifacts), raise_server_exceptions=False) as found:
+    with TestClient(create_app(artifacts, timeout_s=600), raise_server_exceptions=False) as found:
         yield found

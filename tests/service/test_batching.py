@@ -12,7 +12,7 @@ pytest.importorskip("fastapi_offline", reason="needs the serve extra")
 
 from taskres_hf.service.batching import Batcher, Predictions, Waiting
 
-PATIENCE = 60.0  # seconds, after which a test is told to fail rather than to wait
+PATIENCE = 600.0  # seconds, after which a test is told to fail rather than to wait
 
 
 def _answer(items: Sequence[Waiting]) -> list[Predictions | Exception]:

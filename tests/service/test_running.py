@@ -24,7 +24,7 @@ from support import same_predictions as same
 pytest.importorskip("fastapi_offline", reason="needs the serve extra")
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0  # seconds, after which a test is told to fail rather than to wait
+PATIENCE = 600.0  # seconds, after which a test is told to fail rather than to wait
 
 
 class Served:
@@ -32,6 +32,7 @@ class Served:
 
     def __init__(self, log: Path, *arguments: str) -> None:
         command = [sys.executable, "-m", "taskres_hf", "serve", *arguments, "--port", "0", "--json"]
+        command += ["--timeout", "600", "--drain", "600"]  # however busy the machine of the tests is
         self.log = log
         with log.open("wb") as stream:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True)
