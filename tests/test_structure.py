@@ -30,9 +30,11 @@ ORDER = [
     "predicting", "demo", "checking.signing", "checking.verifying", "checking",
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
+    "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
+    "service.app", "service.running", "service",
     "features", "suite", "benchmarking", "importing",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate",
-    "cli.predict", "cli.share", "cli.check", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.predict", "cli.serve", "cli.share", "cli.check", "cli.paper", "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500
