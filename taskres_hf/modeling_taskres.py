@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
+from .classes import ChangesClasses
 from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
     BaseSource,
@@ -36,10 +37,10 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
+class TaskResCLIPForImageClassification(ServedConfig, ChangesClasses, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
-    Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
+    Make one with `from_base` (zero residual: zero-shot CLIP's logits) or `from_pretrained`; change its classes by name.
 
     Attributes:
         clip: the base, a `CLIPModel` or another dual encoder; frozen, always in eval mode.
