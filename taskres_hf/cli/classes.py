@@ -70,10 +70,11 @@ def classes(
 ) -> None:
     """List the classes of a classifier; add, remove, rename or reorder them.
 
-    Added classes answer by their text at once, and better with --dataset. Without -o nothing is written; --overwrite
-    alone changes the classifier's own folder.
+    Added classes answer by their text at once, and better with --dataset.
 
-    Example:  taskres classes pets --add ferret --rename cat=\"tabby cat\" -o more-pets
+    Changes are written to -o; --overwrite alone changes the classifier itself.
+
+    Example:  taskres classes pets --add ferret --rename cat=tabby -o more
     """
     when_interrupted(lambda: "The classifier is as it was.")
     changes = any((rename, remove, add, order))

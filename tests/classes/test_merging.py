@@ -133,7 +133,7 @@ def test_what_differs_is_said(make: Make, base: str) -> None:
         (
             make(2, ["cat", "dog", "bird", "whale"]),
             ClassNamesError,
-            "'fish' only the first and 'whale' only the second",
+            "'fish' only the first and 'whale'",
         ),
         (make(2, template="a {}"), ConfigurationError, "different prompts for 'cat'"),
         (make(2, prompt_average="normalized"), ConfigurationError, "prompt_average"),
