@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..base_classifier import make_base_classifier, text_tolerance
 from ..errors import BaseMismatchError, ClassNamesError, ConfigurationError
@@ -96,7 +97,7 @@ class ChangesClasses:
             ClassNamesError: an unknown name, one given twice, or fewer than two classes left.
         """
         places = places_of(self.config.class_names, class_names)
-        left = [place for place in range(len(self.config.class_names)) if place not in set(places)]
+        left = sorted(set(range(len(self.config.class_names))) - set(places))
         if len(left) < 2:
             raise ClassNamesError(
                 f"A classifier needs at least 2 classes; without {listed(class_names)} it has {len(left)}. Keep more."
@@ -115,7 +116,8 @@ class ChangesClasses:
             ClassNamesError: one is missing, unknown or given twice.
         """
         places = places_of(self.config.class_names, class_names)
-        missing = [name for place, name in enumerate(self.config.class_names) if place not in set(places)]
+        names, named = self.config.class_names, set(places)
+        missing = [name for place, name in enumerate(names) if place not in named]
         if missing:
             raise ClassNamesError(f"The new order lacks {listed(missing)}: name every class once.")
         config, head = with_rows(self, places)
@@ -182,17 +184,9 @@ def _with_text_rows(
     groups = class_prompts(
         new, templates, underscores=config.underscores, descriptions=descriptions, prompt_names=prompt_names
     )
-    changed = with_prompts(config, names, [*config.class_prompts(), *groups], [config], prompt_names)
-    table, changed.base_fingerprint = make_base_classifier(
-        model.clip, model._base_source, changed.class_prompts(), changed.prompt_average, model._tokenizer
-    )
+    changed = with_prompts(config, names, [*config.class_prompts(), *groups])
     old, count = head.base.cpu(), len(head.base)
-    gap = float((table[:count] - old).norm() / old.norm())
-    if gap > text_tolerance(changed.base_fingerprint, config.base_fingerprint or {}):
-        raise BaseMismatchError(
-            f"The base gives other text embeddings for the old classes than the classifier was made with (relative "
-            f"difference {gap:.2g}). Load it on the base it was made for."
-        )
+    table = _text_rows(model, changed, list(range(count)))
     wider = empty_like(head, torch.cat([old, table[count:]]))
     wider.facts = changed.facts
     details: dict[str, Any] = {"classes": new, "from": "pictures" if from_pictures else "text"}
@@ -204,6 +198,28 @@ def _with_text_rows(
     return _told(changed, "added", **details), wider
 
 
+def _text_rows(model: Any, config: Any, kept: list[int]) -> Tensor:
+    """`t` of a changed config, whose fingerprint is filled in.
+
+    Args:
+        kept: places of rows that are there already.
+
+    Raises:
+        BaseMismatchError: the base gives others for those.
+    """
+    table, config.base_fingerprint = make_base_classifier(
+        model.clip, model._base_source, config.class_prompts(), config.prompt_average, model._tokenizer
+    )
+    old = model.classifier.base.cpu()[kept]
+    gap = float((table[kept] - old).norm() / old.norm().clamp_min(1e-12))
+    if gap > text_tolerance(config.base_fingerprint, model.config.base_fingerprint or {}):
+        raise BaseMismatchError(
+            "The base gives other text embeddings for the old classes than the classifier was made with (relative "
+            f"difference {gap:.2g}). Load it on the base it was made for."
+        )
+    return table
+
+
 @torch.no_grad()
 def fill_from_text(wider: TaskResClassifier, head: TaskResClassifier, bias: float | None) -> dict[str, float]:
     """The old rows to the last bit, and new ones from text; returns the scale and the bias that the new ones have."""
@@ -212,7 +228,7 @@ def fill_from_text(wider: TaskResClassifier, head: TaskResClassifier, bias: floa
     if head.shift is not None:
         wider.shift = torch.cat([head.shift.cpu(), torch.zeros_like(wider.base[count:])])
     scale, offset = 1.0, 0.0
-    if not head.is_zero_shot and not is_published(head):
+    if not is_published(head):
         if rows.text <= 0:
             raise ConfigurationError(
                 "The trained rows hold nothing of their classes' text embeddings (as of a linear probe), so that a row "
@@ -240,7 +256,7 @@ def _renamed(config: Any, names: list[str], places: list[int], reembed: bool) ->
     """A config of other names, whose prompts stay the same or are made of the new names."""
     prompts = config.class_prompts()
     if not reembed:
-        return with_prompts(config, names, prompts, [config])
+        return with_prompts(config, names, prompts)
     if not config.templates:
         raise ConfigurationError(
             "The prompts are sentences without a place for the name, so new names change nothing in them: rename "
@@ -270,9 +286,8 @@ def _same(head: TaskResClassifier) -> TaskResClassifier:
 def _reembedded(model: Any, config: Any, places: list[int]) -> TaskResClassifier:
     """The head with the text of some rows exchanged."""
     head = model.classifier
-    table, config.base_fingerprint = make_base_classifier(
-        model.clip, model._base_source, config.class_prompts(), config.prompt_average, model._tokenizer
-    )
+    kept = sorted(set(range(len(head.base))) - set(places))
+    table = _text_rows(model, config, kept)
     base = head.base.cpu().clone()
     base[places] = table[places]
     changed = empty_like(head, base)

@@ -97,12 +97,14 @@ def unite(models: Sequence[Any]) -> Any:
     models = _several(models)
     first = models[0]
     names: list[str] = []
+    known: set[str] = set()
     for other in models:
-        both = [name for name in other.config.class_names if name in set(names)]
+        both = [name for name in other.config.class_names if name in known]
         if both:
             raise ClassNamesError(f"Several classifiers have {listed(both)}: remove or rename there first.")
         _check_joint(first, other)
         names += other.config.class_names
+        known.update(other.config.class_names)
     config = with_prompts(
         first.config, check_class_names(names), [group for other in models for group in other.class_prompts()],
         [other.config for other in models],
@@ -132,7 +134,7 @@ def check_mergeable(ours: Any, theirs: Any) -> None:
     """
     _check_joint(ours, theirs)
     names, others = ours.config.class_names, theirs.config.class_names
-    only = [[name for name in one if name not in set(two)] for one, two in ((names, others), (others, names))]
+    only = [[name for name in one if name not in two] for one, two in ((names, set(others)), (others, set(names)))]
     if any(only):
         told = " and ".join(
             f"{listed(part)} only the {which}" for part, which in zip(only, ("first", "second"), strict=True) if part

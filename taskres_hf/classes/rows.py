@@ -13,6 +13,7 @@ import copy
 import difflib
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def with_rows(model: Any, places: list[int]) -> tuple[Any, TaskResClassifier]:
     """Config and head with some classes, in that order."""
     config, head = model.config, model.classifier
     names, prompts = config.class_names, config.class_prompts()
-    changed = with_prompts(config, [names[place] for place in places], [prompts[place] for place in places], [config])
+    changed = with_prompts(config, [names[place] for place in places], [prompts[place] for place in places])
     part = empty_like(head, head.base.cpu()[places])
     with torch.no_grad():
         part.residual.copy_(head.residual.cpu()[places] if head.side == "text" else head.residual)
@@ -122,13 +123,11 @@ def with_rows(model: Any, places: list[int]) -> tuple[Any, TaskResClassifier]:
     return changed, part
 
 
-def with_prompts(
-    config: Any, names: list[str], prompts: list[list[str]], sources: Sequence[Any], given: Any = None
-) -> Any:
+def with_prompts(config: Any, names: list[str], prompts: list[list[str]], sources: Sequence[Any] = ()) -> Any:
     """A config of these classes and exactly these prompts: by the templates that all share, else sentence by sentence.
 
     Args:
-        sources: configs whose words for a class may go into its templates. given: further words.
+        sources: configs that the classes come from besides.
     """
     changed = copy.deepcopy(config)
     set_names(changed, names)
@@ -216,15 +215,16 @@ def places_of(names: Sequence[str], wanted: Any) -> list[int]:
     if not wanted:
         raise ClassNamesError("No class is named: give the names of classes in a list.")
     cleaned = [unicodedata.normalize("NFC", name).strip() for name in wanted]
-    unknown = [name for name in cleaned if name not in set(names)]
+    place = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in cleaned if name not in place]
     if unknown:
         near = difflib.get_close_matches(unknown[0], names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f": the classifier knows {listed(names)}."
         raise ClassNamesError(f"There is no class {unknown[0]!r}{hint}")
-    twice = [name for place, name in enumerate(cleaned) if name in cleaned[:place]]
+    twice = [name for name, count in Counter(cleaned).items() if count > 1]
     if twice:
         raise ClassNamesError(f"The class {twice[0]!r} is named twice: name each once.")
-    return [list(names).index(name) for name in cleaned]
+    return [place[name] for name in cleaned]
 
 
 def listed(names: Sequence[str]) -> str:

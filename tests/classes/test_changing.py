@@ -32,9 +32,9 @@ def _embeds(model: Any) -> torch.Tensor:
 def _whole(model: Any, folder: Path) -> Any:
     """Saved, verified and loaded again with the same answers."""
     model.save_pretrained(folder)
-    rows = verify(folder)
+    rows = verify(folder, base_model=model.clip)
     assert not [row for row in rows if row["result"] == DIFFERS], rows
-    again = Model.from_pretrained(folder)
+    again = Model.from_pretrained(folder, base_model=model.clip)
     assert again.class_names == model.class_names
     torch.testing.assert_close(_answers(again), _answers(model), atol=1e-5, rtol=1e-5)
     return again
@@ -284,7 +284,7 @@ def test_another_base_under_the_classifier_is_noticed(trained: Path) -> None:
 def test_a_loaded_classifier_serves_its_new_classes(trained: Path, splits: Any, tmp_path: Path) -> None:
     from transformers import pipeline
 
-    model = Model.from_pretrained(trained)
+    model = Model.from_pretrained(trained, text_tower=True)
     evil = "<script>|=cmd()\x1b[31m"
     model.add_classes(["tractor"]).rename_classes({"tractor": evil})
     _whole(model, tmp_path / "a")
