@@ -30,6 +30,7 @@ from .encoders import (
 )
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
+from .notebook import ShownInNotebooks
 from .residual import TaskResClassifier, cross_entropy
 from .serving import ServedConfig, answered, forget_answer
 
@@ -37,7 +38,7 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ServedConfig, ChangesClasses, PreTrainedModel):
+class TaskResCLIPForImageClassification(ShownInNotebooks, ServedConfig, ChangesClasses, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
     Make one with `from_base` (zero residual: zero-shot CLIP's logits) or `from_pretrained`; change its classes by name.
@@ -231,9 +232,7 @@ class TaskResCLIPForImageClassification(ServedConfig, ChangesClasses, PreTrained
             loaded, source, shared, dtype, options, text_tower=text_tower, accept_mismatch=accept_base_mismatch
         )
         loaded.logit_scale, loaded.logit_bias = facts["score"]
-        loaded.dtype = base.dtype
-        loaded.architectures = [cls.__name__]
-        loaded._name_or_path = name
+        loaded.dtype, loaded.architectures, loaded._name_or_path = base.dtype, [cls.__name__], name
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(tensors[RESIDUAL])
