@@ -140,6 +140,22 @@ def _record(**entries: Check) -> Check:
     )
 
 
+def _change(value: Any) -> bool:
+    """What was done to the classes after training."""
+    texts = _list(_text)
+    return (
+        isinstance(value, dict)
+        and _text(value.get("change"))
+        and _record(
+            classes=texts,
+            to=texts,
+            num_images=_count,
+            reembedded=lambda flag: isinstance(flag, bool),
+            **{"from": _text},
+        )(value)
+    )
+
+
 # What a downloaded file names stays in the repository: its revision, its folder.
 _INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")
 _CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
@@ -168,7 +184,10 @@ _KEYS: dict[str, Check] = {
     "enhanced_base": _object(), "library_versions": _object(_text), "residual_sha256": _text,
     "processor_sha256": _text, "dtype": _text, "architectures": _list(_text), "auto_map": _object(),
     "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
-    "training": _record(method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole),
+    "training": _record(
+        method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole, merged=_list(_text),
+        continued_from=_object(), changes=_list(_change),
+    ),
     "metrics": _record(
         accuracy=_number, zero_shot_accuracy=_number, accuracy_interval=_list(_number), method=_text, split=_text,
         folds=_count, num_images=_count, strength=_number, per_class=_object(_object()),

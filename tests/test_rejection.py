@@ -238,3 +238,12 @@ def test_a_damaged_threshold_is_an_error(trainer: TaskResTrainer, tmp_path: Path
 def test_an_artifact_without_one_loads_as_before(trained: Path) -> None:
     assert "rejection" not in json.loads((trained / "config.json").read_text())
     assert Model.from_pretrained(trained).config.rejection is None
+
+
+def test_a_change_of_classes_ends_a_threshold_and_a_change_of_names_does_not(model: Model, noise: torch.Tensor) -> None:
+    before = model.rejects(image_embeds=noise)
+    names = model.class_names
+    model.rename_classes({names[0]: "nought"}).reorder_classes([*model.class_names[1:], model.class_names[0]])
+    assert torch.equal(model.rejects(image_embeds=noise), before)
+    model.remove_classes(["nought"])
+    assert model.config.rejection is None

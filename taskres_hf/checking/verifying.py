@@ -166,10 +166,21 @@ def _draw_rows(config: Mapping[str, Any], train: LabelledImages) -> list[Row]:
         rows.append(_row("few-shot draw", None if known else False, note="the rows were given, not drawn"))
         drawn = [place[row] for row in recorded if row in place]
     stored = provenance.get("train_pictures")
+    if stored is not None and _came_together(config):
+        return [*rows, _row("training pictures", None, note="they are of several trainings")]
     if stored is None:
         return [*rows, _row("training pictures", None, note="none are recorded")]
     now = remember([train.digest(place) for place in drawn])
     return [*rows, _row("training pictures", now == stored, stored.get("count"), now["count"], "by their content")]
+
+
+def _came_together(config: Mapping[str, Any]) -> bool:
+    """Whether more pictures went into a classifier than those of one draw."""
+    training = config.get("training") or {}
+    changes = training.get("changes") or []
+    return bool(
+        training.get("continued_from") or training.get("merged") or any(row.get("num_images") for row in changes)
+    )
 
 
 def _cross_validated(

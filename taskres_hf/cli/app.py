@@ -26,6 +26,8 @@ COMMANDS = {
     "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
     "info": ("share", "info", _SHARE),
+    "classes": ("classes", "classes", _SHARE),
+    "merge": ("classes", "merge", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),

@@ -297,6 +297,16 @@ BaseModel = Annotated[
     str | None,
     typer.Option("--base-model", metavar="MODEL", help="Load the base from here instead.", rich_help_panel=MODEL),
 ]
+FromClassifier = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="MODEL",
+        show_default=False,
+        help="Go on from a classifier, with its classes, prompts and base; see docs/classes.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 BaseRevision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the base.", rich_help_panel=MODEL)
 ]

@@ -78,6 +78,7 @@ def train(
     underscores: opt.UnderscoresOption = opt.Underscores.REPLACE,
     keep_underscores: opt.KeepUnderscores = False,
     # ---- base model
+    from_classifier: opt.FromClassifier = None,
     base_revision: opt.BaseRevision = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     dtype: opt.Dtype = None,
@@ -161,7 +162,10 @@ def _settle(run: dict[str, Any]) -> None:
         raise ConfigurationError(f"--folds must be at least 2, or 0 to measure nothing; it is {run['folds']}.")
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
-    run["base_model"] = run["base_model"] or opt.default_base_model()
+    if run["from_classifier"] is not None:
+        _check_from(run)
+    else:
+        run["base_model"] = run["base_model"] or opt.default_base_model()
     run["output_dir"] = str(run["output_dir"] or default_output(run["dataset"]))
     run["device"] = check_device(run["device"], run.pop("use_cpu"))
     use_device(run["device"])
@@ -171,6 +175,22 @@ def _settle(run: dict[str, Any]) -> None:
     run["prompt_names"] = read_mapping(run["prompt_names"], "--prompt-names")
     run["label_map"] = read_label_map(run.get("label_map"))
     check_output_folder(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
+
+
+_OF_A_NEW_ONE = {
+    "templates": None, "class_descriptions": None, "prompt_names": None, "prompt_average": "raw",
+    "underscores": "replace", "alpha": 0.5, "residual_side": "text",
+}  # fmt: skip
+
+
+def _check_from(run: dict[str, Any]) -> None:
+    """Classes, prompts and the like belong to the classifier that is gone on from."""
+    given = [name for name, default in _OF_A_NEW_ONE.items() if run[name] not in (default, [])]
+    if given:
+        raise ConfigurationError(
+            f"--from takes prompts and settings of the classifier it names; leave out {', '.join(given)}, or train a "
+            "new one without --from."
+        )
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
@@ -227,6 +247,13 @@ def _validation(run: dict[str, Any], data: TrainingData) -> LabelledImages | Non
 def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification:
     from ..modeling_taskres import TaskResCLIPForImageClassification
 
+    if run["from_classifier"] is not None:
+        say_loading(run["from_classifier"], run["quiet"] or run["as_json"])
+        loaded: TaskResCLIPForImageClassification = TaskResCLIPForImageClassification.from_pretrained(
+            run["from_classifier"], base_model=run["base_model"] and resolve_base(run["base_model"]),
+            base_revision=run["base_revision"], base_trust_remote_code=run["trust_remote_code"], dtype=run["dtype"],
+        )  # fmt: skip
+        return loaded
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
         say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
@@ -279,8 +306,9 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     half = torch.float16 if run["fp16_residual"] else torch.float32
     model.save_pretrained(folder, residual_dtype=half, include_code=run["include_code"])
     type(model).from_pretrained(folder, base_model=model.clip)  # what does not load again is no result
-    stored = dict(run, dataset=_portable(run["dataset"]), base_model=_portable(run["base_model"]))
-    if model.config.base_model_revision:
+    stored = dict(run, dataset=_portable(run["dataset"]))
+    stored |= {name: _portable(run[name]) for name in ("base_model", "from_classifier") if run[name] is not None}
+    if model.config.base_model_revision and run["from_classifier"] is None:
         stored["base_revision"] = model.config.base_model_revision
     write_run(folder, stored)
     result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}

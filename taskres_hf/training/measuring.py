@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,67 @@ def remember(digests: Sequence[str]) -> dict[str, Any]:
     """
     prefixes = sorted({bytes.fromhex(digest)[:_BYTES] for digest in digests})
     return {"count": len(prefixes), "sha256_prefixes": base64.b64encode(b"".join(prefixes[:_MOST])).decode("ascii")}
+
+
+def remember_together(provenances: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """`config.data` of a classifier that comes from several trainings, or from pictures added later.
+
+    Args:
+        provenances: their `config.data`; None where nothing was recorded.
+    """
+    known = [dict(one) for one in provenances if one]
+    if len(known) < 2:
+        return known[0] if known else None
+    digests = sorted({str(one["train_digest"]) for one in known if one.get("train_digest")})
+    data: dict[str, Any] = {"train_images": sum(int(one.get("train_images") or 0) for one in known)}
+    if digests:
+        data["train_digest"] = (
+            digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        )
+    stored = [one["train_pictures"] for one in known if isinstance(one.get("train_pictures"), Mapping)]
+    packed = [base64.b64decode(str(one.get("sha256_prefixes", ""))) for one in stored]
+    prefixes = sorted({part[start : start + _BYTES] for part in packed for start in range(0, len(part), _BYTES)})
+    unnamed = sum(
+        max(0, int(one.get("count", 0)) - len(part) // _BYTES) for one, part in zip(stored, packed, strict=True)
+    )
+    if stored:
+        named = base64.b64encode(b"".join(prefixes[:_MOST])).decode("ascii")
+        data["train_pictures"] = {"count": len(prefixes) + unnamed, "sha256_prefixes": named}
+    return data
+
+
+def goes_on_from(config: Any, head: TaskResClassifier, recipe: str, digest: str) -> dict[str, Any] | None:
+    """What was recorded of an earlier training on other pictures that a run by epochs goes on from; else None.
+
+    Recipe `auto`, and epochs after `auto`, start from zero-shot: a warning says that earlier pictures are forgotten.
+
+    Args:
+        config, head: of the model. recipe: of the run. digest: of its pictures.
+    """
+    earlier, data = config.training, config.data or {}
+    if not earlier or head.is_zero_shot or data.get("train_digest") in (None, digest):
+        return None
+    if recipe == "auto" or earlier.get("recipe") == "auto":
+        warnings.warn(
+            f"This classifier was trained before, on {data.get('train_images', 'other')} pictures. "
+            f"{'Recipe auto fits' if recipe == 'auto' else 'What recipe auto fitted is not gone on from: this trains'} "
+            "from zero-shot, so those are forgotten. Give old and new pictures together, or bring both classifiers "
+            "together afterwards (taskres merge).",
+            stacklevel=3,
+        )
+        return None
+    return {"training": dict(earlier), "data": dict(data), "few_shot": dict(config.few_shot or {})}
+
+
+def remember_start(config: Any, before: Mapping[str, Any]) -> None:
+    """Record, after a run's own facts, what it went on from: measurements leave out the pictures of both."""
+    earlier, data = before["training"], before["data"]
+    start = {"recipe": earlier.get("recipe") or earlier.get("method"), "train_images": data.get("train_images")}
+    more = {"changes": earlier["changes"]} if earlier.get("changes") else {}
+    config.training = {**(config.training or {}), "continued_from": start, **more}
+    own = config.data or {}
+    both = remember_together([data, own]) or {}
+    config.data = {**own, **{key: both[key] for key in ("train_images", "train_pictures") if key in both}}
 
 
 def known_rows(data: ImageFeatures, provenance: Mapping[str, Any] | None) -> tuple[list[int], bool]:

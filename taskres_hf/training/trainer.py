@@ -38,10 +38,12 @@ from .measuring import (
     cross_validate,
     epoch_metrics,
     full_metrics,
+    goes_on_from,
     own_metrics,
     prefixed,
     rejected_share,
     remember,
+    remember_start,
     split_name,
     warn_of_conflicts,
     without_training_pictures,
@@ -111,6 +113,10 @@ class TaskResTrainer:
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
         """Train the residual.
 
+        Of a classifier that was trained before, recipe `auto` keeps nothing: it fits from zero-shot, with a warning
+        where the pictures are others. Recipes by epochs go on from its residual (after `auto` from zero-shot), which
+        keeps what it learned as far as the new pictures leave it.
+
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir` that is whole. The
                 settings, the base and the data must be those of the interrupted run; the result then equals an
@@ -136,6 +142,7 @@ class TaskResTrainer:
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
+        before = goes_on_from(self.model.config, head, recipe.name, chosen.data.digest)
         if recipe.name != "auto":
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
@@ -146,6 +153,8 @@ class TaskResTrainer:
         if recipe.name == "auto":
             chosen = at_once(chosen)
         self._record(recipe, chosen)
+        if before is not None:
+            remember_start(self.model.config, before)
         if self.args.enhanced_base:
             enhance(self.model, head, chosen.data, self.args.seed)
             stamp = {"epochs": EPOCHS, "data_digest": chosen.data.digest, "seed": self.args.seed}
@@ -358,6 +367,11 @@ class TaskResTrainer:
                 warnings.warn(f"{error} Cross-validation takes its place.", stacklevel=2)
         if metrics is None:
             try:
+                if (self.model.config.training or {}).get("continued_from"):
+                    raise DataError(
+                        "Cross-validation trains each fold from zero-shot, and this classifier went on from another: "
+                        "hold pictures out to measure on (eval_dataset, --holdout)."
+                    )
                 metrics = self.cross_validate(folds)
             except DataError as error:
                 if self.train_dataset is None:
@@ -459,6 +473,16 @@ class TaskResTrainer:
     def embedder(self) -> Embedder:
         """Base, processor and engine; made when first needed."""
         return self._embeddings.embedder
+
+    def training_embeddings(self) -> ImageFeatures:
+        """Embeddings [V, N, D] of the pictures that `train` would learn from: drawn, readable, in memory.
+
+        Raises:
+            DataError: no training data. FewShotError: a class without any picture.
+        """
+        data = at_once(self._training_pictures()).data
+        assert isinstance(data, ImageFeatures)
+        return data
 
     def _training_pictures(self) -> TrainingPictures:
         """The drawn pictures and their embeddings; drawn once for one dataset and draw."""
