@@ -25,6 +25,7 @@ _COMMANDS = {
     "predict": ("predict", "predict", _USE),
     "demo": ("demo", "demo", _USE),
     "info": ("share", "info", _SHARE),
+    "report": ("report", "report", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),

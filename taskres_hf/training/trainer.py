@@ -29,10 +29,12 @@ from .measuring import (
     ComputeMetrics,
     Metrics,
     OnlyTrainingPicturesError,
+    OutOfFold,
     both_logits,
-    cross_validate,
+    cross_validated_metrics,
     epoch_metrics,
     full_metrics,
+    out_of_fold,
     own_metrics,
     prefixed,
     remember,
@@ -271,6 +273,20 @@ class TaskResTrainer:
         Raises:
             DataError: nothing to train on, embeddings on disk, or no class with two pictures.
         """
+        data, found = self.cross_validated_logits(folds)
+        metrics = cross_validated_metrics(found, data, self.compute_metrics)
+        split = split_name(self.train_dataset)
+        return {**metrics, "method": "cross-validation", **({"split": split} if split else {})}
+
+    def cross_validated_logits(self, folds: int = 5) -> tuple[ImageFeatures, OutOfFold]:
+        """The training pictures, and what `cross_validate` measures: logits of each by a head not trained on it.
+
+        Args:
+            folds: see `cross_validate`.
+
+        Raises:
+            DataError: see `cross_validate`.
+        """
         chosen = self._training_pictures()
         data = chosen.data
         if isinstance(data, StoredFeatures):
@@ -287,9 +303,7 @@ class TaskResTrainer:
                 enhance(self.model, apart, part, self.args.seed)
             fit(apart, part, recipe, self.args.seed, closed_form=self.args.closed_form, epochs=epochs)
 
-        metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
-        split = split_name(self.train_dataset)
-        return {**metrics, "method": "cross-validation", **({"split": split} if split else {})}
+        return data, out_of_fold(head, data, plain, folds, self.args.seed, train_fold)
 
     def measure(self, eval_dataset: Any = None, folds: int = 5) -> Metrics:
         """An honest number always, recorded in the model's config: on held-out pictures, else by cross-validation.
