@@ -55,8 +55,7 @@ def evaluate(
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json, collect=as_json)
     source = one_dataset(context, dataset, dataset_option)
-    use_device(device := check_device(device, use_cpu))
-    arguments = _arguments(context, device, label_map, quiet or as_json)
+    arguments = _arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
     _check_report(report)
     from ..data import load_evaluation_data
     from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -69,16 +68,16 @@ def evaluate(
     )  # fmt: skip
     options: dict[str, Any] = {
         "config_name": config_name, "image_column": image_column, "label_column": label_column,
-        "drop_unlabelled": drop_unlabelled, "class_folder": class_folder and class_folder.value,
+        "class_folder": class_folder and class_folder.value, "drop_unlabelled": drop_unlabelled,
+        "default_names": classifier.class_names,
     }  # fmt: skip
-    options |= {"default_names": classifier.class_names}
     pictures = load_evaluation_data(source, split, revision=dataset_revision, **options)
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
-    metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
-    account = pictures.account.as_dict() if pictures.account else None
-    result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
+    result = {"split": pictures.split, **trainer.evaluate(include_train_pictures=include_train_pictures)}
+    result["train_pictures_included"] = include_train_pictures
+    result["account"] = pictures.account.as_dict() if pictures.account else None
     if report is not None:
         options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
         result["report"] = _write_report(classifier, report, source, options)
@@ -104,6 +103,7 @@ def _arguments(
     from ..training import TaskResTrainingArguments
     from .run_config import read_run, training_only
 
+    use_device(device)
     values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}
     values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})

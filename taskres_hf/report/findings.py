@@ -61,7 +61,7 @@ def paired(measured: Measured) -> Row:
     """
     from scipy.stats import binomtest  # type: ignore[import-untyped]
 
-    after = measured.logits.argmax(dim=1) == measured.labels
+    after = measured.predicted == measured.labels
     before = measured.zero_shot.argmax(dim=1) == measured.labels
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
     p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
@@ -74,7 +74,7 @@ def paired(measured: Measured) -> Row:
 def confusion_counts(measured: Measured) -> Tensor:
     """How many pictures of each class (row) were taken for each class (column) [K, K]."""
     classes = measured.logits.shape[1]
-    flat = measured.labels * classes + measured.logits.argmax(dim=1)
+    flat = measured.labels * classes + measured.predicted
     return torch.bincount(flat, minlength=classes * classes).view(classes, classes)
 
 
@@ -92,24 +92,17 @@ def confused_pairs(measured: Measured, most: int) -> list[Row]:
     return [{"label": a, "predicted": b, "count": n, "share": n / totals[a]} for n, a, b in found[:most]]
 
 
-def confidence(measured: Measured) -> Tensor:
-    """The largest probability of each picture [N]."""
-    return F.softmax(measured.logits.double(), dim=1).amax(dim=1)
-
-
 def rows_of_cell(measured: Measured, label: int, predicted: int) -> list[int]:
     """Pictures of a class that were taken for a class, the most confident first."""
-    inside = (measured.labels == label) & (measured.logits.argmax(dim=1) == predicted)
+    inside = (measured.labels == label) & (measured.predicted == predicted)
     rows: list[int] = inside.nonzero().flatten().tolist()
-    sure = confidence(measured)
-    return sorted(rows, key=lambda row: -float(sure[row]))
+    return sorted(rows, key=lambda row: -measured.confidence[row])
 
 
 def confident_mistakes(measured: Measured, most: int) -> list[int]:
     """Wrong answers, the most confident first."""
-    sure, wrong = confidence(measured), measured.logits.argmax(dim=1) != measured.labels
-    rows: list[int] = wrong.nonzero().flatten().tolist()
-    return sorted(rows, key=lambda row: -float(sure[row]))[:most]
+    rows: list[int] = (measured.predicted != measured.labels).nonzero().flatten().tolist()
+    return sorted(rows, key=lambda row: -measured.confidence[row])[:most]
 
 
 def least_certain(measured: Measured, most: int) -> list[int]:

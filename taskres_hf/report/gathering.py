@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,17 @@ class Measured:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def confidence(self) -> list[float]:
+        """The largest probability of each picture."""
+        sure: list[float] = self.logits.double().softmax(dim=1).amax(dim=1).tolist()
+        return sure
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The likeliest class id of each picture [N]."""
+        return self.logits.argmax(dim=1)
 
 
 @dataclass

@@ -298,14 +298,13 @@ class _Page:
     def _name(self, measured: Measured, row: int) -> str:
         return measured.pictures.name(measured.places[row]) if measured.pictures is not None else f"row {row}"
 
-    def _pictures(self, measured: Measured, rows: list[int], suggested: Mapping[int, int] | None = None) -> list[Row]:
-        sure, predicted = findings.confidence(measured), measured.logits.argmax(dim=1)
+    def _pictures(self, measured: Measured, rows: list[int]) -> list[Row]:
         return [
             {
                 "name": self._name(measured, row), "label": self.class_names[int(measured.labels[row])],
-                "predicted": self.class_names[int(predicted[row])], "confidence": float(sure[row]),
+                "predicted": self.class_names[int(measured.predicted[row])], "confidence": measured.confidence[row],
                 "address": self._address(measured.pictures, measured.places[row]) if measured.pictures else None,
-                "split": measured.metrics.get("split"), "suggested": None,
+                "split": measured.metrics.get("split"),
             }
             for row in rows
         ]  # fmt: skip
