@@ -78,9 +78,8 @@ def evaluate(
     result = {"split": pictures.split, **trainer.evaluate(include_train_pictures=include_train_pictures)}
     result["train_pictures_included"] = include_train_pictures
     result["account"] = pictures.account.as_dict() if pictures.account else None
-    if report is not None:
-        options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
-        result["report"] = _write_report(classifier, report, source, options)
+    options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
+    result |= _write_report(report, classifier, source, options)
     emit(as_json, result, lambda: _show(result))
 
 
@@ -91,10 +90,12 @@ def _check_report(report: Path | None) -> None:
         check_report_output(report)
 
 
-def _write_report(classifier: Any, report: Path, source: str, options: dict[str, Any]) -> str:
+def _write_report(report: Path | None, classifier: Any, source: str, options: dict[str, Any]) -> dict[str, str]:
+    if report is None:
+        return {}
     from ..report import write_report
 
-    return str(write_report(classifier, report, source, **options)["output"])
+    return {"report": write_report(classifier, report, source, **options)["output"]}
 
 
 def _arguments(
