@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..artifact import RESIDUAL, find_artifact, read_checked
-from ..card import is_hub_id
 from ..data import LabelledImages, TrainingData, load_evaluation_data
 from ..errors import BaseModelError, DataError, HubError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -128,7 +127,7 @@ class Subject(NamedTuple):
     def base(self) -> str:
         """The base model's Hub id; of a path of this machine the last part."""
         name = str(self.config.get("base_model_name_or_path") or "not recorded")
-        return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        return name if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def read_subject(model: Any, needed: bool, name: str | None, *, revision: str | None, **loading: Any) -> Subject:
