@@ -28,13 +28,15 @@ ORDER = [
     "methods.cross_modal", "methods.gda", "methods.linear_probe", "methods.lp_plus_plus", "methods.proker",
     "methods.prolip", "methods.taskres", "methods.zero_shot", "methods.saving", "methods.all", "methods",
     "predicting", "demo", "checking.signing", "checking.verifying", "checking",
+    "report.gathering", "report.findings", "report.figures", "report.thumbnails", "report.page", "report",
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
     "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
     "service.app", "service.running", "service",
     "features", "suite", "benchmarking", "importing",
-    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate",
-    "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.paper", "cli.demo", "cli.app", "cli",
+    "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.report", "cli.train", "cli.compare",
+    "cli.evaluate", "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.paper", "cli.demo",
+    "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500

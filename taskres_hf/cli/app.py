@@ -28,6 +28,7 @@ COMMANDS = {
     "info": ("share", "info", _SHARE),
     "classes": ("classes", "classes", _SHARE),
     "merge": ("classes", "merge", _SHARE),
+    "report": ("report", "report", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),

@@ -441,3 +441,7 @@ PushTo = Annotated[
     typer.Option("--push-to-hub", metavar="REPO", help="Upload it there afterwards.", rich_help_panel=OUTPUT),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.", rich_help_panel=OUTPUT)]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Also write a report as one HTML page.", rich_help_panel=OUTPUT),
+]

@@ -106,6 +106,7 @@ def train(
     # ---- output
     fp16_residual: opt.Fp16Residual = False,
     include_code: opt.IncludeCode = False,
+    report: opt.Report = None,
     overwrite: opt.Overwrite = False,
     hub_model_id: opt.PushTo = None,
     hub_private_repo: opt.Private = False,
@@ -122,6 +123,11 @@ def train(
     run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
     _settle(run)
     arguments = _arguments(run)
+    report = run["report"] and Path(run["report"])
+    if report:
+        from ..report import check_report_output, write_report
+
+        check_report_output(report)
     when_interrupted(lambda: _what_is_kept(arguments))
     data = _open(run)
     validation = _validation(run, data) if arguments.keeps_best else None
@@ -131,11 +137,17 @@ def train(
     from ..training import TaskResTrainer
 
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
+    if report and trainer.accelerator.num_processes > 1:
+        raise ConfigurationError("--report is for one process: run `taskres report` on the classifier afterwards.")
     trainer.train(resume_from_checkpoint=run["resume"] or None)
     _remember_rows(model, run, data.train)
     metrics = _measure(trainer, run, data.held_out)
     if trainer.accelerator.is_main_process:
         result = _save(model, run) | metrics | {"account": data.account.as_dict()}
+        if report:
+            name = run["output_dir"]
+            write_report(model, report, data, folds=run["folds"], args=arguments, name=name)
+            result["report"] = str(report)
         failure = _upload(run) if run["hub_model_id"] else {}
         result |= failure
         emit(as_json, result, lambda: _show(result))
@@ -352,6 +364,8 @@ def _show(result: dict[str, Any]) -> None:
     if result["rejection"]:
         say(rejection_line(result["rejection"], result))
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
+    if "report" in result:
+        say(f"Report: {result['report']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
     say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")

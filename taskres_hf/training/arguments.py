@@ -284,3 +284,20 @@ def is_test_split(split: str | None) -> bool:
     """Whether a split's name says that it is for the final measurement, such as `test` or `test[:50%]`."""
     parts = [part.split("[")[0].strip().lower() for part in (split or "").split("+")]
     return any(part.startswith("test") for part in parts)
+
+
+def recorded_arguments(config: Mapping[str, Any], **changes: Any) -> TaskResTrainingArguments:
+    """The settings that a saved classifier was trained with, to train on the same pictures again.
+
+    Args:
+        config: `config.json` of the classifier. changes: settings to have another way.
+    """
+    training, few_shot = config.get("training") or {}, config.get("few_shot") or {}
+    names = {entry.name for entry in fields(TaskResTrainingArguments)}
+    values = {key: value for key, value in training.items() if key in names and value is not None}
+    if training.get("recipe") == "auto":  # it has no settings; those of epochs would make another recipe of it
+        values = {"recipe": "auto"}
+    seed = few_shot.get("seed")  # of the draw, which may be 0; 1 where none is recorded
+    values |= {"shots": few_shot.get("shots"), "seed": 1 if seed is None else int(seed)}
+    values["enhanced_base"] = config.get("enhanced_base") is not None
+    return TaskResTrainingArguments(**{**values, **changes})

@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,15 +114,19 @@ def known_rows(data: ImageFeatures, provenance: Mapping[str, Any] | None) -> tup
     Returns:
         The positions; False where the training pictures were too many to name each.
     """
-    provenance = provenance or {}
-    if provenance.get("train_digest") == data.digest:
+    if (provenance or {}).get("train_digest") == data.digest:
         return list(range(len(data))), True
-    stored = provenance.get("train_pictures")
-    if not isinstance(stored, Mapping) or not data.digests:
+    return known_digests(data.digests, provenance)
+
+
+def known_digests(digests: Sequence[str], provenance: Mapping[str, Any] | None) -> tuple[list[int], bool]:
+    """As `known_rows`, of N SHA-256 digests in hexadecimal; none is known where there are none."""
+    stored = (provenance or {}).get("train_pictures")
+    if not isinstance(stored, Mapping) or not digests:
         return [], True
     packed = base64.b64decode(str(stored.get("sha256_prefixes", "")))
     known = {packed[start : start + _BYTES] for start in range(0, len(packed), _BYTES)}
-    rows = [row for row, digest in enumerate(data.digests) if bytes.fromhex(digest)[:_BYTES] in known]
+    rows = [row for row, digest in enumerate(digests) if bytes.fromhex(digest)[:_BYTES] in known]
     return rows, len(known) >= int(stored.get("count", 0))
 
 
@@ -315,27 +319,37 @@ def rejected_share(head: TaskResClassifier, data: ImageFeatures, logits: Tensor)
     return {"rejected": float(rejected.double().mean()), "accuracy_of_kept": found}
 
 
-def cross_validate(
+class OutOfFold(NamedTuple):
+    """What classifiers say of pictures that they were not trained on.
+
+    Attributes:
+        rows: M positions of the tested pictures. logits, zero_shot: [M, K]. folds: how many classifiers there were.
+    """
+
+    rows: list[int]
+    logits: Tensor
+    zero_shot: Tensor
+    folds: int
+
+
+def out_of_fold(
     head: TaskResClassifier,
     train: ImageFeatures,
     plain: ImageFeatures,
     folds: int,
     seed: int,
     fit: Callable[[TaskResClassifier, ImageFeatures], None],
-    compute: ComputeMetrics | None = None,
-) -> Metrics:
-    """Train on all folds but one and test on that one, in turn; the head that is given does not change.
+) -> OutOfFold:
+    """Train on all folds but one and classify that one, in turn; the head that is given does not change.
 
     Args:
         head: whose base, scale and `alpha` each fold starts from, with a zero residual.
         train: N embeddings to train on. plain: the same N pictures, not augmented, to test on.
         folds: at least 2; fewer are made where no class has so many pictures.
         fit: trains a head on a part of `train`.
-        compute: further metrics, see `TaskResTrainer`.
 
-    Returns:
-        Metrics over all tested pictures, each classified by a head that was not trained on it; `folds`;
-        `untested_classes`, the names of those with a single picture.
+    Raises:
+        DataError: no class has two different pictures.
     """
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
@@ -352,14 +366,26 @@ def cross_validate(
         for found, some in zip((logits, zero_shot), both_logits(apart, plain.select(held_out)), strict=True):
             found.append(some)
         rows += held_out
-    labels = plain.labels[rows]
-    metrics = full_metrics(torch.cat(logits), torch.cat(zero_shot), labels, train.class_names, compute)
-    single = sorted(set(train.labels.tolist()) - set(labels.tolist()))
-    untested = [train.class_names[label] for label in single]
+    return OutOfFold(rows, torch.cat(logits), torch.cat(zero_shot), count)
+
+
+def cross_validated_metrics(found: OutOfFold, data: ImageFeatures, compute: ComputeMetrics | None = None) -> Metrics:
+    """Metrics over all pictures that were tested.
+
+    Args:
+        found: of `out_of_fold` on the N pictures of `data`. compute: further metrics, see `TaskResTrainer`.
+
+    Returns:
+        Metrics, `folds`, and `untested_classes`: the names of those with a single picture.
+    """
+    labels = data.labels[found.rows]
+    metrics = full_metrics(found.logits, found.zero_shot, labels, data.class_names, compute)
+    single = sorted(set(data.labels.tolist()) - set(labels.tolist()))
+    untested = [data.class_names[label] for label in single]
     if untested:
         warnings.warn(
-            f"{len(untested)} of {len(train.class_names)} classes have a single picture, which is needed to train "
+            f"{len(untested)} of {len(data.class_names)} classes have a single picture, which is needed to train "
             f"them: nothing was measured of {shorten(untested)}. The accuracy is that of the others alone.",
             stacklevel=3,
         )
-    return metrics | {"folds": count, "untested_classes": untested}
+    return metrics | {"folds": found.folds, "untested_classes": untested}

@@ -32,13 +32,15 @@ from .measuring import (
     ComputeMetrics,
     Metrics,
     OnlyTrainingPicturesError,
+    OutOfFold,
     both_logits,
     check_rejectable,
     choose_rejection,
-    cross_validate,
+    cross_validated_metrics,
     epoch_metrics,
     full_metrics,
     goes_on_from,
+    out_of_fold,
     own_metrics,
     prefixed,
     rejected_share,
@@ -293,6 +295,20 @@ class TaskResTrainer:
         Raises:
             DataError: nothing to train on, embeddings on disk, or no class with two pictures.
         """
+        data, found = self.cross_validated_logits(folds)
+        metrics = cross_validated_metrics(found, data, self.compute_metrics)
+        split = split_name(self.train_dataset)
+        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
+
+    def cross_validated_logits(self, folds: int = 5) -> tuple[ImageFeatures, OutOfFold]:
+        """The training pictures, and what `cross_validate` measures: logits of each by a head not trained on it.
+
+        Args:
+            folds: see `cross_validate`.
+
+        Raises:
+            DataError: see `cross_validate`.
+        """
         data, plain = self._foldable()
         head = copy.deepcopy(self.model.classifier)
         if self.args.recipe == "paper":
@@ -305,9 +321,7 @@ class TaskResTrainer:
                 enhance(self.model, apart, part, self.args.seed)
             fit(apart, part, recipe, self.args.seed, closed_form=self.args.closed_form, epochs=epochs)
 
-        metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
-        split = split_name(self.train_dataset)
-        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
+        return data, out_of_fold(head, data, plain, folds, self.args.seed, train_fold)
 
     def choose_rejection(self, rate: float = 0.05, folds: int = 5) -> Rejection:
         """Choose below which score `model.rejects` takes a picture for one of no class; stored with the classifier.
