@@ -29,14 +29,15 @@ ORDER = [
     "methods.prolip", "methods.taskres", "methods.zero_shot", "methods.saving", "methods.all", "methods",
     "predicting", "demo", "checking.signing", "checking.verifying", "checking",
     "report.gathering", "report.findings", "report.figures", "report.thumbnails", "report.page", "report",
+    "export.fused", "export.formats", "export.web", "export.exporting", "export",
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
     "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
     "service.app", "service.running", "service",
     "features", "suite", "benchmarking", "importing",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.report", "cli.train", "cli.compare",
-    "cli.evaluate", "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.paper", "cli.demo",
-    "cli.app", "cli",
+    "cli.evaluate", "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export", "cli.paper",
+    "cli.demo", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500
@@ -62,7 +63,7 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-# The module in remote/ is copied beside artifacts and imports nothing of the package.
+# The files in remote/ are copied beside artifacts and exports, and import nothing of the package.
 FILES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "remote"}
 
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),
+    "export": ("export", "export", _SHARE),
     "benchmark": ("paper", "benchmark", _PAPER),
     "import": ("paper", "import_checkpoint", _PAPER),
 }
