@@ -81,6 +81,7 @@ def test_the_performance_page_shows_what_was_measured() -> None:
         ["transformers_trainer.py", "--epochs", "1"],
         ["many_classifiers_one_backbone.py"],
         ["compare_and_save.py", "--shots", "2"],
+        ["serve_with_fastapi.py"],
         ["export_and_run.py"],
     ],
     ids=lambda command: command[0],
