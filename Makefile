@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx,lora]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx,lora,app]"
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
     "demo": ("demo", "demo", _USE),
+    "app": ("browser", "app", _USE),
     "info": ("share", "info", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
