@@ -30,7 +30,7 @@ ORDER = [
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
     "features", "suite", "benchmarking", "importing",
-    "app.session", "app.registry", "app.showing", "app.layout", "app",
+    "app.looking", "app.session", "app.registry", "app.showing", "app.layout", "app",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.train", "cli.compare", "cli.evaluate",
     "cli.predict", "cli.share", "cli.check", "cli.paper", "cli.demo", "cli.browser", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",

@@ -8,6 +8,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import ConfigurationError, MissingExtraError
 
@@ -60,8 +61,8 @@ class RunningApp:
         if only_try and model is None:
             raise ConfigurationError("only_try classifies with a trained classifier: give it as model.")
         from ..modeling_taskres import TaskResCLIPForImageClassification
+        from .looking import Backbone
         from .registry import Registry
-        from .session import Backbone
 
         trained = None
         if model is not None:
@@ -129,7 +130,7 @@ class _Guard:
             await self.app(scope, receive, send)
             return
         asked = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if self.hosts is not None and asked.rpartition(":")[0].strip("[]") not in self.hosts | {""}:
+        if self.hosts is not None and urlsplit(f"//{asked}").hostname not in self.hosts:
             await send({"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"Ask for it by the address that taskres app printed."})
             return

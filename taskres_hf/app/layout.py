@@ -13,8 +13,9 @@ import gradio as gr
 from ..data.listing import ARCHIVE_ENDINGS
 from ..errors import TaskResError
 from . import showing
+from .looking import Picture
 from .registry import Registry
-from .session import Guess, Picture, Session
+from .session import Guess, Session
 
 _LEFT_OUT = "— leave out —"
 _MISTAKES, _ALL = "Mistakes", "All pictures"
@@ -124,7 +125,10 @@ class _Page:
             gr.HTML(showing.step(2, "Add pictures", text))
             with gr.Row():
                 self.archive = gr.File(
-                    label="A zip or tar with one folder for each class", file_types=list(ARCHIVE_ENDINGS), height=150
+                    label="A zip or tar with one folder for each class",
+                    file_types=list(ARCHIVE_ENDINGS),
+                    height=150,
+                    interactive=True,
                 )
                 self.folder = gr.HTML(showing.FOLDER, js_on_load=showing.FOLDER_SCRIPT, elem_id="folder")
             self.added = gr.HTML(elem_id="added")
@@ -142,7 +146,8 @@ class _Page:
                             self._card(name, [guess for guess in guesses if guess.picture.label == name])
 
     def _card(self, name: str, guesses: list[Guess]) -> None:
-        drop = gr.File(label=f"{name} ({len(guesses)})", file_count="multiple", height=150, elem_classes="drop")
+        label = f"{name} ({len(guesses)})"
+        drop = gr.File(label=label, file_count="multiple", height=150, elem_classes="drop", interactive=True)
         if guesses:
             gr.HTML(showing.strip(guesses))
 
@@ -194,7 +199,7 @@ class _Page:
         gr.HTML(showing.judged(picture, guess))
         label = gr.Dropdown(
             [*names, _LEFT_OUT], value=picture.label, label=f"Class of {picture.name}", show_label=False,
-            container=False,
+            container=False, interactive=True,
         )  # fmt: skip
 
         @_told
@@ -215,10 +220,10 @@ class _Page:
         with gr.Column(elem_classes="step"):
             gr.HTML(showing.step(number, "Try it", "On pictures that it has never seen."))
             with gr.Row():
-                drop = gr.File(label="Pictures", file_count="multiple", height=200, elem_id="try")
+                drop = gr.File(label="Pictures", file_count="multiple", height=200, elem_id="try", interactive=True)
                 camera = gr.Image(
                     sources=["clipboard", "webcam"], type="filepath", image_mode=None, label="Clipboard or camera",
-                    height=200, buttons=[],
+                    height=200, buttons=[], interactive=True,
                 )  # fmt: skip
             shown = gr.HTML(elem_id="answers")
 
@@ -308,7 +313,9 @@ class _Page:
     def _opened(self, request: gr.Request) -> tuple[Any, ...]:
         """What a page shows when it is opened."""
         session = self._session(request)
-        wording = session.templates[0] if len(session.templates) == 1 and session.class_names else ""
+        if not session.class_names:  # somebody may be typing already
+            return (gr.skip(), gr.skip(), *self._refresh(request))
+        wording = session.templates[0] if len(session.templates) == 1 else ""
         return ("\n".join(session.class_names), wording, *self._refresh(request))
 
     def _refresh(self, request: gr.Request) -> tuple[Any, ...]:

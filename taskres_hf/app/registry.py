@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from .session import Backbone, Session
+from .looking import Backbone
+from .session import Session
 
 
 class Registry:
@@ -49,7 +50,8 @@ class Registry:
         paths = []
         for file in files:
             path = Path(file).resolve()
-            if not path.is_relative_to(self.root) or path.relative_to(self.root).parts[0].startswith("session-"):
+            inside = path.is_relative_to(self.root) and path.is_file()
+            if not inside or path.relative_to(self.root).parts[0].startswith("session-"):
                 raise DataError(f"{Path(file).name!r} was not uploaded here.")
             paths.append(path)
         with self._lock:

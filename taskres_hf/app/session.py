@@ -5,7 +5,6 @@ A picture is read once: its embedding [D] and a small preview stay in memory, it
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import os
@@ -21,71 +20,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..data import LabelledImages, load_training_data
+from ..data import load_training_data
 from ..data.labelled import finder
-from ..embedding import Embedder, ImageFeatures
-from ..errors import ConfigurationError, DataError, ImageError
+from ..embedding import ImageFeatures
+from ..errors import ConfigurationError, DataError, HubError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import DEFAULT_TEMPLATE, check_class_names, resolve_templates
 from ..storage import write_bytes
 from ..training import TaskResTrainer, TaskResTrainingArguments
 from ..training.measuring import fold_of_each_picture
+from .looking import Backbone, Picture, Progress, Source, read_pictures, silent
 
 FOLDS = 5
-_PREVIEW = 112  # pixels of the longer side
-_AT_ONCE = 32  # pictures between two moves of the progress bar
-Progress = Callable[[float, str], None]  # share done from 0 to 1, and what is being done
-
-
-def _silent(share: float, text: str) -> None:
-    """Nobody is watching."""
-
-
-class Backbone:
-    """The frozen base that all sessions share; one of them works with it at a time.
-
-    Args:
-        model: any classifier over that base, with its text tower.
-
-    Attributes:
-        lock: held by whoever computes. name: of the base, for people.
-    """
-
-    def __init__(self, model: TaskResCLIPForImageClassification) -> None:
-        self.base, self.tokenizer, self.image_processor = model.clip, model.tokenizer, model.image_processor
-        self.revision = model.config.base_model_revision
-        self.name = Path(str(model.config.base_model_name_or_path)).name
-        self.embedder = Embedder(self.base, self.image_processor)
-        self.lock = threading.RLock()
-
-    def classifier(self, class_names: Sequence[str], **prompting: Any) -> TaskResCLIPForImageClassification:
-        """A zero-shot classifier over the base."""
-        return TaskResCLIPForImageClassification.from_base(
-            self.base, class_names, tokenizer=self.tokenizer, image_processor=self.image_processor,
-            revision=self.revision, **prompting,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture.
-
-    Attributes:
-        key: SHA-256 of its content. name: of its file. label: class name. embeds: [D] fp32.
-        preview: a small JPEG as a data: address.
-    """
-
-    key: str
-    name: str
-    label: str
-    embeds: Tensor
-    preview: str
 
 
 @dataclass(frozen=True)
@@ -136,13 +86,6 @@ class Outcome:
 
     metrics: dict[str, Any]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Source:
-    cell: Any
-    name: str
-    label: str
 
 
 class Session:
@@ -234,17 +177,17 @@ class Session:
 
     # ------------------------------------------------------------------ pictures
 
-    def add_files(self, files: Iterable[str | os.PathLike[str]], label: str, progress: Progress = _silent) -> Added:
+    def add_files(self, files: Iterable[str | os.PathLike[str]], label: str, progress: Progress = silent) -> Added:
         """Add picture files to a class.
 
         Raises:
             DataError: there is no such class.
         """
         self._check_label(label)
-        sources = [_Source(str(file), Path(file).name, label) for file in files]
+        sources = [Source(str(file), Path(file).name, label) for file in files]
         return self._add(sources, progress)
 
-    def add_tree(self, source: str | os.PathLike[str], progress: Progress = _silent) -> Added:
+    def add_tree(self, source: str | os.PathLike[str], progress: Progress = silent) -> Added:
         """Add a folder or an archive with a folder for each class; folders of new names make new classes.
 
         Read by `load_training_data`, so it means the same as for `taskres train`, without its held-out split.
@@ -264,11 +207,11 @@ class Session:
         fresh = [name for name, place in zip(images.class_names, known, strict=True) if place is None]
         if fresh:
             notes += self.set_classes([*self.class_names, *fresh])
-        added = self._add([_source_of(images, row, names) for row in range(len(images))], progress)
+        added = self._add([Source.of_row(images, row, names) for row in range(len(images))], progress)
         lines = [line.strip() for line in data.account.lines()[1:]]
         return replace(added, notes=(*lines, *notes, *added.notes))
 
-    def add_folder(self, files: Iterable[tuple[str, str]], progress: Progress = _silent) -> Added:
+    def add_folder(self, files: Iterable[tuple[str, str]], progress: Progress = silent) -> Added:
         """Add a folder that came file by file.
 
         Args:
@@ -323,13 +266,13 @@ class Session:
             logits = logits_of(torch.stack([picture.embeds for picture in pictures]).to(self._device))
         return _as_guesses(pictures, logits.cpu(), self.class_names)
 
-    def _add(self, sources: Sequence[_Source], progress: Progress) -> Added:
+    def _add(self, sources: Sequence[Source], progress: Progress) -> Added:
         problems: list[str] = []
-        fresh: dict[str, _Source] = {}
+        fresh: dict[str, Source] = {}
         repeated = 0
         for source in sources:
             try:
-                key = picture_digest(_cell(source))
+                key = source.key()
             except ImageError as error:
                 problems.append(str(error))
                 continue
@@ -343,48 +286,13 @@ class Session:
             else:
                 fresh[key] = source
         with self._noting() as notes:
-            found = self._read(fresh, problems, progress)
+            found = read_pictures(self.backbone, fresh, problems, progress)
         for key, (embeds, preview) in found.items():
             source = fresh[key]
             self.pictures[key] = Picture(key, source.name, source.label, embeds, preview)
         if found:
             self._changed()
         return Added(len(found), repeated, tuple(problems), tuple(notes))
-
-    def _read(
-        self, sources: dict[str, _Source], problems: list[str], progress: Progress
-    ) -> dict[str, tuple[Tensor, str]]:
-        """Embedding and preview of each picture that can be read; why the others cannot is added to `problems`."""
-        embedder, remarks = self.backbone.embedder, Remarks()
-        previews: dict[str, str] = {}
-
-        def load(key: str) -> PIL.Image.Image | None:
-            source = sources[key]
-            try:
-                picture = read_image(_cell(source), remarks=remarks)
-                embedder.preprocess.check(picture)
-            except ImageError as error:
-                told = str(error)
-                problems.append(told if source.name in told else f"{source.name}: {told}")
-                return None
-            previews[key] = _preview(picture)
-            return picture
-
-        keys, found = list(sources), {}
-        size = min(_AT_ONCE, embedder.batch_size)
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        done = 0
-        for batch, embeds in embedder.stream(batches, load, augmented=False, pad_to=size):
-            rows = iter(embeds if embeds is not None else ())
-            found.update({key: (next(rows).clone(), previews[key]) for key in batch if key in previews})
-            done += len(batch)
-            progress(done / len(keys), f"Looking at pictures: {done} of {len(keys)}")
-        remarks.warn()
-        unusable = [key for key, (embeds, _) in found.items() if not bool(embeds.isfinite().all())]
-        for key in unusable:
-            problems.append(f"{sources[key].name}: the base model gives NaN for it.")
-            del found[key]
-        return found
 
     def _picture(self, key: str) -> Picture:
         if key not in self.pictures:
@@ -404,7 +312,7 @@ class Session:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, progress: Progress = _silent) -> Outcome:
+    def train(self, progress: Progress = silent) -> Outcome:
         """Train on all pictures by recipe `auto`, measure by cross-validation, save; see `outcome` and `archive`.
 
         Raises:
@@ -471,15 +379,19 @@ class Session:
         model, answers = self.model, []
         for file in files:
             problems: list[str] = []
-            source = _Source(str(file), Path(file).name, "")
+            source = Source(str(file), Path(file).name)
             try:
-                key = picture_digest(_cell(source))
+                key = source.key()
             except ImageError as error:
                 answers.append(Answer(source.name, error=str(error)))
                 continue
             there = self.pictures.get(key)
             with self._noting():
-                found = {key: (there.embeds, there.preview)} if there else self._read({key: source}, problems, _silent)
+                found = (
+                    {key: (there.embeds, there.preview)}
+                    if there
+                    else read_pictures(self.backbone, {key: source}, problems)
+                )
             if not found:
                 answers.append(Answer(source.name, error=problems[0]))
                 continue
@@ -525,8 +437,13 @@ class Session:
 
         if not repo_id.strip():
             raise ConfigurationError("Give the repository a name, such as me/pets-taskres.")
-        with self._noting():
-            return str(push_folder(self.artifact, repo_id.strip(), private=private or None).repo_url)
+        folder = self.artifact
+        try:
+            with self._noting():
+                return str(push_folder(folder, repo_id.strip(), private=private or None).repo_url)
+        except HubError as error:  # its advice names a folder that goes with this session
+            why = str(error).partition(" The classifier is whole in ")[0]
+            raise HubError(f"{why} The classifier is still here: download it, or try again.") from error
 
     def _save(self) -> None:
         folder, stream = self.folder / "classifier", io.BytesIO()
@@ -561,34 +478,6 @@ def _renamed(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
     if len(old) != len(new):
         return {}
     return {a: b for a, b in zip(old, new, strict=True) if a != b and a not in new and b not in old}
-
-
-def _source_of(images: LabelledImages, row: int, names: Sequence[str]) -> _Source:
-    try:
-        cell = images.source(row)
-    except ImageError as error:  # a damaged member of an archive: said when it is read
-        return _Source(error, f"row {images.indices[row]}", names[images.labels[row]])
-    path = cell.get("path") if isinstance(cell, dict) else cell
-    return _Source(cell, PurePosixPath(str(path)).name, names[images.labels[row]])
-
-
-def _cell(source: _Source) -> Any:
-    """The content of a picture under its own name, not under that of the temporary file it came in."""
-    if isinstance(source.cell, ImageError):
-        raise source.cell
-    if not isinstance(source.cell, str):
-        return {**source.cell, "path": source.name}
-    try:
-        return {"bytes": Path(source.cell).read_bytes(), "path": source.name}
-    except OSError as error:
-        raise ImageError(f"{source.name!r} cannot be opened: {error.strerror}.") from error
-
-
-def _preview(picture: PIL.Image.Image) -> str:
-    small, stream = picture.copy(), io.BytesIO()
-    small.thumbnail((_PREVIEW, _PREVIEW))
-    small.save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def _as_guesses(pictures: Sequence[Picture], logits: Tensor, names: Sequence[str]) -> list[Guess]:

@@ -6,7 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 
 from ..tables import visible
-from .session import Added, Answer, Guess, Outcome, Picture, Session
+from .looking import Picture
+from .session import Added, Answer, Guess, Outcome, Session
 
 _MOST_NOTES = 12
 _SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "`${}@"})  # what Gradio's templates would act on

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from taskres_hf import TaskResCLIPForImageClassification
-from taskres_hf.app.session import Backbone, Session
+from taskres_hf.app.looking import Backbone
+from taskres_hf.app.session import Session
 from taskres_hf.demo import demo_dataset
 
 NAMES = ["fruit", "vegetable", "prepared meal"]
@@ -49,6 +50,17 @@ def filled(session: Session, food: Path) -> Session:
     session.set_classes(NAMES, "a drawing of {}.")
     session.add_tree(food / "class")
     return session
+
+
+@pytest.fixture(scope="session")
+def ready(backbone: Backbone, food: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A trained session; do not change it."""
+    made = Session(backbone, tmp_path_factory.mktemp("ready") / "session")
+    made.set_classes(NAMES, "a drawing of {}.")
+    made.add_tree(food / "class")
+    made.train()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from conftest import TASK
 from hub_server import HubServer
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_training_data
-from taskres_hf.app.session import Backbone, Session
+from taskres_hf.app.looking import Backbone
+from taskres_hf.app.session import Session
 from taskres_hf.errors import ClassNamesError, ConfigurationError, DataError, HubError, ImageError
 from taskres_hf.pictures import read_image
 from taskres_hf.predicting import classify_files
@@ -172,8 +173,9 @@ def test_a_folder_that_comes_file_by_file(session: Session, food: Path) -> None:
 # ---------------------------------------------------------------------- training
 
 
-def test_training_gives_what_the_trainer_gives(filled: Session, food: Path) -> None:
-    outcome = filled.train()
+def test_training_gives_what_the_trainer_gives(ready: Session, food: Path) -> None:
+    filled, outcome = ready, ready.outcome
+    assert outcome is not None
     model = filled.backbone.classifier(NAMES, templates="a drawing of {}.")
     data = load_training_data(food / "class", class_names=NAMES).train
     arguments = TaskResTrainingArguments(disable_tqdm=True, engine="torch")
@@ -203,22 +205,15 @@ def test_mistakes_are_those_of_cross_validation(filled: Session) -> None:
     assert (found.picture.label, found.label) == ("vegetable", "fruit")
     filled.relabel(wrong.picture.key, "fruit")
     assert wrong.picture.key not in {guess.picture.key for guess in filled.mistakes()}
+    filled.remove(mistakes[-1].picture.key)
+    assert mistakes[-1].picture.key not in {guess.picture.key for guess in filled.mistakes()}
+    with pytest.raises(DataError, match="gone"):
+        filled.relabel(mistakes[-1].picture.key, "fruit")
     assert filled.is_stale
     with pytest.raises(DataError, match="changed since"):
         _ = filled.archive
-    again = filled.train().metrics
-    assert again["per_class"]["fruit"]["support"] == 6
-    assert not filled.is_stale
-
-
-def test_a_picture_left_out_is_gone(filled: Session) -> None:
-    filled.train()
-    key = filled.mistakes()[0].picture.key
-    filled.remove(key)
-    assert key not in {guess.picture.key for guess in filled.mistakes()}
-    with pytest.raises(DataError, match="gone"):
-        filled.relabel(key, "fruit")
     assert filled.train().metrics["num_images"] == ALL - 1
+    assert not filled.is_stale
 
 
 def test_a_class_without_pictures_is_named(filled: Session) -> None:
@@ -241,8 +236,8 @@ def test_one_picture_of_each_class_trains_and_says_that_nothing_was_measured(ses
 # ---------------------------------------------------------------------- using and keeping
 
 
-def test_the_archive_answers_as_the_app_does(filled: Session, food: Path, tmp_path: Path) -> None:
-    filled.train()
+def test_the_archive_answers_as_the_app_does(ready: Session, food: Path, tmp_path: Path) -> None:
+    filled = ready
     files = sorted((food / "new").rglob("*.png"))
     with zipfile.ZipFile(filled.archive) as archive:
         archive.extractall(tmp_path)
@@ -278,22 +273,21 @@ def test_a_session_can_begin_with_a_classifier(
     assert TASK == "animals-plants"
 
 
-def test_upload_with_the_login_of_the_machine(filled: Session, hub: HubServer) -> None:
+def test_upload_with_the_login_of_the_machine(ready: Session, session: Session, hub: HubServer) -> None:
     with pytest.raises(DataError, match="Nothing was trained"):
-        filled.push("tester/food")
-    filled.train()
+        session.push("tester/food")
     with pytest.raises(ConfigurationError, match="name"):
-        filled.push("  ")
-    assert filled.push(" tester/food ").endswith("/tester/food")
+        ready.push("  ")
+    assert ready.push(" tester/food ").endswith("/tester/food")
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("tester/food"))
     assert hub.repos["models/tester/food"].private
-    hub.down = True
-    with pytest.raises(HubError):
-        filled.push("tester/food")
+    hub.read_only.add("other")
+    with pytest.raises(HubError, match="still here") as refused:
+        ready.push("other/food")
+    assert str(ready.folder) not in str(refused.value)
 
 
 def test_nothing_stays(filled: Session) -> None:
-    filled.train()
     folder = filled.folder
     assert folder.is_dir()
     filled.close()
