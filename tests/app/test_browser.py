@@ -218,6 +218,7 @@ def test_it_works_with_the_keyboard(visit: Visit, food: Path) -> None:
     page.locator("#train").focus()
     page.keyboard.press("Enter")
     visit.see("#report", "Nothing was measured")
+    sync_api.expect(page.locator("#download")).to_be_enabled()
     page.locator("#download").focus()
     with page.expect_download() as download:
         page.keyboard.press("Enter")
