@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,20 +90,24 @@ class RunningApp:
         private = _is_loopback(host) and not share
         self._page = make_page(self.registry, may_push=private, only_try=only_try)
         fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts).set(
+            button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+        )
         try:
             _, url, public = self._page.queue(default_concurrency_limit=4).launch(
                 server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, ssr_mode=False,
                 pwa=False, enable_monitoring=False, run_history=False, footer_links=[], max_file_size=_MOST_UPLOADED,
                 app_kwargs={"middleware": [Middleware(_Guard, hosts=_names(host) if private else None)]},
-                theme=gr.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts), css=CSS,
+                theme=theme, css=CSS,
             )  # fmt: skip
         except OSError as error:
             raise ConfigurationError(f"The app cannot be served on {host}: {error} Choose another port.") from error
         return str(url), public
 
     def wait(self) -> None:
-        """Serve until Ctrl-C."""
-        self._page.block_thread()
+        """Serve until Ctrl-C, which is raised here."""
+        while self._page.is_running:
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Stop, and remove uploads and sessions."""

@@ -19,7 +19,7 @@ CSS = """
 .step h2 { margin: 0 0 4px; font-size: 1.25rem; display: flex; align-items: center; gap: 10px; }
 .step h2 b { display: inline-grid; place-items: center; width: 1.75em; height: 1.75em; border-radius: 50%;
   font-size: 0.85rem; background: var(--primary-700); color: white; }
-.step p, .lead { margin: 0; color: var(--body-text-color-subdued); }
+.step p, .lead { margin: 0; opacity: 0.75; }
 .strip { display: flex; flex-wrap: wrap; gap: 8px; max-height: 330px; overflow-y: auto; }
 .strip figure { margin: 0; width: 76px; font-size: 0.72rem; line-height: 1.25; text-align: center; }
 .strip img, .shot { width: 76px; height: 76px; object-fit: contain; border-radius: 8px;
@@ -46,7 +46,7 @@ table.plain th, table.plain td { text-align: left; padding: 4px 10px 4px 0;
 .tell { border-left: 4px solid var(--primary-600); padding: 2px 12px; margin: 4px 0; overflow-wrap: anywhere; }
 .tell.bad { border-color: #c2410c; }
 .folder { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 14px; display: block;
-  min-height: 118px; color: var(--body-text-color-subdued); }
+  min-height: 150px; }
 .folder input { display: block; margin-top: 10px; max-width: 100%; border: 0; }
 :focus-visible { outline: 3px solid var(--primary-700); outline-offset: 2px; }
 """

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,35 +12,27 @@ from support import run
 from taskres_hf import app
 
 
-def test_it_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path: Path) -> None:
+def test_it_serves_until_it_is_interrupted_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("gradio", reason='the app needs gradio: pip install "taskres_hf[app]"')
     httpx = pytest.importorskip("httpx")
-    command = [sys.executable, "-m", "taskres_hf", "app", "--base-model", "shipped", "--json"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(tmp_path)
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        lines = iter(process.stdout.readline, "")
-        text = ""
-        for line in lines:
-            text += line
-            if line.startswith("}") or re.fullmatch(r"\{.*\}\n", line):
-                break
-        result = json.loads(text)
-        assert httpx.get(result["url"]).status_code == 200
-        assert result["public_url"] is None
-        assert list(tmp_path.glob("taskres-app-*"))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        assert "The app is stopped" in process.stderr.read()
-    assert not list(tmp_path.glob("taskres-app-*"))
+    seen: list[app.RunningApp] = []
 
+    def wait(self: app.RunningApp) -> None:
+        assert httpx.get(self.url).status_code == 200
+        assert self.registry.root.is_dir()
+        seen.append(self)
+        signal.raise_signal(signal.SIGINT)
 
-def _environment(folder: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "TMPDIR": str(folder)}
+    monkeypatch.setattr(app.RunningApp, "wait", wait)
+    code, output, error = run(capsys, "app", "--base-model", "shipped", "--json")
+    assert code == 130
+    assert json.loads(output) == {"url": seen[0].url, "public_url": None, "base_model": "tiny-clip"}
+    assert "The app is stopped" in error
+    assert not seen[0].registry.root.exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(seen[0].url)
 
 
 def test_the_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
