@@ -61,14 +61,13 @@ class RunningApp:
             raise ConfigurationError("Give base_model, the base to train on, or model, a classifier to begin with.")
         if only_try and model is None:
             raise ConfigurationError("only_try classifies with a trained classifier: give it as model.")
-        from ..modeling_taskres import TaskResCLIPForImageClassification
-        from .looking import Backbone
+        from .looking import Backbone, Model
         from .registry import Registry
 
         trained = None
         if model is not None:
-            trained = TaskResCLIPForImageClassification.from_pretrained(model, base_model=base_model, text_tower=True)
-        first = trained or TaskResCLIPForImageClassification.from_base(str(base_model), ["a", "b"])
+            trained = Model.from_pretrained(model, base_model=base_model, text_tower=True)
+        first = trained or Model.from_base(str(base_model), ["a", "b"])
         root = Path(tempfile.mkdtemp(prefix="taskres-app-")).resolve()
         self.registry = Registry(Backbone(first), root, trained)
         try:

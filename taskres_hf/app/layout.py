@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from ..data.listing import ARCHIVE_ENDINGS
 from ..errors import TaskResError
 from . import showing
-from .looking import Picture
 from .registry import Registry
-from .session import Guess, Session
+from .session import Guess, Picture, Session
 
 _LEFT_OUT = "— leave out —"
 _MISTAKES, _ALL = "Mistakes", "All pictures"
 _A_PAGE = 24
+_ARCHIVES = [".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz"]
 _HIDDEN = {"api_visibility": "private"}  # no event is an interface for programs
 _BAR = gr.Progress()
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -126,7 +125,7 @@ class _Page:
             with gr.Row():
                 self.archive = gr.File(
                     label="A zip or tar with one folder for each class",
-                    file_types=list(ARCHIVE_ENDINGS),
+                    file_types=_ARCHIVES,
                     height=150,
                     interactive=True,
                 )

@@ -6,7 +6,6 @@ import base64
 import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..pictures import Remarks, picture_digest, read_image
 
 _PREVIEW = 112  # pixels of the longer side
 _AT_ONCE = 32  # pictures between two moves of the progress bar
+Model = TaskResCLIPForImageClassification
 Progress = Callable[[float, str], None]  # share done from 0 to 1, and what is being done
 
 
@@ -51,22 +51,6 @@ class Backbone:
             self.base, class_names, tokenizer=self.tokenizer, image_processor=self.image_processor,
             revision=self.revision, **prompting,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture.
-
-    Attributes:
-        key: SHA-256 of its content. name: of its file. label: class name. embeds: [D] fp32.
-        preview: a small JPEG as a data: address.
-    """
-
-    key: str
-    name: str
-    label: str
-    embeds: Tensor
-    preview: str
 
 
 class Source:

@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import DataError
-from ..modeling_taskres import TaskResCLIPForImageClassification
-from .looking import Backbone
+from .looking import Backbone, Model
 from .session import Session
 
 
@@ -24,7 +23,7 @@ class Registry:
         model: a trained classifier that every session begins with.
     """
 
-    def __init__(self, backbone: Backbone, root: Path, model: TaskResCLIPForImageClassification | None = None) -> None:
+    def __init__(self, backbone: Backbone, root: Path, model: Model | None = None) -> None:
         self.backbone, self.root, self._model = backbone, root.resolve(), model
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}

@@ -24,18 +24,31 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..data import load_training_data
-from ..data.labelled import finder
+from ..data import finder, load_training_data
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError, HubError, ImageError
-from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..prompts import DEFAULT_TEMPLATE, check_class_names, resolve_templates
 from ..storage import write_bytes
 from ..training import TaskResTrainer, TaskResTrainingArguments
 from ..training.measuring import fold_of_each_picture
-from .looking import Backbone, Picture, Progress, Source, read_pictures, silent
+from .looking import Backbone, Model, Progress, Source, read_pictures, silent
 
 FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Attributes:
+        key: SHA-256 of its content. name: of its file. label: class name. embeds: [D] fp32.
+        preview: a small JPEG as a data: address.
+    """
+
+    key: str
+    name: str
+    label: str
+    embeds: Tensor
+    preview: str
 
 
 @dataclass(frozen=True)
@@ -101,14 +114,12 @@ class Session:
         is_stale: whether pictures or labels changed since. lock: for whoever calls from several threads.
     """
 
-    def __init__(
-        self, backbone: Backbone, folder: str | os.PathLike[str], model: TaskResCLIPForImageClassification | None = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, folder: str | os.PathLike[str], model: Model | None = None) -> None:
         self.backbone, self.folder = backbone, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.RLock()
         self.class_names: list[str] = []
-        self.templates: list[str] = [DEFAULT_TEMPLATE]
+        self.templates: list[str] = []
         self.pictures: dict[str, Picture] = {}
         self.outcome: Outcome | None = None
         self.is_stale, self.is_trained = False, model is not None
@@ -141,31 +152,31 @@ class Session:
         if isinstance(names, str):
             names = [name.strip() for line in names.splitlines() for name in line.split(",") if name.strip()]
         with self._noting() as notes:
-            found = check_class_names(names)
-            templates = self.templates if not template else resolve_templates(template)
-            if self._model is not None and (found, templates) == (self.class_names, self.templates):
+            if self._model is not None and list(names) == self.class_names and template in (None, *self.templates[:1]):
                 return notes
-            renamed = _renamed(self.class_names, found)
-            counts = Counter(renamed.get(picture.label, picture.label) for picture in self.pictures.values())
-            lost = [f"{name} ({count})" for name, count in counts.items() if name not in found]
-            if lost:
-                raise DataError(
-                    f"Classes with pictures would be gone: {', '.join(lost)}. Move or remove their pictures first, or "
-                    "keep the names."
-                )
-            same = self._prompting if found == self.class_names else {}
-            self._use(self.backbone.classifier(found, templates=templates or None, **same), same)
-        self.class_names, self.templates = found, templates
+            same = self._prompting if list(names) == self.class_names else {}
+            model = self.backbone.classifier(names, templates=template or self.templates or None, **same)
+        found = list(model.config.class_names)
+        renamed = _renamed(self.class_names, found)
+        counts = Counter(renamed.get(picture.label, picture.label) for picture in self.pictures.values())
+        lost = [f"{name} ({count})" for name, count in counts.items() if name not in found]
+        if lost:
+            raise DataError(
+                f"Classes with pictures would be gone: {', '.join(lost)}. Move or remove their pictures first, or keep "
+                "the names."
+            )
+        self._use(model, same)
+        self.class_names, self.templates = found, list(model.config.templates)
         for key, picture in self.pictures.items():
             self.pictures[key] = replace(picture, label=renamed.get(picture.label, picture.label))
         return notes
 
-    def _use(self, model: TaskResCLIPForImageClassification, prompting: dict[str, Any]) -> None:
+    def _use(self, model: Model, prompting: dict[str, Any]) -> None:
         self._model, self._prompting = model, prompting
         self.outcome, self._held_out, self.is_trained, self.is_stale = None, [], False, False
 
     @property
-    def model(self) -> TaskResCLIPForImageClassification:
+    def model(self) -> Model:
         """The classifier; zero-shot until it is trained.
 
         Raises:
@@ -449,7 +460,7 @@ class Session:
         folder, stream = self.folder / "classifier", io.BytesIO()
         shutil.rmtree(folder, ignore_errors=True)
         self.model.save_pretrained(folder)
-        TaskResCLIPForImageClassification.from_pretrained(folder, base_model=self.backbone.base)
+        Model.from_pretrained(folder, base_model=self.backbone.base)
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(folder.iterdir()):
                 archive.write(file, f"classifier/{file.name}")

@@ -6,8 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from ..tables import visible
-from .looking import Picture
-from .session import Added, Answer, Guess, Outcome, Session
+from .session import Added, Answer, Guess, Outcome, Picture, Session
 
 _MOST_NOTES = 12
 _SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "`${}@"})  # what Gradio's templates would act on

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from taskres_hf.app import showing
-from taskres_hf.app.looking import Picture
-from taskres_hf.app.session import Added, Answer, Guess, Session
+from taskres_hf.app.session import Added, Answer, Guess, Picture, Session
 
 HOSTILE = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "' onload='alert(1)", "${alert(1)}", "{{constructor}}",
