@@ -94,6 +94,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[_code(template) for template in config.get("templates") or []],
         metrics=metrics,
+        interval=_interval(metrics.get("accuracy_interval")),
         measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
@@ -107,6 +108,12 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
     part, header = card.text.strip(), _dict(card)
     start = START.format(checksums=f"{_checksum(header)} {_checksum(part)}")
     return _put_together(header, f"{start}\n\n{part}\n\n{END}\n")
+
+
+def _interval(value: Any) -> list[float]:
+    """Both ends of an interval, from a config that a person may have written; empty where there is none."""
+    ends = value if isinstance(value, list) and len(value) == 2 else []
+    return ends if all(isinstance(end, float) for end in ends) else []
 
 
 def _dict(card: RepoCard) -> dict[str, Any]:

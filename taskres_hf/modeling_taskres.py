@@ -29,6 +29,7 @@ from .encoders import (
 )
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
+from .notebook import ShownInNotebooks
 from .residual import TaskResClassifier, cross_entropy
 from .serving import ServedConfig, answered, forget_answer
 
@@ -36,7 +37,7 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
+class TaskResCLIPForImageClassification(ShownInNotebooks, ServedConfig, PreTrainedModel):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
     Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).

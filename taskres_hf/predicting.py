@@ -231,11 +231,10 @@ class PredictionWriter:
         try:
             self._lock()
             self._begin(dict(run), resume, batch_size)
-        except OSError as error:
-            self._stream.close()
-            raise self._failure(error) from error
-        except BaseException:
-            self._stream.close()
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
             raise
 
     def __enter__(self) -> PredictionWriter:
@@ -244,8 +243,7 @@ class PredictionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a full disk was reported when the row was written
-            self._stream.close()
+        self._close()
         if not self.rows:
             self.partial.unlink(missing_ok=True)
 
@@ -279,6 +277,10 @@ class PredictionWriter:
         self.partial.unlink(missing_ok=True)
         self.rows = 0
         return skipped
+
+    def _close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried again here; it was reported then
+            self._stream.close()
 
     def _write(self, value: Any) -> None:
         text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -18,7 +18,7 @@ from .screen import Interruption, emit, program, warn
 
 _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
 # Name: module, function, heading.
-_COMMANDS = {
+COMMANDS = {
     "train": ("train", "train", _USE),
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
@@ -60,8 +60,8 @@ def make_app(only: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_root)
-    for name in [only] if only in _COMMANDS else _COMMANDS:
-        module, function, panel = _COMMANDS[str(name)]
+    for name in [only] if only in COMMANDS else COMMANDS:
+        module, function, panel = COMMANDS[str(name)]
         command = getattr(importlib.import_module(f".{module}", __package__), function)
         app.command(name, rich_help_panel=panel)(command)
     return app

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..tables import Table, json_text, visible
+from ..tables import percent as percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +44,6 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain, value))
     return visible(f"{value:.4g}" if isinstance(value, float) else str(value))
-
-
-def percent(share: float) -> str:
-    """0.415 as `41.5 %`."""
-    return f"{100 * share:.1f} %"
 
 
 def console() -> Console:

@@ -22,8 +22,10 @@ from ..embedding import Embedder, ImageFeatures, StoredFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
+from ..notebook import ShownMetrics
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
+from .callbacks import EpochBar, EpochFlow, Events, Trackers
 from .enhanced_base import EPOCHS, enhance, published_base
 from .measuring import (
     ComputeMetrics,
@@ -41,7 +43,7 @@ from .measuring import (
     without_training_pictures,
 )
 from .recipes import Recipe, published_alpha, recipe_for, why_epochs
-from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
+from .run import TrainingRun, check_epoch_choice, describe_run
 from .shots import DatasetEmbeddings, TrainingPictures, at_once, training_pictures
 from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, batches_whole, fit, make_step
 
@@ -250,7 +252,7 @@ class TaskResTrainer:
             )
         metrics = self._measure_held_out(dataset, include_train_pictures)
         if eval_dataset is None and not include_train_pictures:
-            self.model.config.metrics = metrics
+            self.model.config.metrics = dict(metrics)
         return self._announced(metrics, metric_key_prefix)
 
     def cross_validate(self, folds: int = 5) -> Metrics:
@@ -289,7 +291,7 @@ class TaskResTrainer:
 
         metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
         split = split_name(self.train_dataset)
-        return {**metrics, "method": "cross-validation", **({"split": split} if split else {})}
+        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
 
     def measure(self, eval_dataset: Any = None, folds: int = 5) -> Metrics:
         """An honest number always, recorded in the model's config: on held-out pictures, else by cross-validation.
@@ -318,8 +320,8 @@ class TaskResTrainer:
                     raise
                 warnings.warn(f"Nothing was measured. {error}", stacklevel=2)
                 self.model.config.metrics = None
-                return {}
-        self.model.config.metrics = metrics
+                return ShownMetrics()
+        self.model.config.metrics = dict(metrics)
         return self._announced(metrics)
 
     def _announced(self, metrics: Metrics, prefix: str = "") -> Metrics:
@@ -327,7 +329,7 @@ class TaskResTrainer:
         if warning := loss_to_zero_shot(metrics):
             warnings.warn(warning, stacklevel=3)
         self._events("on_evaluate", metrics=prefixed(metrics, prefix or "eval"))
-        return prefixed(metrics, prefix) if prefix else dict(metrics)
+        return ShownMetrics(prefixed(metrics, prefix) if prefix else metrics)
 
     def predict(self, test_dataset: Any) -> PredictionOutput:
         """Logits [N, K], labels [N] and metrics for a labelled dataset."""
@@ -351,7 +353,7 @@ class TaskResTrainer:
             metrics["train_pictures_left_out"] = len(data) - len(new)
         if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
             metrics["conflicting_pictures"] = conflicting
-        return {**metrics, "data_digest": new.digest}
+        return ShownMetrics({**metrics, "data_digest": new.digest})
 
     def _chose_the_epoch(self, dataset: Any) -> bool:
         """Whether the residual's epoch was chosen on these pictures, in this process or before it was saved."""

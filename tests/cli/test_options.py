@@ -16,7 +16,7 @@ import typer
 from support import run
 
 from taskres_hf.cli import options
-from taskres_hf.cli.app import _COMMANDS, make_app
+from taskres_hf.cli.app import COMMANDS, make_app
 from taskres_hf.training import arguments
 
 FIRST = {
@@ -52,7 +52,7 @@ def test_train_shows_the_eight_that_people_need_first(capsys: pytest.CaptureFixt
     assert "TASKRES_BASE_MODEL" in text
 
 
-@pytest.mark.parametrize("command", ["", *_COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, text, error = run(capsys, *filter(None, [command]), "--help")
     assert code == 0
