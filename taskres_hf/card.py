@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .description import measured_on
+from .description import measured_on, told_changes
 from .storage import is_path, read_json
 from .tables import markdown_text, visible
 
@@ -101,6 +101,7 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         ],
         few_shot=_cells(config.get("few_shot")),
         training=_cells(config.get("training")),
+        changes=[cell(text) for text in told_changes(_mapping(config.get("training")))],
         data=_cells({key: value for key, value in data.items() if not isinstance(value, Mapping)}),
         versions=_cells(config.get("library_versions")),
     )

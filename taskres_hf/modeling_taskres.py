@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
 from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
+from .classes import ChangesClasses
 from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
     BaseSource,
@@ -30,6 +31,7 @@ from .encoders import (
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
 from .notebook import ShownInNotebooks
+from .rejection import RejectsPictures
 from .residual import TaskResClassifier, cross_entropy
 from .serving import ServedConfig, answered, forget_answer
 
@@ -37,10 +39,12 @@ _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ShownInNotebooks, ServedConfig, PreTrainedModel):
+class TaskResCLIPForImageClassification(
+    ShownInNotebooks, ServedConfig, RejectsPictures, ChangesClasses, PreTrainedModel
+):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
-    Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
+    Make one with `from_base` (zero residual: zero-shot CLIP's logits) or `from_pretrained`; change its classes by name.
 
     Attributes:
         clip: the base, a `CLIPModel` or another dual encoder; frozen, always in eval mode.
@@ -231,9 +235,7 @@ class TaskResCLIPForImageClassification(ShownInNotebooks, ServedConfig, PreTrain
             loaded, source, shared, dtype, options, text_tower=text_tower, accept_mismatch=accept_base_mismatch
         )
         loaded.logit_scale, loaded.logit_bias = facts["score"]
-        loaded.dtype = base.dtype
-        loaded.architectures = [cls.__name__]
-        loaded._name_or_path = name
+        loaded.dtype, loaded.architectures, loaded._name_or_path = base.dtype, [cls.__name__], name
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(tensors[RESIDUAL])
@@ -416,8 +418,8 @@ class TaskResCLIPForImageClassification(ShownInNotebooks, ServedConfig, PreTrain
         if residual_dtype not in (torch.float32, torch.float16):
             raise ConfigurationError(f"`residual_dtype` must be torch.float32 or torch.float16; got {residual_dtype}.")
         if is_main_process:
-            base_name = self.config.base_model_name_or_path
-            self._write(save_directory, base_name, state_dict, residual_dtype, include_code, kwargs)
+            name = self.config.base_model_name_or_path
+            self._write(save_directory, name, state_dict, residual_dtype, include_code, kwargs)
         if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,

@@ -51,6 +51,8 @@ def classify_files(
     engine: str = "torch",
     precision: str = "fp32",
     progress: bool = False,
+    reject: bool = False,
+    unknown: str = "unknown",
 ) -> Iterator[dict[str, Any]]:
     """Classes of picture files and addresses, in order; what cannot be read is reported, not raised.
 
@@ -61,14 +63,23 @@ def classify_files(
         top_k: classes per picture, at most K.
         batch_size: pictures a forward pass, by default the engine's best.
         engine, precision: see `embedding.engines`.
+        reject: by the threshold stored with the classifier, say of pictures of no class that they are.
+        unknown: what their label is then.
 
     Yields:
         `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
         or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
+        With `reject` also `rejected`, true or false (null where there is an `error`); the first label of a rejected
+        picture is `unknown`, whose score is None, and the classes follow.
+
+    Raises:
+        ConfigurationError: `reject` without a threshold for the classifier as it is; `unknown` is one of its classes.
     """
+    rejecting = model.rejecting(unknown) if reject else None
+    head = rejecting.head if rejecting else model.classifier
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     embedder.get_ready(len(files))
-    yield from _classify(model.classifier, embedder, files, top_k, batch_size or embedder.batch_size, progress)
+    yield from _classify(head, embedder, files, top_k, batch_size or embedder.batch_size, progress, 0, rejecting)
 
 
 def _classify(
@@ -79,6 +90,7 @@ def _classify(
     batch_size: int,
     progress: bool,
     done: int = 0,
+    rejecting: Any = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the files from number `done` on, by a head with the names that belong to it."""
     names = head.config.class_names
@@ -102,11 +114,15 @@ def _classify(
         for places, embeds in embedder.stream(batches, load, augmented=False, total=total):
             answers: Iterator[list[dict[str, Any]]] = iter(())
             finite: Iterator[bool] = iter(())
+            rejected: Iterator[bool] = iter(())
             if embeds is not None:
                 usable = embeds.isfinite().all(dim=1)
                 finite = iter(usable.tolist())
                 with torch.no_grad():  # a picture without an embedding must not keep the others from their answers
-                    logits = head(embeds.masked_fill(~usable[:, None], 0.0).to(head.residual.device))
+                    embeds = embeds.masked_fill(~usable[:, None], 0.0)
+                    logits = head(embeds.to(head.residual.device))
+                if rejecting is not None:
+                    rejected = iter(rejecting.rejection.rejects(embeds).tolist())
                 scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)
                 answers = (
                     [{"label": names[label], "score": score} for label, score in zip(ids, values, strict=True)]
@@ -115,9 +131,11 @@ def _classify(
             for place in places:
                 problem = errors.pop(place, None)
                 predictions = [] if problem else next(answers)
+                unknown = next(rejected) if rejecting is not None and not problem else None
                 if not problem and not next(finite):
                     predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                yield {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                row = {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                yield row if rejecting is None else rejecting.said_of(row, unknown)
             bar.update(len(places))
     remarks.warn(stacklevel=3)
 
@@ -151,6 +169,8 @@ def classify_to_file(
     precision: str = "fp32",
     progress: bool = False,
     resume: bool = False,
+    reject: bool = False,
+    unknown: str = "unknown",
 ) -> WrittenPredictions:
     """Classify picture files into a .csv, .jsonl or .parquet file; a run that was stopped can go on.
 
@@ -160,20 +180,22 @@ def classify_to_file(
     Args:
         output: see `write_predictions` for what is in it.
         resume: go on with `OUTPUT.partial` if there is one; the outcome is that of an uninterrupted run.
-        top_k, batch_size, engine, precision: see `classify_files`.
+        top_k, batch_size, engine, precision, reject, unknown: see `classify_files`.
 
     Raises:
-        ConfigurationError: a file name that cannot be written (`check_output`); a partial file that is another run's
-            (other model, files, options), that another process is writing, or that is there without `resume`.
+        ConfigurationError: as there; a file name that cannot be written (`check_output`); a partial file that is
+            another run's (other model, files, options), that another process is writing, or that is there without
+            `resume`.
         ArtifactError: the rows cannot be written, such as on a full disk.
     """
     output = Path(output)
     check_output(output)
+    rejecting = model.rejecting(unknown) if reject else None
+    head = rejecting.head if rejecting else model.classifier
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     # To go on, not to measure again: forms of the tower that are as fast as each other differ in the last bits.
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
-    head = model.classifier
     names = head.config.class_names
     top_k = min(top_k, len(names))
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
@@ -191,11 +213,13 @@ def classify_to_file(
         "top_k": top_k,
         "batch_size": size,
     }
+    if rejecting is not None:
+        run["rejection"] = digest_of([json.dumps([rejecting.rejection.as_dict(), unknown]).encode()])
     with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:
         done = writer.rows
-        for row in _classify(head, embedder, files, top_k, size, progress, done):
+        for row in _classify(head, embedder, files, top_k, size, progress, done, rejecting):
             writer.write(row)
-        skipped = writer.finish(top_k)
+        skipped = writer.finish(top_k, reject)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -255,7 +279,7 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int) -> list[str]:
+    def finish(self, top_k: int, reject: bool = False) -> list[str]:
         """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
@@ -270,7 +294,7 @@ class PredictionWriter:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k)
+            write_predictions(self.output, rows(), top_k, reject)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()
@@ -390,34 +414,38 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1) -> None:
+def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1, reject: bool = False) -> None:
     """Write the rows of `classify_files` in one step.
 
-    CSV has the columns file, label, score, label_2, score_2, ..., error; control characters are escaped, and text that
-    a spreadsheet would run as a formula gets a leading apostrophe. JSON lines hold the rows as they are; parquet has
-    the lists `labels` and `scores`.
+    CSV has the columns file, label, score, label_2, score_2, ..., error, and with `reject` rejected; control characters
+    are escaped, and text that a spreadsheet would run as a formula gets a leading apostrophe. JSON lines hold the rows
+    as they are; parquet has the lists `labels` and `scores`.
     """
     kind = path.suffix.lower()
     if kind == ".csv":
-        content = _csv(rows, top_k).encode("utf-8", "backslashreplace")
+        content = _csv(rows, top_k, reject).encode("utf-8", "backslashreplace")
     elif kind == ".jsonl":
         content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
     else:
-        content = _parquet(rows)
+        content = _parquet(rows, reject)
     write_bytes(path, content)
 
 
-def _csv(rows: Iterable[Mapping[str, Any]], top_k: int) -> str:
+def _csv(rows: Iterable[Mapping[str, Any]], top_k: int, reject: bool) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
-    writer.writerow(["file", *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"])
+    names = ["file", *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"]
+    writer.writerow([*names, "rejected"] if reject else names)
     for row in rows:
         cells: list[Any] = []
         for top in row["predictions"]:
-            cells += [_csv_text(top["label"]), f"{top['score']:.6f}"]
+            cells += [_csv_text(top["label"]), "" if top["score"] is None else f"{top['score']:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
-        writer.writerow([_csv_text(row["file"]), *cells, _csv_text(row["error"] or "")])
+        cells = [_csv_text(row["file"]), *cells, _csv_text(row["error"] or "")]
+        if reject:
+            cells.append("" if row["rejected"] is None else str(row["rejected"]).lower())
+        writer.writerow(cells)
     return text.getvalue()
 
 
@@ -425,12 +453,12 @@ def _csv_text(text: str) -> str:
     return spreadsheet_text(visible(text))
 
 
-def _parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def _parquet(rows: Iterable[Mapping[str, Any]], reject: bool) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fields = {"file": pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
-    schema = pa.schema({**fields, "error": pa.string()})
+    schema = pa.schema({**fields, "error": pa.string(), **({"rejected": pa.bool_()} if reject else {})})
     sink, remaining = io.BytesIO(), iter(rows)
     with pq.ParquetWriter(sink, schema, write_page_checksum=True) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
@@ -440,5 +468,7 @@ def _parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
                 "scores": [[top["score"] for top in row["predictions"]] for row in group],
                 "error": [row["error"] and _as_utf8(row["error"]) for row in group],
             }
+            if reject:
+                columns["rejected"] = [row["rejected"] for row in group]
             writer.write_table(pa.table(columns, schema=schema))
     return sink.getvalue()

@@ -58,6 +58,12 @@ def forge(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, drop:
     return folder
 
 
+def same_predictions(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
+    """Whether these are the same labels in the same order, and the same scores but for rounding."""
+    labels, scores = ([[row[key] for row in rows] for rows in (found, wanted)] for key in ("label", "score"))
+    return labels[0] == labels[1] and scores[0] == pytest.approx(scores[1], abs=2e-5)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output, standard error."""
     code = 0

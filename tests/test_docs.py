@@ -81,12 +81,16 @@ def test_the_performance_page_shows_what_was_measured() -> None:
         ["transformers_trainer.py", "--epochs", "1"],
         ["many_classifiers_one_backbone.py"],
         ["compare_and_save.py", "--shots", "2"],
+        ["serve_with_fastapi.py"],
+        ["export_and_run.py"],
     ],
     ids=lambda command: command[0],
 )
 def test_examples_run(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if command[0].startswith("export"):
+        pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "examples" / command[0]), run_name="__main__")

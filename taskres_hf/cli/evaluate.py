@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from . import options as opt
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
 from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def evaluate(
     crop: opt.Crop = None,
     embed_batch_size: opt.BatchSize = None,
     cache_dir: opt.CacheDir = None,
+    report: opt.Report = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -53,10 +55,10 @@ def evaluate(
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json, collect=as_json)
     source = one_dataset(context, dataset, dataset_option)
-    device = check_device(device, use_cpu)
-    use_device(device)
-    arguments = _arguments(context, device, label_map, quiet or as_json)
+    arguments = _arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
+    _check_report(report)
     from ..data import load_evaluation_data
+    from ..description import rejection_in_short
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training import TaskResTrainer
 
@@ -65,18 +67,37 @@ def evaluate(
         model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
         strength=strength,
     )  # fmt: skip
-    pictures = load_evaluation_data(
-        source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
-        label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
-        class_folder=class_folder and class_folder.value,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "config_name": config_name, "image_column": image_column, "label_column": label_column,
+        "class_folder": class_folder and class_folder.value, "drop_unlabelled": drop_unlabelled,
+        "default_names": classifier.class_names,
+    }  # fmt: skip
+    pictures = load_evaluation_data(source, split, revision=dataset_revision, **options)
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
-    metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
-    account = pictures.account.as_dict() if pictures.account else None
-    result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
+    result = {"split": pictures.split, **trainer.evaluate(include_train_pictures=include_train_pictures)}
+    result["train_pictures_included"] = include_train_pictures
+    result["account"] = pictures.account.as_dict() if pictures.account else None
+    result["rejection"] = rejection_in_short(classifier.config.rejection)
+    options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
+    result |= _write_report(report, classifier, source, options)
     emit(as_json, result, lambda: _show(result))
+
+
+def _check_report(report: Path | None) -> None:
+    if report is not None:
+        from ..report import check_report_output
+
+        check_report_output(report)
+
+
+def _write_report(report: Path | None, classifier: Any, source: str, options: dict[str, Any]) -> dict[str, str]:
+    if report is None:
+        return {}
+    from ..report import write_report
+
+    return {"report": write_report(classifier, report, source, **options)["output"]}
 
 
 def _arguments(
@@ -85,6 +106,7 @@ def _arguments(
     from ..training import TaskResTrainingArguments
     from .run_config import read_run, training_only
 
+    use_device(device)
     values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}
     values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
@@ -102,3 +124,7 @@ def _show(metrics: dict[str, Any]) -> None:
     title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
     title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
     show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])
+    if metrics["rejection"]:
+        say(rejection_line(metrics["rejection"], metrics))
+    if "report" in metrics:
+        say(f"Report: {metrics['report']}")

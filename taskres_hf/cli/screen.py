@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -174,3 +174,14 @@ def program() -> str:
         if path.name == "__main__.py" and path.parent.name in ("taskres_hf", "cli")
         else "taskres"
     )
+
+
+def rejection_line(rejection: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """What is known of the threshold for pictures of no class, in one line."""
+    chosen = f"to reject at most {percent(rejection['rate'])} of pictures of the classes"
+    line = f"Pictures of no class: threshold chosen on {rejection['pictures']} pictures {chosen}"
+    if metrics.get("rejected") is None:
+        return line
+    kept = metrics["accuracy_of_kept"]
+    right = "" if kept is None else f", accuracy on the others {percent(kept)}"
+    return f"{line}; here it rejects {percent(metrics['rejected'])}{right}"

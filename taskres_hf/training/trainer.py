@@ -23,6 +23,7 @@ from ..errors import ConfigurationError, DataError
 from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..notebook import ShownMetrics
+from ..rejection import Rejection, checked_rate
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
 from .callbacks import EpochBar, EpochFlow, Events, Trackers
@@ -31,13 +32,20 @@ from .measuring import (
     ComputeMetrics,
     Metrics,
     OnlyTrainingPicturesError,
+    OutOfFold,
     both_logits,
-    cross_validate,
+    check_rejectable,
+    choose_rejection,
+    cross_validated_metrics,
     epoch_metrics,
     full_metrics,
+    goes_on_from,
+    out_of_fold,
     own_metrics,
     prefixed,
+    rejected_share,
     remember,
+    remember_start,
     split_name,
     warn_of_conflicts,
     without_training_pictures,
@@ -107,6 +115,10 @@ class TaskResTrainer:
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
         """Train the residual.
 
+        Of a classifier that was trained before, recipe `auto` keeps nothing: it fits from zero-shot, with a warning
+        where the pictures are others. Recipes by epochs go on from its residual (after `auto` from zero-shot), which
+        keeps what it learned as far as the new pictures leave it.
+
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir` that is whole. The
                 settings, the base and the data must be those of the interrupted run; the result then equals an
@@ -116,7 +128,8 @@ class TaskResTrainer:
             `TrainOutput` with the number of steps, the last epoch's loss and its metrics.
 
         Raises:
-            DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture.
+            DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture, or
+                too few for `args.reject`.
             ConfigurationError: the checkpoint is of another run, training diverged, the epoch would be chosen on a
                 test split, or the classifier has a strength, a bias or lengths of its own (`check_trainable`).
         """
@@ -126,9 +139,12 @@ class TaskResTrainer:
         )
         chosen, held_out = self._training_pictures(), None
         head = self.model.classifier
+        if self.args.reject is not None:
+            check_rejectable(self._foldable()[1], self.args.reject, self.args.seed)
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
+        before = goes_on_from(self.model.config, head, recipe.name, chosen.data.digest)
         if recipe.name != "auto":
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
@@ -139,6 +155,8 @@ class TaskResTrainer:
         if recipe.name == "auto":
             chosen = at_once(chosen)
         self._record(recipe, chosen)
+        if before is not None:
+            remember_start(self.model.config, before)
         if self.args.enhanced_base:
             enhance(self.model, head, chosen.data, self.args.seed)
             stamp = {"epochs": EPOCHS, "data_digest": chosen.data.digest, "seed": self.args.seed}
@@ -164,6 +182,8 @@ class TaskResTrainer:
         run.train(self._batches(chosen, recipe), step)
         if run.best.residual is not None and self.model.config.training is not None:
             self.model.config.training |= {"epochs_run": run.epoch, "best_epoch": run.best.epoch}
+        if self.args.reject is not None:
+            self.choose_rejection(self.args.reject)
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
         log = self.log_history[-1] if self.log_history else {}
@@ -238,8 +258,10 @@ class TaskResTrainer:
 
         Returns:
             `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images`, `accuracy_interval` (95 %) and
-            `per_class`, shares from 0 to 1; `method` (`"held-out"`, or `"validation"` where the epoch was chosen on
-            these pictures) and `split`, the name that came with the data; `train_pictures_left_out` if any were.
+            `per_class`, shares from 0 to 1; where a threshold was chosen, `rejected`, the share of these pictures that
+            `model.rejects`, and `accuracy_of_kept`, of the others; `method` (`"held-out"`, or `"validation"` where the
+            epoch was chosen on these pictures) and `split`, the name that came with the data;
+            `train_pictures_left_out` if any were.
 
         Raises:
             DataError: no evaluation set, or none of its pictures is new to the residual.
@@ -273,11 +295,21 @@ class TaskResTrainer:
         Raises:
             DataError: nothing to train on, embeddings on disk, or no class with two pictures.
         """
-        chosen = self._training_pictures()
-        data = chosen.data
-        if isinstance(data, StoredFeatures):
-            raise DataError("Embeddings on disk are too many to cross-validate: hold some out as eval_dataset.")
-        plain = self._embeddings.of_pictures(chosen.images, 0) if self.args.views and chosen.images else data
+        data, found = self.cross_validated_logits(folds)
+        metrics = cross_validated_metrics(found, data, self.compute_metrics)
+        split = split_name(self.train_dataset)
+        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
+
+    def cross_validated_logits(self, folds: int = 5) -> tuple[ImageFeatures, OutOfFold]:
+        """The training pictures, and what `cross_validate` measures: logits of each by a head not trained on it.
+
+        Args:
+            folds: see `cross_validate`.
+
+        Raises:
+            DataError: see `cross_validate`.
+        """
+        data, plain = self._foldable()
         head = copy.deepcopy(self.model.classifier)
         if self.args.recipe == "paper":
             self._write_as_published(head)
@@ -289,9 +321,44 @@ class TaskResTrainer:
                 enhance(self.model, apart, part, self.args.seed)
             fit(apart, part, recipe, self.args.seed, closed_form=self.args.closed_form, epochs=epochs)
 
-        metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
-        split = split_name(self.train_dataset)
-        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
+        return data, out_of_fold(head, data, plain, folds, self.args.seed, train_fold)
+
+    def choose_rejection(self, rate: float = 0.05, folds: int = 5) -> Rejection:
+        """Choose below which score `model.rejects` takes a picture for one of no class; stored with the classifier.
+
+        No picture of anything else is needed, nor a validation split: each training picture is compared with class
+        means made without its fold. `train` does it by itself where `args.reject` is set. Training again ends it; it
+        holds at every `strength`.
+
+        Args:
+            rate: share of pictures of the classes that may be rejected; with n pictures that can be held out it can
+                be no less than 1 / (n + 1).
+            folds: see `cross_validate`.
+
+        Raises:
+            FewShotError: too few training pictures for the rate. DataError: no class has two pictures, or embeddings
+                on disk. ConfigurationError: a rate or folds out of range, or a classifier that was not trained on this
+                training set.
+        """
+        checked_rate(rate)
+        data, plain = self._foldable()
+        if (self.model.config.data or {}).get("train_digest") != data.digest:
+            raise ConfigurationError(
+                "The threshold is chosen on the pictures that the classifier was trained on, and this one was not "
+                "trained on train_dataset (with these shots and this seed): call train() first."
+            )
+        found = choose_rejection(plain, rate, folds, self.args.seed)
+        self.model.config.rejection = found.as_dict()
+        return found
+
+    def _foldable(self) -> tuple[ImageFeatures, ImageFeatures]:
+        """The training pictures as they are trained on, and plain, to test on."""
+        chosen = self._training_pictures()
+        if isinstance(chosen.data, StoredFeatures):
+            raise DataError("Embeddings on disk are too many to cross-validate: hold some out as eval_dataset.")
+        if self.args.views and chosen.images:
+            return chosen.data, self._embeddings.of_pictures(chosen.images, 0)
+        return chosen.data, chosen.data
 
     def measure(self, eval_dataset: Any = None, folds: int = 5) -> Metrics:
         """An honest number always, recorded in the model's config: on held-out pictures, else by cross-validation.
@@ -314,6 +381,11 @@ class TaskResTrainer:
                 warnings.warn(f"{error} Cross-validation takes its place.", stacklevel=2)
         if metrics is None:
             try:
+                if (self.model.config.training or {}).get("continued_from"):
+                    raise DataError(
+                        "Cross-validation trains each fold from zero-shot, and this classifier went on from another: "
+                        "hold pictures out to measure on (eval_dataset, --holdout)."
+                    )
                 metrics = self.cross_validate(folds)
             except DataError as error:
                 if self.train_dataset is None:
@@ -349,6 +421,7 @@ class TaskResTrainer:
             metrics["split"] = split
         if head.strength != 1.0:
             metrics["strength"] = head.strength
+        metrics |= rejected_share(head, new, logits)
         if len(new) < len(data):
             metrics["train_pictures_left_out"] = len(data) - len(new)
         if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
@@ -398,7 +471,7 @@ class TaskResTrainer:
             config.data["account"] = account.as_dict()
         if self.args.dataset_name:
             config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
-        config.metrics = None  # they spoke of the residual before this run
+        config.metrics = config.rejection = None  # they spoke of the residual before this run
 
     # ------------------------------------------------------------------ data
 
@@ -414,6 +487,16 @@ class TaskResTrainer:
     def embedder(self) -> Embedder:
         """Base, processor and engine; made when first needed."""
         return self._embeddings.embedder
+
+    def training_embeddings(self) -> ImageFeatures:
+        """Embeddings [V, N, D] of the pictures that `train` would learn from: drawn, readable, in memory.
+
+        Raises:
+            DataError: no training data. FewShotError: a class without any picture.
+        """
+        data = at_once(self._training_pictures()).data
+        assert isinstance(data, ImageFeatures)
+        return data
 
     def _training_pictures(self) -> TrainingPictures:
         """The drawn pictures and their embeddings; drawn once for one dataset and draw."""

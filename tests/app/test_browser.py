@@ -256,7 +256,7 @@ def test_it_works_with_the_keyboard(visit: Visit, food: Path) -> None:
 def _enter(page: Any, place: Any, event: str) -> Any:
     """What comes of pressing Enter there; again where the part was just made anew and lost the focus."""
     got: list[Any] = []
-    page.once(event, got.append)
+    page.once(event, lambda value: got.append(value))
     for _ in range(100):
         place.focus()
         page.keyboard.press("Enter")
