@@ -35,9 +35,10 @@ ORDER = [
     "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
     "service.app", "service.running", "service",
     "features", "suite", "benchmarking", "importing",
+    "app.looking", "app.session", "app.registry", "app.showing", "app.layout", "app",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.report", "cli.train", "cli.compare",
     "cli.evaluate", "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export", "cli.paper",
-    "cli.demo", "cli.app", "cli",
+    "cli.demo", "cli.browser", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500

@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": ("predict", "predict", _USE),
     "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
+    "app": ("browser", "app", _USE),
     "info": ("share", "info", _SHARE),
     "classes": ("classes", "classes", _SHARE),
     "merge": ("classes", "merge", _SHARE),
