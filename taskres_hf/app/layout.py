@@ -55,7 +55,7 @@ def _told(work: _F) -> _F:
         try:
             return work(*values, **named)
         except (TaskResError, OSError) as error:
-            text = showing.safe(str(error)[:2000]).replace("\n", "<br>")
+            text = "<br>".join(map(showing.safe, str(error)[:2000].splitlines()))
         except Exception as error:
             logging.getLogger(__name__).exception("An event of the app failed")
             text = f"This is a fault of the app ({type(error).__name__}); the terminal it runs in says more."

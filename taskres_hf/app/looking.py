@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -65,15 +66,22 @@ class Source:
         self.content, self.name, self.label = content, name, label
 
     @classmethod
-    def of_row(cls, images: LabelledImages, row: int, names: Sequence[str]) -> Source:
-        """One of labelled pictures, whose class ids have these names."""
+    def of_row(cls, images: LabelledImages, row: int, names: Sequence[str], origin: str) -> Source:
+        """One of labelled pictures, whose class ids have these names, from a folder or a file.
+
+        A table there may name any file of this machine: what lies outside of the folder is refused.
+        """
         label = names[images.labels[row]]
         try:
             cell = images.source(row)
         except ImageError as error:  # a damaged member of an archive: said when it is read
             return cls(error, f"row {images.indices[row]}", label)
         path = cell.get("path") if isinstance(cell, Mapping) else cell
-        return cls(cell, PurePosixPath(str(path)).name, label)
+        name, held = PurePosixPath(str(path)).name, isinstance(cell, Mapping) and cell.get("bytes") is not None
+        root = os.path.abspath(origin if os.path.isdir(origin) else os.path.dirname(origin))
+        if isinstance(path, str) and not held and not Path(os.path.abspath(path)).is_relative_to(root):
+            return cls(ImageError(f"{name!r} lies outside of what was handed over."), name, label)
+        return cls(cell, name, label)
 
     def cell(self) -> Any:
         """The picture under its own name, not under that of the temporary file it came in.

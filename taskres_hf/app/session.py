@@ -150,7 +150,9 @@ class Session:
             DataError: a class that has pictures would be gone.
         """
         if isinstance(names, str):
-            names = [name.strip() for line in names.splitlines() for name in line.split(",") if name.strip()]
+            lines, there = map(str.strip, names.splitlines()), self.class_names  # a name that is there may hold commas
+            parts = [part.strip() for line in lines for part in ([line] if line in there else line.split(","))]
+            names = [part for part in parts if part]
         with self._noting() as notes:
             if self._model is not None and list(names) == self.class_names and template in (None, *self.templates[:1]):
                 return notes
@@ -201,13 +203,14 @@ class Session:
     def add_tree(self, source: str | os.PathLike[str], progress: Progress = silent) -> Added:
         """Add a folder or an archive with a folder for each class; folders of new names make new classes.
 
-        Read by `load_training_data`, so it means the same as for `taskres train`, without its held-out split.
+        Read by `load_training_data`, so it means the same as for `taskres train`, without its held-out split, and
+        pictures elsewhere that a table names are refused.
 
         Raises:
             DataError: no class folders, a damaged archive, or more than one way to read it.
         """
         with self._noting() as notes:
-            data = load_training_data(source, eval_split="none")
+            data = load_training_data(source, eval_split="none", cache_dir=str(self.folder / "tables"))
         images = data.train
         find = finder(self.class_names)
         known = [find(name) for name in images.class_names]
@@ -218,9 +221,9 @@ class Session:
         fresh = [name for name, place in zip(images.class_names, known, strict=True) if place is None]
         if fresh:
             notes += self.set_classes([*self.class_names, *fresh])
-        added = self._add([Source.of_row(images, row, names) for row in range(len(images))], progress)
-        lines = [line.strip() for line in data.account.lines()[1:]]
-        return replace(added, notes=(*lines, *notes, *added.notes))
+        rows = [Source.of_row(images, row, names, os.fspath(source)) for row in range(len(images))]
+        added = self._add(rows, progress)
+        return replace(added, notes=(*map(str.strip, data.account.lines()[1:]), *notes, *added.notes))
 
     def add_folder(self, files: Iterable[tuple[str, str]], progress: Progress = silent) -> Added:
         """Add a folder that came file by file.
@@ -349,11 +352,10 @@ class Session:
             progress(0.5, "Measuring on pictures that it was not trained on")
             metrics = trainer.measure(folds=FOLDS)
         progress(0.9, "Saving")
+        tested = self._tested(features, seen[-1], arguments.seed) if metrics else []
+        self._save(model)  # may fail: what was there until now stays
         self._use(model, self._prompting)
-        if metrics:
-            self._held_out = self._tested(features, seen[-1], arguments.seed)
-        self._save()
-        self.is_trained, self.outcome = True, Outcome(metrics, tuple(notes))
+        self.is_trained, self.outcome, self._held_out = True, Outcome(metrics, tuple(notes)), tested
         progress(1.0, "Done")
         return self.outcome
 
@@ -369,8 +371,7 @@ class Session:
         fold = fold_of_each_picture(features.labels.tolist(), features.digests, FOLDS, seed)
         rows = sorted((row for row in range(len(fold)) if fold[row] >= 0), key=lambda row: (fold[row], row))
         assert features.labels[rows].tolist() == list(prediction.label_ids)
-        pictures = list(self.pictures.values())
-        logits = torch.as_tensor(prediction.predictions)
+        pictures, logits = list(self.pictures.values()), torch.as_tensor(prediction.predictions)
         return _as_guesses([pictures[row] for row in rows], logits, self.class_names)
 
     def mistakes(self) -> list[Guess]:
@@ -456,15 +457,17 @@ class Session:
             why = str(error).partition(" The classifier is whole in ")[0]
             raise HubError(f"{why} The classifier is still here: download it, or try again.") from error
 
-    def _save(self) -> None:
-        folder, stream = self.folder / "classifier", io.BytesIO()
-        shutil.rmtree(folder, ignore_errors=True)
-        self.model.save_pretrained(folder)
-        Model.from_pretrained(folder, base_model=self.backbone.base)
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(folder.iterdir()):
-                archive.write(file, f"classifier/{file.name}")
-        write_bytes(folder.with_suffix(".zip"), stream.getvalue())
+    def _save(self, model: Model) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            fresh, folder, stream = Path(place, "classifier"), self.folder / "classifier", io.BytesIO()
+            model.save_pretrained(fresh)
+            Model.from_pretrained(fresh, base_model=self.backbone.base)
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(fresh.iterdir()):
+                    archive.write(file, f"classifier/{file.name}")
+            write_bytes(folder.with_suffix(".zip"), stream.getvalue())
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
 
     def close(self) -> None:
         """Forget everything and remove the folder."""

@@ -337,6 +337,11 @@ def _cross_validate(
             f"The classifier was trained {how}, which this report cannot repeat: no cross-validation on its pictures."
         )
         return None
+    added = any(row.get("change") == "added" for row in training.get("changes") or ())
+    if training.get("continued_from") or added:
+        why = "Classes were added after it was trained" if added else "The classifier went on from another"
+        found.notes.append(f"{why}, which cross-validation cannot repeat: none on its training pictures.")
+        return None
     rows = _as_drawn(pictures, rows, model.config.few_shot)
     expected = int(((model.config.data or {}).get("train_pictures") or {}).get("count", 0))
     there = len({pictures.digests[row] for row in rows})
@@ -349,12 +354,13 @@ def _cross_validate(
     except DataError as error:
         found.notes.append(f"No cross-validation: {error}")
         return None
-    place_of = {pictures.digests[row]: row for row in reversed(rows)}
+    place_of = {(pictures.digests[row], pictures.images.labels[row]): row for row in reversed(rows)}
     embedded, named = set(data.digests), set(found.unreadable)
     lost = [(pictures.split, pictures.name(row)) for row in rows if pictures.digests[row] not in embedded]
     found.unreadable += [entry for entry in lost if entry not in named]
-    places = [place_of[data.digests[row]] for row in outcome.rows]
     labels = data.labels[torch.tensor(outcome.rows)]
+    tested = zip(outcome.rows, labels.tolist(), strict=True)  # a picture may be there under two labels
+    places = [place_of[data.digests[row], label] for row, label in tested]
     return Measured(outcome.logits, outcome.zero_shot, labels, model.class_names, metrics, pictures, places)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import PIL.Image
+import pyarrow
 import pytest
 import torch
 from conftest import TASK
 from hub_server import HubServer
+from pyarrow import parquet
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments, load_training_data
 from taskres_hf.app.looking import Backbone
@@ -41,6 +47,13 @@ def _zipped(folder: Path, to: Path, *more: tuple[str, bytes]) -> Path:
 def test_classes_are_lines_or_commas(session: Session) -> None:
     session.set_classes(" fruit \n\nvegetable, prepared meal\n")
     assert session.class_names == NAMES
+
+
+def test_a_folder_name_with_commas_stays_one_class(session: Session, food: Path) -> None:
+    session.set_classes(["soup, stew", "fruit"])
+    session.add_files([food / "class" / "fruit" / "0.png"], "soup, stew")
+    session.set_classes("soup, stew\nfruit, drink", "a drawing of {}.")
+    assert session.counts() == {"soup, stew": 1, "fruit": 0, "drink": 0}
 
 
 @pytest.mark.parametrize("names", ["", "fruit", "fruit\nfruit", "fruit\n\n , "])
@@ -170,6 +183,41 @@ def test_a_folder_that_comes_file_by_file(session: Session, food: Path) -> None:
             session.add_folder([(files[0][0], place)])
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_reads_no_picture_of_this_machine(session: Session, food: Path, tmp_path: Path, kind: str) -> None:
+    private = [str(food / "new" / name / "0.png") for name in NAMES[:2]]
+    table, own = tmp_path / f"train.{kind}", food / "class" / "fruit" / "0.png"
+    if kind == "csv":
+        near = os.path.relpath(private[1], session.folder / "some-folder")
+        table.write_text(f"file_name,label\n{private[0]},a\n{near},b\nown.png,b\n")
+    elif kind == "jsonl":
+        rows = zip([*private, "own.png"], "abb", strict=True)
+        table.write_text("\n".join(json.dumps({"image": name, "label": label}) for name, label in rows))
+    else:
+        cells = [{"bytes": None, "path": name} for name in private] + [{"bytes": own.read_bytes(), "path": "own.png"}]
+        parquet.write_table(pyarrow.table({"image": cells, "label": list("abb")}), table)
+    files = [(str(table), table.name)] + [(str(own), "own.png")] * (kind != "parquet")
+    added = session.add_folder(files)
+    assert added.new == 1
+    assert [problem for problem in added.problems if "outside" not in problem] == []
+    assert session.counts() == {"a": 0, "b": 1}
+    if kind == "jsonl":
+        shutil.copyfile(own, tmp_path / "own.png")
+        again = session.add_tree(table)
+        assert (again.new, again.repeated, len(again.problems)) == (0, 1, 2)
+
+
+def test_no_copy_of_a_table_stays_in_the_cache(session: Session, food: Path, tmp_path: Path) -> None:
+    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in (food / "new" / "fruit").iterdir()]
+    parquet.write_table(pyarrow.table({"image": cells, "label": list("ab")}), tmp_path / "train.parquet")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    before = set(cache.rglob("*.arrow"))
+    assert session.add_folder([(str(tmp_path / "train.parquet"), "photos/train.parquet")]).new == 2
+    assert set(cache.rglob("*.arrow")) == before
+    session.close()
+    assert not session.folder.exists()
+
+
 # ---------------------------------------------------------------------- training
 
 
@@ -214,6 +262,23 @@ def test_mistakes_are_those_of_cross_validation(filled: Session) -> None:
         _ = filled.archive
     assert filled.train().metrics["num_images"] == ALL - 1
     assert not filled.is_stale
+
+
+def test_what_was_trained_stays_where_a_new_one_cannot_be_saved(
+    filled: Session, food: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, model, content = filled.train(), filled.model, filled.archive.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("taskres_hf.app.session.write_bytes", full)
+        with pytest.raises(OSError, match="no space"):
+            filled.train()
+    assert (filled.outcome, filled.model, filled.is_trained) == (outcome, model, True)
+    assert filled.archive.read_bytes() == content
+    assert TaskResCLIPForImageClassification.from_pretrained(filled.artifact, base_model=filled.backbone.base)
 
 
 def test_a_class_without_pictures_is_named(filled: Session) -> None:

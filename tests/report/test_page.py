@@ -20,11 +20,11 @@ from datasets import DatasetDict
 from support import forge, run
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.data import LabelledImages
+from taskres_hf.data import LabelledImages, load_training_data
 from taskres_hf.errors import ArtifactError, ConfigurationError, MissingExtraError
 from taskres_hf.evaluation import compare_with_zero_shot
 from taskres_hf.report import figures, findings, page, write_report
-from taskres_hf.report.gathering import Evidence, Measured, Pictures, Subject
+from taskres_hf.report.gathering import Evidence, Measured, Pictures, Subject, gather
 
 pytest.importorskip("matplotlib", reason="a report needs matplotlib")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -156,6 +156,37 @@ def test_a_single_class_in_test_and_no_test_at_all(trained: Path, splits: Datase
     result = write_report(trained, tmp_path / "r.html", alone)
     assert result["metrics"]["method"] == "cross-validation"
     assert "cross-validation" in _Page((tmp_path / "r.html").read_text()).text
+
+
+def test_what_cross_validation_cannot_repeat_is_not_cross_validated(splits: DatasetDict, trained: Path) -> None:
+    model = TaskResCLIPForImageClassification.from_pretrained(trained)
+    small = DatasetDict(train=splits["train"].select(model.config.few_shot["indices"]))
+    assert gather(model, small, folds=2).cross_validated is not None
+    model.config.training = {**model.config.training, "continued_from": {"recipe": "auto-v1", "train_images": 8}}
+    found = gather(model, small, folds=2)
+    assert found.cross_validated is None
+    assert any("went on from another" in note for note in found.notes)
+    model = TaskResCLIPForImageClassification.from_pretrained(trained).add_classes(["tractor"])
+    found = gather(model, small, folds=2)
+    assert found.cross_validated is None
+    assert any("Classes were added" in note for note in found.notes)
+
+
+def test_a_picture_under_two_labels_is_shown_as_each_file(base: str, hostile: Path, tmp_path: Path) -> None:
+    for name in ("cat", "plain"):
+        shutil.copytree(hostile / "train" / name, tmp_path / "data" / name)
+    copy = next((tmp_path / "data" / "cat").iterdir())
+    shutil.copyfile(copy, tmp_path / "data" / "plain" / "copy.png")
+    data = load_training_data(tmp_path / "data", eval_split="none")
+    model = TaskResCLIPForImageClassification.from_base(base, data.train.class_names)
+    TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True), data.train).train()
+    found = gather(model, tmp_path / "data", folds=2).cross_validated
+    assert found is not None
+    assert found.pictures is not None
+    files = [found.pictures.name(place) for place in found.places]
+    labels = [found.class_names[label] for label in found.labels.tolist()]
+    assert [Path(file).parent.name for file in files] == labels
+    assert "plain/copy.png" in files
 
 
 def _random(classes: int, count: int) -> tuple[Evidence, Subject]:
