@@ -333,13 +333,15 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
 def _upload(run: dict[str, Any]) -> dict[str, Any]:
     """Upload what was saved: where it is now, or why it is not there. The result of the training stands either way."""
     from ..hub import push_folder
+    from ..report import figure_for_card
 
     folder = run["output_dir"]
     when_interrupted(lambda: f"The classifier is saved in {folder}; upload it with: taskres push {folder} REPO")
     try:
         commit = push_folder(
-            folder, run["hub_model_id"], private=run["hub_private_repo"] or None, include_code=run["include_code"]
-        )
+            folder, run["hub_model_id"], private=run["hub_private_repo"] or None, include_code=run["include_code"],
+            figure=figure_for_card(folder),
+        )  # fmt: skip
     except (HubError, ConfigurationError) as error:
         return {"error": str(error), "type": type(error).__name__}
     return {"url": str(commit.repo_url)}
