@@ -258,9 +258,7 @@ def test_a_load_beside_saves_sees_one_artifact(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     context = multiprocessing.get_context("fork")
     stop, started = context.Event(), time.time()
-    writers = [
-        context.Process(target=_keep_saving, args=(str(folder), values, stop)) for values in ([1.0], [2.0, 4.0])
-    ]
+    writers = [context.Process(target=_keep_saving, args=(str(folder), values, stop)) for values in ([1.0], [2.0, 4.0])]
     for writer in writers:
         writer.start()
     seen: set[float] = set()

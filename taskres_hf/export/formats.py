@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def _check_installed(extra: str) -> None:
     """Raises MissingExtraError where a package of the extra is not there."""
     try:
         for package in _NEEDED[extra]:
-            __import__(package)
+            import_module(package)
     except ImportError as error:
         raise MissingExtraError(f'This export needs its packages: pip install "taskres_hf[{extra}]".') from error
 

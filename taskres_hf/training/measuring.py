@@ -62,6 +62,7 @@ def remember_together(provenances: Sequence[Mapping[str, Any] | None]) -> dict[s
     stored = [one["train_pictures"] for one in known if isinstance(one.get("train_pictures"), Mapping)]
     packed = [base64.b64decode(str(one.get("sha256_prefixes", ""))) for one in stored]
     prefixes = sorted({part[start : start + _BYTES] for part in packed for start in range(0, len(part), _BYTES)})
+    data["train_images"] -= sum(len(part) // _BYTES for part in packed) - len(prefixes)  # counted in each
     unnamed = sum(
         max(0, int(one.get("count", 0)) - len(part) // _BYTES) for one, part in zip(stored, packed, strict=True)
     )

@@ -144,7 +144,9 @@ def test_every_option_that_a_message_names_exists() -> None:
     """Messages of the library give the option in brackets after the argument: `class_folder= (--class-folder)`."""
     package = Path(options.__file__).parents[1]
     named = {
-        option for path in package.rglob("*.py") for option in re.findall(r"[(,] ?(--[a-z][a-z-]+)", path.read_text())
+        option
+        for path in package.rglob("*.py")
+        for option in re.findall(r"(?<!var)[(,] ?(--[a-z][a-z-]+)", path.read_text())
     }
     parameters = [
         parameter for command in typer.main.get_command(make_app()).commands.values() for parameter in command.params
