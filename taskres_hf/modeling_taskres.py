@@ -29,7 +29,7 @@ from .encoders import (
 )
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
-from .residual import TaskResClassifier, cross_entropy
+from .residual import TaskResClassifier
 from .serving import ServedConfig, answered, forget_answer
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -97,6 +97,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         underscores: str = "replace",
         prompt_average: str = "raw",
         residual_side: str = "text",
+        problem_type: str | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
@@ -118,6 +119,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
             underscores: `"replace"` or `"keep"` (as the published code does).
             prompt_average: `"raw"` (published) or `"normalized"`.
             residual_side: `"text"` (published: one row per class) or `"image"` (one shared row, TaskRes-Image).
+            problem_type: `"multi_label_classification"` where a picture may have several labels, or none.
             revision: branch, tag or commit of the base; the commit is recorded.
             dtype: dtype of the base; fp32 by default, `"auto"` for the checkpoint's own. The head stays fp32.
             trust_remote_code: let the base run code from its repository; your decision, never read from a config.
@@ -132,6 +134,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         config = TaskResConfig.for_classes(
             class_names, templates, class_descriptions=class_descriptions, prompt_names=prompt_names,
             underscores=underscores, prompt_average=prompt_average, alpha=alpha, residual_side=residual_side,
+            problem_type=problem_type,
         )  # fmt: skip
         prompts = config.class_prompts()
         dtype = kwargs.pop("torch_dtype", None) or dtype
@@ -262,7 +265,8 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
             pixel_values: [N, 3, H, W] from the image processor.
             image_embeds: [N, D] instead, from `get_image_features`, normalised or not.
             labels: [N] class ids, or [N, K] probabilities (mixup, label smoothing): floats from 0 to 1, each row with
-                the sum 1. Adds the mean cross-entropy as `loss`.
+                the sum 1. Adds the mean cross-entropy as `loss`. With several labels per picture [N, K] from 0 to 1,
+                each class by itself, and the mean binary cross-entropy.
             **kwargs: what else the base's image tower takes (`pixel_attention_mask`, `spatial_shapes`,
                 `interpolate_pos_encoding`); `num_items_in_batch` from `transformers.Trainer` scales the loss.
 
@@ -292,18 +296,15 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         head = self.classifier
         logits = head(image_embeds)
         answered(self, head, logits)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        loss = None if labels is None else head.loss(logits, labels, kwargs.get("num_items_in_batch"))
         output = ImageClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=getattr(features, "hidden_states", None) if output_hidden_states else None,
             attentions=getattr(features, "attentions", None) if output_attentions else None,
         )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
 
     def zero_shot_logits(
         self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None, **kwargs: Any

@@ -30,7 +30,7 @@ from .embedding.embedder import Embedder
 from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
-from .residual import TaskResClassifier
+from .residual import TaskResClassifier, label_threshold
 from .storage import check_can_write, digest_of, write_bytes
 from .tables import json_text, spreadsheet_text, visible
 
@@ -46,7 +46,7 @@ def classify_files(
     model: TaskResCLIPForImageClassification,
     files: Sequence[str | os.PathLike[str]],
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
     batch_size: int | None = None,
     engine: str = "torch",
     precision: str = "fp32",
@@ -58,17 +58,45 @@ def classify_files(
 
     Args:
         files: what `read_image` takes as text, see also `list_images`; one named twice has two rows.
-        top_k: classes per picture, at most K.
+        top_k: classes per picture, at most K; by default one or, of several labels per picture, every label whose
+            score is at least the classifier's threshold, which may be none.
         batch_size: pictures a forward pass, by default the engine's best.
         engine, precision: see `embedding.engines`.
 
     Yields:
-        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
+        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities (of
+        several labels per picture the sigmoid of each logit), and `error` is None
         or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
     """
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     embedder.get_ready(len(files))
+    top_k = _how_many(model.classifier, top_k)
     yield from _classify(model.classifier, embedder, files, top_k, batch_size or embedder.batch_size, progress)
+
+
+def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
+    """Classes per picture; 0 for every one from the threshold on.
+
+    Raises:
+        ConfigurationError: a classifier of several labels per picture that was never trained.
+    """
+    if head.several_labels and head.is_zero_shot and not head.logit_bias:
+        raise ConfigurationError(
+            "This classifier of several labels per picture is not trained: cosines alone do not say yes or no, so it "
+            "would give every label to every picture. Train it on a few pictures first."
+        )
+    names = head.config.class_names
+    return min((0 if head.several_labels else 1) if top_k is None else top_k, len(names))
+
+
+def _answers(head: TaskResClassifier, logits: torch.Tensor, names: Sequence[str], top_k: int) -> Iterator[list[Any]]:
+    """Labels and scores of each picture, the likeliest first."""
+    scores = logits.sigmoid() if head.several_labels else logits.softmax(dim=1)
+    values, labels = scores.cpu().topk(top_k or len(names), dim=1)
+    least = label_threshold(head.facts) if not top_k else -1.0
+    for ids, row in zip(labels.tolist(), values.tolist(), strict=True):
+        pairs = zip(ids, row, strict=True)
+        yield [{"label": names[label], "score": score} for label, score in pairs if score >= least]
 
 
 def _classify(
@@ -107,11 +135,7 @@ def _classify(
                 finite = iter(usable.tolist())
                 with torch.no_grad():  # a picture without an embedding must not keep the others from their answers
                     logits = head(embeds.masked_fill(~usable[:, None], 0.0).to(head.residual.device))
-                scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)
-                answers = (
-                    [{"label": names[label], "score": score} for label, score in zip(ids, values, strict=True)]
-                    for ids, values in zip(labels.tolist(), scores.tolist(), strict=True)
-                )
+                answers = _answers(head, logits, names, top_k)
             for place in places:
                 problem = errors.pop(place, None)
                 predictions = [] if problem else next(answers)
@@ -145,7 +169,7 @@ def classify_to_file(
     files: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
     batch_size: int | None = None,
     engine: str = "torch",
     precision: str = "fp32",
@@ -175,7 +199,8 @@ def classify_to_file(
     size = batch_size or embedder.batch_size
     head = model.classifier
     names = head.config.class_names
-    top_k = min(top_k, len(names))
+    top_k = _how_many(head, top_k)
+    separator = None if top_k else _separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
         "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
@@ -184,7 +209,7 @@ def classify_to_file(
                 head.weight().detach().cpu().numpy().tobytes(),
                 head.residual.detach().cpu().numpy().tobytes(),
                 *bias,
-                json.dumps([head.extra_repr(), *names]).encode(),
+                json.dumps([head.extra_repr(), *names, *([label_threshold(head.facts)] * (not top_k))]).encode(),
             ]
         ),
         "base model or engine": digest_of([json.dumps([*embedder.key, embedder.engine.is_stock]).encode()]),
@@ -195,7 +220,7 @@ def classify_to_file(
         done = writer.rows
         for row in _classify(head, embedder, files, top_k, size, progress, done):
             writer.write(row)
-        skipped = writer.finish(top_k)
+        skipped = writer.finish(top_k, separator)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -257,7 +282,7 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int) -> list[str]:
+    def finish(self, top_k: int, separator: str | None = None) -> list[str]:
         """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
@@ -272,7 +297,7 @@ class PredictionWriter:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k)
+            write_predictions(self.output, rows(), top_k, separator)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()
@@ -388,16 +413,34 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1) -> None:
+def _separator(names: Sequence[str], output: Path) -> str | None:
+    """What stands between several labels in a cell of CSV: a mark that no class name has.
+
+    Raises:
+        ConfigurationError: names have all of them.
+    """
+    free = [mark for mark in "|;," if not any(mark in name for name in names)]
+    if not free and output.suffix.lower() == ".csv":
+        raise ConfigurationError(
+            f"Class names hold each of | ; and ,: several of them cannot stand in one cell of {output.name}. Write "
+            ".jsonl or .parquet."
+        )
+    return free[0] if free else None
+
+
+def write_predictions(
+    path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1, separator: str | None = None
+) -> None:
     """Write the rows of `classify_files` in one step.
 
     CSV has the columns file, label, score, label_2, score_2, ..., error; control characters are escaped, and text that
-    a spreadsheet would run as a formula gets a leading apostrophe. JSON lines hold the rows as they are; parquet has
-    the lists `labels` and `scores`.
+    a spreadsheet would run as a formula gets a leading apostrophe. With a separator the columns are file, labels,
+    scores, error, each cell holding as many labels as the picture has. JSON lines hold the rows as they are; parquet
+    has the lists `labels` and `scores`.
     """
     kind = path.suffix.lower()
     if kind == ".csv":
-        content = _csv(rows, top_k).encode("utf-8", "backslashreplace")
+        content = _csv(rows, top_k, separator).encode("utf-8", "backslashreplace")
     elif kind == ".jsonl":
         content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
     else:
@@ -405,10 +448,17 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int 
     write_bytes(path, content)
 
 
-def _csv(rows: Iterable[Mapping[str, Any]], top_k: int) -> str:
+def _csv(rows: Iterable[Mapping[str, Any]], top_k: int, separator: str | None) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
+    if separator is not None:
+        writer.writerow(["file", "labels", "scores", "error"])
+        for row in rows:
+            labels = _csv_text(separator.join(top["label"] for top in row["predictions"]))
+            scores = separator.join(f"{top['score']:.6f}" for top in row["predictions"])
+            writer.writerow([_csv_text(row["file"]), labels, scores, _csv_text(row["error"] or "")])
+        return text.getvalue()
     writer.writerow(["file", *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"])
     for row in rows:
         cells: list[Any] = []

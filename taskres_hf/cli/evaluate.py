@@ -8,7 +8,7 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
-from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
+from .values import check_device, label_options, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
     from ..training import TaskResTrainingArguments
@@ -27,6 +27,8 @@ def evaluate(
     on_error: opt.OnError = opt.BrokenPicture.RAISE,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    label_separator: opt.LabelSeparator = None,
+    label_columns: opt.LabelColumns = None,
     class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
@@ -44,7 +46,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Accuracy of a trained classifier beside zero-shot, per class and overall.
+    """Accuracy of a trained classifier beside zero-shot, per class and overall; mAP and F1 of several labels a picture.
 
     Pictures that it was trained on are recognised and left out.
 
@@ -69,6 +71,7 @@ def evaluate(
         source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
         label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
         class_folder=class_folder and class_folder.value,
+        **label_options(classifier.config, label_separator, label_columns),
     )  # fmt: skip
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
@@ -91,6 +94,9 @@ def _arguments(
 
 
 def _show(metrics: dict[str, Any]) -> None:
+    if "map" in metrics:
+        _show_several(metrics)
+        return
     images = metrics["num_images"]
     rows: list[list[Any]] = [
         [name, row["support"], percent(row["accuracy"])] for name, row in metrics["per_class"].items()
@@ -98,7 +104,26 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, trained", images, percent(metrics["accuracy"])]]
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
-    title = f"{metrics['split']}: {images} pictures"
+    show_table(["class", "pictures", "accuracy"], rows, title=_title(metrics), bold=[-3])
+
+
+def _title(metrics: dict[str, Any]) -> str:
+    title = f"{metrics['split']}: {metrics['num_images']} pictures"
     title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
-    title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
-    show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])
+    return title + (", those it was trained on included" if metrics["train_pictures_included"] else "")
+
+
+def _show_several(metrics: dict[str, Any]) -> None:
+    """Of several labels per picture: average precision per class, and what sums all up."""
+    rows: list[list[Any]] = [
+        [name, row["support"], percent(row["zero_shot_ap"]), percent(row["ap"]), percent(row["f1"])]
+        for name, row in metrics["per_class"].items()
+    ]
+    images = metrics["num_images"]
+    rows += [["all: mAP, macro-F1", images, percent(metrics["zero_shot_map"]), percent(metrics["map"]),
+              percent(metrics["macro_f1"])]]  # fmt: skip
+    rows += [["all: micro-F1", images, "", "", percent(metrics["micro_f1"])]]
+    columns = ["class", "pictures", "AP, zero-shot", "AP", "F1"]
+    show_table(columns, rows, title=_title(metrics), bold=[-2])
+    if metrics["unmeasured_classes"]:
+        say(f"On all or none of the pictures, so not measured: {', '.join(metrics['unmeasured_classes'])}")

@@ -35,7 +35,9 @@ ResumeOutput = Annotated[
 def predict(
     model: opt.Artifact,
     images: Images,
-    top_k: Annotated[int, typer.Option(help="Classes per picture.", min=1, metavar="N")] = 1,
+    top_k: Annotated[
+        int | None, typer.Option(help="Classes per picture; one, or all labels of several.", min=1, metavar="N")
+    ] = None,
     output: Output = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
@@ -126,7 +128,7 @@ def _to_screen(
             warn(f"Skipped: {row['error']}")
         elif not as_json:
             listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in row["predictions"])
-            say(f"{row['file']}: {listed}")
+            say(f"{row['file']}: {listed or 'no label'}")
     if as_json:
         emit(True, rows, lambda: None)
     return sum(row["error"] is not None for row in rows)

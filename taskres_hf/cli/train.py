@@ -58,6 +58,9 @@ def train(
     drop_unlabelled: opt.DropUnlabelled = False,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    multi_label: opt.MultiLabel = False,
+    label_separator: opt.LabelSeparator = None,
+    label_columns: opt.LabelColumns = None,
     class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
@@ -176,8 +179,17 @@ def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
 def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     from ..data import load_training_data
 
-    names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
-    options = {name: run[name] for name in (*names, "class_folder", "drop_unlabelled", "seed")} | changes
+    names: tuple[str, ...] = (
+        "train_split",
+        "eval_split",
+        "config_name",
+        "image_column",
+        "label_column",
+        "class_names",
+        "holdout",
+    )
+    names += ("class_folder", "drop_unlabelled", "seed", "multi_label", "label_separator", "label_columns")
+    options = {name: run[name] for name in names} | changes
     return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
 
 
@@ -215,6 +227,7 @@ def _validation(run: dict[str, Any], data: TrainingData) -> LabelledImages | Non
 
 def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification:
     from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..residual import MULTI_LABEL
 
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
@@ -222,7 +235,8 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
         return TaskResCLIPForImageClassification.from_base(
             resolve_base(run["base_model"]), class_names, run["templates"], run["alpha"],
             revision=run["base_revision"], trust_remote_code=run["trust_remote_code"],
-            dtype=run["dtype"] or "float32", **{name: run[name] for name in names},
+            dtype=run["dtype"] or "float32", problem_type=MULTI_LABEL if run["multi_label"] else None,
+            **{name: run[name] for name in names},
         )  # fmt: skip
     except OSError as error:
         raise without_base(run["base_model"], error) from error
@@ -300,7 +314,15 @@ def _portable(name: str) -> str:
 def _show(result: dict[str, Any]) -> None:
     classes, images = result["classes"], result["train_images"]
     title = f"{classes} classes from {images} pictures"
-    if "accuracy" not in result:
+    if "map" in result:
+        from ..description import measured_on
+
+        rows = [
+            [name, percent(result[f"zero_shot_{key}"]), percent(result[key])]
+            for key, name in (("map", "mAP"), ("micro_f1", "micro-F1"), ("macro_f1", "macro-F1"))
+        ]
+        show_table(["measured", "zero-shot", "trained"], rows, title=f"{title}; on {measured_on(result)}")
+    elif "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
         from ..description import measured_on

@@ -22,7 +22,7 @@ from ..embedding import Embedder, ImageFeatures, StoredFeatures
 from ..errors import ConfigurationError, DataError
 from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..residual import TaskResClassifier
+from ..residual import TaskResClassifier, label_threshold
 from .arguments import TaskResTrainingArguments
 from .enhanced_base import EPOCHS, enhance, published_base
 from .measuring import (
@@ -40,10 +40,19 @@ from .measuring import (
     warn_of_conflicts,
     without_training_pictures,
 )
-from .recipes import Recipe, published_alpha, recipe_for, why_epochs
+from .recipes import Recipe, check_supported, published_alpha, recipe_for, why_epochs
 from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
 from .shots import DatasetEmbeddings, TrainingPictures, at_once, training_pictures
-from .steps import Batches, batches_augmented, batches_from_disk, batches_in_memory, batches_whole, fit, make_step
+from .steps import (
+    Batches,
+    batches_augmented,
+    batches_from_disk,
+    batches_in_memory,
+    batches_whole,
+    fit,
+    make_step,
+    set_class_bias,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +131,7 @@ class TaskResTrainer:
         chooses = check_epoch_choice(
             self.args, self.eval_dataset, split_name(self.eval_dataset), events.handler.callbacks
         )
+        check_supported(self.model.classifier, self.args)
         chosen, held_out = self._training_pictures(), None
         head = self.model.classifier
         if self.args.recipe == "paper":
@@ -131,6 +141,8 @@ class TaskResTrainer:
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
             head.check_trainable()
+            if isinstance(chosen.data, ImageFeatures) and chosen.data.labels.ndim == 2:
+                set_class_bias(head, chosen.data.image_embeds[0], chosen.data.labels)
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
             logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)
@@ -236,8 +248,9 @@ class TaskResTrainer:
 
         Returns:
             `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images`, `accuracy_interval` (95 %) and
-            `per_class`, shares from 0 to 1; `method` (`"held-out"`, or `"validation"` where the epoch was chosen on
-            these pictures) and `split`, the name that came with the data; `train_pictures_left_out` if any were.
+            `per_class`, shares from 0 to 1, or of several labels per picture what `evaluation.compare_multi_label`
+            gives; `method` (`"held-out"`, or `"validation"` where the epoch was chosen on these pictures) and `split`,
+            the name that came with the data; `train_pictures_left_out` if any were.
 
         Raises:
             DataError: no evaluation set, or none of its pictures is new to the residual.
@@ -333,7 +346,7 @@ class TaskResTrainer:
         """Logits [N, K], labels [N] and metrics for a labelled dataset."""
         data = self.embed(test_dataset)
         logits, _ = both_logits(self.model.classifier, data)
-        metrics = own_metrics(logits, data.labels, self.compute_metrics)
+        metrics = own_metrics(logits, data.labels, self.compute_metrics, label_threshold(self.model.classifier.facts))
         self._events("on_predict", metrics=metrics)
         return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics)
 
@@ -341,7 +354,9 @@ class TaskResTrainer:
         data, head = self.embed(dataset), self.model.classifier
         new = data if include_train_pictures or head.is_zero_shot else self._new_pictures(dataset)
         logits, zero_shot = both_logits(head, new)
-        metrics = full_metrics(logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics)
+        metrics = full_metrics(
+            logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics, label_threshold(head.facts)
+        )
         metrics["method"] = "validation" if self._chose_the_epoch(dataset) else "held-out"
         if split := split_name(dataset):
             metrics["split"] = split
@@ -394,6 +409,8 @@ class TaskResTrainer:
         account = getattr(self.train_dataset, "account", None)
         if account is not None:
             config.data["account"] = account.as_dict()
+        if (asked := getattr(self.train_dataset, "asked", None)) is not None:
+            config.data["labels"] = asked.as_dict()
         if self.args.dataset_name:
             config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
         config.metrics = None  # they spoke of the residual before this run
