@@ -6,6 +6,8 @@ A picture's labels become a multi-hot tuple of K floats; one of zeros alone is a
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +186,13 @@ def _sets_of_text(
     for text in texts:
         sets.append(tuple(dict.fromkeys(part for part in map(str.strip, text.split(separator)) if part)))
     return sets, f"{where} holds labels separated by {'a space' if separator == ' ' else repr(separator)}.", separator
+
+
+def recurring(labels: Iterable[Any]) -> set[str]:
+    """Parts between `|` or `;` that more than one label has: so look several labels in one cell, and no class names."""
+    texts = {label for label in labels if isinstance(label, str)}
+    parts = Counter(part.strip() for text in texts for part in set(re.split(r"[|;]", text)) if part.strip() != text)
+    return {part for part, count in parts.items() if part and count > 1}
 
 
 def _recognised(texts: Sequence[str], where: str, class_names: Any) -> str:

@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..pictures import IMAGE_EXTENSIONS
 from .labelled import are_measurements, is_empty_cell, labels_of_cells
 from .listing import Listing, is_picture, suffix
-from .multi_label import MultiLabel, read_sets
+from .multi_label import MultiLabel, read_sets, recurring
 from .reading import LeftOut, Reading, SplitReading, printable, shorten, split_name
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
@@ -225,7 +225,7 @@ def _check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
     Raises:
         DataError: with the first such row.
     """
-    known = {label for label in labels if isinstance(label, str)}
+    known = {label for label in labels if isinstance(label, str)} | recurring(labels)
     for row, value in enumerate(labels):
         parts = [part.strip() for part in _MARKS.split(value)] if isinstance(value, str) else []
         if isinstance(value, (list, dict, tuple)) or (len(parts) > 1 and any(part in known for part in parts)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,6 @@ def test_every_label_from_the_threshold_on_is_given(artifact: Path, files: list[
 def test_the_remote_file_gives_the_same_logits_and_loss(artifact: Path, pixel_values: torch.Tensor) -> None:
     labels = (torch.arange(64).reshape(8, 8) % 3 == 0).float()
     ours = TaskResCLIPForImageClassification.from_pretrained(artifact)(pixel_values, labels=labels)
-    registered = {name: module for name, module in sys.modules.items() if name.startswith("transformers_modules")}
-    assert not registered or True
     from taskres_hf.remote import modeling_taskres as remote
 
     theirs = remote.TaskResCLIPForImageClassification.from_pretrained(artifact)(pixel_values, labels=labels)
@@ -224,7 +221,7 @@ def test_nothing_is_read_as_one_label_in_silence(
         TaskResTrainer(model, quiet, several).train()
     single, _, _ = load_training_data(splits["train"])
     for dataset in (single, splits["train"]):
-        with pytest.raises(DataError, match="one label per picture|one each"):
+        with pytest.raises(DataError, match=r"one label per picture|one each"):
             TaskResTrainer(_model(base, spec), quiet, dataset).train()
     with pytest.raises(ConfigurationError, match="enhanced_base"):
         _trainer(base, spec, made, enhanced_base=True).train()
