@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.stratified import fold_of_each
-from ..errors import ConfigurationError
-from .whitened import WhitenedFit
+from .whitened import WhitenedFit, refuse_broken
 
 WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the residual's logits, of a picture of usual spread
 USUAL_WIDTH = 1.0  # where no shot can be held out
@@ -56,12 +55,7 @@ def fit_multi_label(images: Tensor, labels: Tensor, base: Tensor, logit_scale: f
     Raises:
         ConfigurationError: an embedding is NaN or infinite.
     """
-    broken = int((~torch.isfinite(images)).any(1).sum())
-    if broken:
-        raise ConfigurationError(
-            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the "
-            "pictures and the base model's image tower. The model on disk is untouched."
-        )
+    refuse_broken(images)
     f = F.normalize(images.detach().cpu().double(), dim=1)
     y, u = labels.detach().cpu().double(), F.normalize(base.detach().cpu().double(), dim=1)
     weights = f.new_full((len(f),), 1.0 / views)
