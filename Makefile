@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
 
-.PHONY: demo test check fix bench fuzz results matrix clean
+.PHONY: demo test check fix bench fuzz results matrix docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taskres demo
@@ -34,7 +34,13 @@ bench: $(VENV)/.installed-dev
 # Damaged files, kills, full disks, races and long runs: the figures of docs/reliability.md, in about an hour
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m fuzz --all
-	$(BIN)/python -m fuzz full kills races soak
+	$(BIN)/python -m fuzz full small_disk kills races soak
+
+# The documentation as a site in site/; `make docs SERVE=1` shows it while it is written
+SERVE ?=
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
 
 # The tables of docs/results.md: photographs first, where TASKRES_PHOTOS leads to them
 results: $(VENV)/.installed
@@ -55,7 +61,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,plots,heif,openvino,onnx,lora]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,docs,plots,report,heif,openvino,onnx,lora,serve,app]"
 	touch $@
 
 clean:

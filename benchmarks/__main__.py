@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from . import embedding, epochs, peers, results, serving
+from . import embedding, epochs, peers, results, service, serving
 from .timing import Report
 
 GROUPS = {
@@ -21,6 +21,7 @@ GROUPS = {
     "start-up": [serving.start_up],
     "loading": [serving.loading],
     "serving": [serving.inference],
+    "service": [service.service],
     "epochs": [epochs.epochs, epochs.growth],
     "preprocessing": [embedding.preprocessing],
     "throughput": [

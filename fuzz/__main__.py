@@ -4,6 +4,7 @@
     python -m fuzz --all                 100,000 artifacts and 20,000 of each other kind, as `make fuzz`
     python -m fuzz kills --runs 200      processes killed at random moments
     python -m fuzz full                  a disk that is full at every write; the order of writes
+    python -m fuzz small_disk            the same on a small tmpfs, and under a limit on the size of files
     python -m fuzz races                 eight processes and eight threads over one cache, one folder, one model
     python -m fuzz soak                  50,000 predictions, and 10,000 pictures of which 1 % are broken
 
@@ -29,7 +30,7 @@ from .targets import OWN
 
 TARGETS = {**OWN, **BROUGHT}
 _LONG = {"artifact": 100_000}
-_PROOFS = ("kills", "full", "races", "soak")
+_PROOFS = ("kills", "full", "small_disk", "races", "soak")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -337,14 +337,14 @@ def make_base_classifier(
         if source is None or not source.name:
             raise ConfigurationError("The base model has no name to find its tokenizer by: pass tokenizer=.")
         tokenizer = load_tokenizer(source)
-    tokens = _checked_tokens(base, tokenizer, prompts)
+    tokens = checked_tokens(base, tokenizer, prompts)
     exact, dtype = unrounded_text_side(base, source)
     table = base_embeddings(exact, tokenizer, prompts, average)
     image = image_sketch(exact.state_dict(), dtype)
     return table, fingerprint(table, prompts, average, image, score_parameters(exact), dtype, tokens)
 
 
-def _checked_tokens(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> str:
+def checked_tokens(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> str:
     """A digest of the prompts' tokens, after checking that they tell classes apart."""
     flat = [prompt for group in prompts for prompt in group]
     limit = text_length(base, tokenizer)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .description import measured_on
+from .description import measured_on, told_changes
 from .storage import is_path, read_json
 from .tables import markdown_text, visible
 
@@ -98,12 +98,14 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         metrics=metrics,
         several_labels=several,
         threshold=float(_mapping(config.get("training")).get("threshold") or 0.5),
+        interval=_interval(metrics.get("accuracy_interval")),
         measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
             (cell(name), row) for name, row in _mapping(metrics.get("per_class")).items() if isinstance(row, Mapping)
         ],
         few_shot=_cells(config.get("few_shot")),
         training=_cells(config.get("training")),
+        changes=[cell(text) for text in told_changes(_mapping(config.get("training")))],
         data=_cells({key: value for key, value in data.items() if not isinstance(value, Mapping)}),
         versions=_cells(config.get("library_versions")),
     )
@@ -111,6 +113,12 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
     part, header = card.text.strip(), _dict(card)
     start = START.format(checksums=f"{_checksum(header)} {_checksum(part)}")
     return _put_together(header, f"{start}\n\n{part}\n\n{END}\n")
+
+
+def _interval(value: Any) -> list[float]:
+    """Both ends of an interval, from a config that a person may have written; empty where there is none."""
+    ends = value if isinstance(value, list) and len(value) == 2 else []
+    return ends if all(isinstance(end, float) for end in ends) else []
 
 
 def _dict(card: RepoCard) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve
 from .residual import AS_PUBLISHED, MULTI_LABEL, checked_alpha, setting
 
 # How a residual came to be. Each has one writer: the trainer, or an import.
-RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base")
+RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base", "rejection")
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 BASE_KWARGS = ("device_map", "attn_implementation", "max_memory", "offload_folder", "quantization_config")
@@ -83,6 +83,7 @@ class TaskResConfig(PreTrainedConfig):
         metrics: the last measurement: what `evaluate` returns, with `split` and `data_digest`.
         data: where the pictures came from: `id`, `name`, `train_digest`, `train_images`, `train_pictures`, `account`.
             These four and `enhanced_base` are shown by `taskres info` and the card; `classifier.reset()` empties them.
+        rejection: below which score a picture counts as one of no class (`rejection.Rejection`), or None.
         library_versions: versions of the packages that wrote the artifact.
         residual_sha256: checksum of the residual's bytes (integrity, not authenticity).
         processor_sha256: checksum of preprocessor_config.json; None where the artifact has none.
@@ -118,6 +119,7 @@ class TaskResConfig(PreTrainedConfig):
         metrics: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
         library_versions: dict[str, str] | None = None,
+        rejection: dict[str, Any] | None = None,
         residual_sha256: str | None = None,
         processor_sha256: str | None = None,
         strength: float = 1.0,
@@ -126,7 +128,7 @@ class TaskResConfig(PreTrainedConfig):
         format_version: int = PLAIN_VERSION,
         **kwargs: Any,
     ) -> None:
-        recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base), strict=True))
+        recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base, rejection), strict=True))
         # Shared with the head of a model (`TaskResClassifier.facts`): one home for each fact.
         self.facts: dict[str, Any] = {"alpha": checked_alpha(alpha)}
         self.facts.update({key: value for key, value in recorded.items() if value is not None})
@@ -232,6 +234,7 @@ class TaskResConfig(PreTrainedConfig):
     metrics = _recorded("metrics")
     data = _recorded("data")
     enhanced_base = _recorded("enhanced_base")
+    rejection = _recorded("rejection")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that goes into config.json."""
@@ -261,6 +264,7 @@ class TaskResConfig(PreTrainedConfig):
         dtype = str(self.dtype).removeprefix("torch.")
         values["dtype"] = dtype if dtype in ("bfloat16", "float16") else "float32"  # no base is loaded in another
         dropped = {"auto_map", *plain} | (set() if enhanced else {"enhanced_base"})
+        dropped |= set() if self.rejection else {"rejection"}
         values = {key: value for key, value in values.items() if key not in dropped}
         return values if auto_map is None else {**values, "auto_map": auto_map}
 

@@ -60,6 +60,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "seed": few_shot.get("seed"),
         "train_images": few_shot.get("num_images"),
         "method": training.get("method"),
+        "changes": told_changes(training) or None,
         "recipe": training.get("recipe"),
         "engine": training.get("engine"),
         "dataset": (config.get("data") or {}).get("name"),
@@ -73,10 +74,42 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
         "accuracy_interval": metrics.get("accuracy_interval"),
         "measured_on": measured_on(metrics, config.get("strength", 1.0)) if metrics else None,
+        "rejection": rejection_in_short(config.get("rejection")),
         "bytes": {file.name: file.stat().st_size for file in sorted(files)},
         "format_version": config.get("format_version", 1),
         "library_versions": config.get("library_versions"),
     }
+
+
+def rejection_in_short(stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of the threshold for pictures of no class, what a person wants to know; None where there is none."""
+    return {key: stored[key] for key in ("rate", "pictures")} if stored else None
+
+
+def told_changes(training: Mapping[str, Any]) -> list[str]:
+    """In words, what a classifier was made from besides its training, and what was done to its classes afterwards."""
+    told = []
+    if training.get("merged"):
+        told.append(f"{training.get('method') or 'merged'}, of {', '.join(training['merged'])}")
+    if start := training.get("continued_from"):
+        told.append(
+            f"went on from a classifier trained by {start.get('recipe')} on {start.get('train_images')} pictures"
+        )
+    for row in training.get("changes") or []:
+        names, change = list(row.get("classes") or []), row["change"]
+        if change == "reordered":
+            told.append("classes in another order")
+        elif change == "renamed":
+            pairs = [f"{old} to {new}" for old, new in zip(names, row.get("to") or [], strict=False)]
+            told.append(f"renamed {_some(pairs)}" + (", prompts too" if row.get("reembedded") else ""))
+        else:
+            source = f" from {row.get('num_images', '')} {row['from']}".replace("  ", " ") if row.get("from") else ""
+            told.append(f"{change} {_some(names)}{source}, after training")
+    return told
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def measured_on(metrics: Mapping[str, Any], strength: float = 1.0) -> str:

@@ -95,16 +95,21 @@ def compare_with_zero_shot(
         The metrics, and `zero_shot_accuracy` (also in each row of `per_class`) and `accuracy_interval`: the 95 %
         interval of the accuracy that N pictures allow (Wilson).
     """
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
-
     metrics = metrics_from_logits(logits, labels, class_names)
     before = metrics_from_logits(zero_shot_logits, labels, class_names)
-    interval = binomtest(round(metrics["accuracy"] * len(labels)), len(labels)).proportion_ci(method="wilson")
     for name, row in metrics["per_class"].items():
         row["zero_shot_accuracy"] = before["per_class"][name]["accuracy"]
     metrics["zero_shot_accuracy"] = before["accuracy"]
-    metrics["accuracy_interval"] = [float(interval.low), float(interval.high)]
+    metrics["accuracy_interval"] = share_interval(metrics["accuracy"], len(labels))
     return metrics
+
+
+def share_interval(share: float, count: int) -> list[float]:
+    """The 95 % interval (Wilson) of a share, from 0 to 1, that was found in `count` >= 1 cases."""
+    from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
 
 
 def multi_label_log_odds(logits: Tensor) -> Tensor:

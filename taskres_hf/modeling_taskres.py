@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
-from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
+from .base_classifier import base_for_artifact, base_for_classes
+from .classes import ChangesClasses
 from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
     BaseSource,
@@ -29,17 +30,21 @@ from .encoders import (
 )
 from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
+from .notebook import ShownInNotebooks
+from .rejection import RejectsPictures
 from .residual import TaskResClassifier
-from .serving import ServedConfig, answered, forget_answer
+from .serving import ServedConfig, answered
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
 
 
-class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
+class TaskResCLIPForImageClassification(
+    ShownInNotebooks, ServedConfig, RejectsPictures, ChangesClasses, PreTrainedModel
+):
     """Image classifier over a frozen dual encoder: `weight_k = t_k + alpha * x_k` (TaskRes, arXiv 2211.10277).
 
-    Make one with `from_base` (zero residual: logits equal zero-shot CLIP's) or `from_pretrained` (a saved one).
+    Make one with `from_base` (zero residual: zero-shot CLIP's logits) or `from_pretrained`; change its classes by name.
 
     Attributes:
         clip: the base, a `CLIPModel` or another dual encoder; frozen, always in eval mode.
@@ -233,9 +238,7 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
             loaded, source, shared, dtype, options, text_tower=text_tower, accept_mismatch=accept_base_mismatch
         )
         loaded.logit_scale, loaded.logit_bias = facts["score"]
-        loaded.dtype = base.dtype
-        loaded.architectures = [cls.__name__]
-        loaded._name_or_path = name
+        loaded.dtype, loaded.architectures, loaded._name_or_path = base.dtype, [cls.__name__], name
         model = cls(loaded, base, table)
         with torch.no_grad():
             model.classifier.residual.copy_(tensors[RESIDUAL])
@@ -315,18 +318,6 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values, **kwargs)
         return self.classifier.zero_shot_logits(image_embeds)
-
-    def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
-        """Serve another task over the same backbone: its head and config take the place of these, in one step.
-
-        A thread that holds logits sees config and class names of the head they are from, until it drops them.
-
-        Raises:
-            ConfigurationError: the other model was made for another base.
-        """
-        check_same_bases(self.config, other.config)
-        forget_answer()
-        self._config, self.classifier = other.config, other.classifier
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:
@@ -416,8 +407,8 @@ class TaskResCLIPForImageClassification(ServedConfig, PreTrainedModel):
         if residual_dtype not in (torch.float32, torch.float16):
             raise ConfigurationError(f"`residual_dtype` must be torch.float32 or torch.float16; got {residual_dtype}.")
         if is_main_process:
-            base_name = self.config.base_model_name_or_path
-            self._write(save_directory, base_name, state_dict, residual_dtype, include_code, kwargs)
+            name = self.config.base_model_name_or_path
+            self._write(save_directory, name, state_dict, residual_dtype, include_code, kwargs)
         if push_to_hub:
             self.push_to_hub(
                 kwargs.get("repo_id") or Path(save_directory).name,

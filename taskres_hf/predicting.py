@@ -6,18 +6,15 @@ made from it in one step: it is whole or absent, and a run that was killed goes 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,16 +27,15 @@ from .embedding.embedder import Embedder
 from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
+from .prediction_files import as_utf8, check_output, csv_separator, write_predictions
 from .residual import TaskResClassifier, label_threshold
-from .storage import check_can_write, digest_of, write_bytes
-from .tables import json_text, spreadsheet_text, visible
+from .storage import digest_of
+from .tables import visible
 
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link there may point at anything
 # How the first line begins, which says what the run is; such a line without an end was cut short.
 _BEGINNING = re.compile(rb'[0-9a-f]{0,16}|[0-9a-f]{16} (\{("[^\n]*)?)?')
 _LONGEST_BEGINNING = 4096  # bytes
-_ROW_GROUP = 65536  # rows that parquet compresses together
 
 
 def classify_files(
@@ -51,6 +47,8 @@ def classify_files(
     engine: str = "torch",
     precision: str = "fp32",
     progress: bool = False,
+    reject: bool = False,
+    unknown: str = "unknown",
 ) -> Iterator[dict[str, Any]]:
     """Classes of picture files and addresses, in order; what cannot be read is reported, not raised.
 
@@ -62,16 +60,26 @@ def classify_files(
             score is at least the classifier's threshold, which may be none.
         batch_size: pictures a forward pass, by default the engine's best.
         engine, precision: see `embedding.engines`.
+        reject: by the threshold stored with the classifier, say of pictures of no class that they are.
+        unknown: what their label is then.
 
     Yields:
         `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities (of
         several labels per picture the sigmoid of each logit), and `error` is None
         or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
+        With `reject` also `rejected`, true or false (null where there is an `error`); the first label of a rejected
+        picture is `unknown`, whose score is None, and the classes follow.
+
+    Raises:
+        ConfigurationError: `reject` without a threshold for the classifier as it is, or of one that gives several
+            labels per picture; `unknown` is one of its classes.
     """
+    rejecting = model.rejecting(unknown) if reject else None
+    head = rejecting.head if rejecting else model.classifier
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     embedder.get_ready(len(files))
-    top_k = _how_many(model.classifier, top_k)
-    yield from _classify(model.classifier, embedder, files, top_k, batch_size or embedder.batch_size, progress)
+    top_k = _how_many(head, top_k)
+    yield from _classify(head, embedder, files, top_k, batch_size or embedder.batch_size, progress, 0, rejecting)
 
 
 def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
@@ -80,11 +88,7 @@ def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
     Raises:
         ConfigurationError: a classifier of several labels per picture that was never trained.
     """
-    if head.several_labels and head.is_zero_shot and not head.logit_bias:
-        raise ConfigurationError(
-            "This classifier of several labels per picture is not trained: cosines alone do not say yes or no, so it "
-            "would give every label to every picture. Train it on a few pictures first."
-        )
+    head.check_can_say_no()
     names = head.config.class_names
     return min((0 if head.several_labels else 1) if top_k is None else top_k, len(names))
 
@@ -107,6 +111,7 @@ def _classify(
     batch_size: int,
     progress: bool,
     done: int = 0,
+    rejecting: Any = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the files from number `done` on, by a head with the names that belong to it."""
     names = head.config.class_names
@@ -130,18 +135,24 @@ def _classify(
         for places, embeds in embedder.stream(batches, load, augmented=False, total=total):
             answers: Iterator[list[dict[str, Any]]] = iter(())
             finite: Iterator[bool] = iter(())
+            rejected: Iterator[bool] = iter(())
             if embeds is not None:
                 usable = embeds.isfinite().all(dim=1)
                 finite = iter(usable.tolist())
                 with torch.no_grad():  # a picture without an embedding must not keep the others from their answers
-                    logits = head(embeds.masked_fill(~usable[:, None], 0.0).to(head.residual.device))
+                    embeds = embeds.masked_fill(~usable[:, None], 0.0)
+                    logits = head(embeds.to(head.residual.device))
+                if rejecting is not None:
+                    rejected = iter(rejecting.rejection.rejects(embeds).tolist())
                 answers = _answers(head, logits, names, top_k)
             for place in places:
                 problem = errors.pop(place, None)
                 predictions = [] if problem else next(answers)
+                unknown = next(rejected) if rejecting is not None and not problem else None
                 if not problem and not next(finite):
                     predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                yield {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                row = {"file": as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                yield row if rejecting is None else rejecting.said_of(row, unknown)
             bar.update(len(places))
     remarks.warn(stacklevel=3)
 
@@ -175,6 +186,8 @@ def classify_to_file(
     precision: str = "fp32",
     progress: bool = False,
     resume: bool = False,
+    reject: bool = False,
+    unknown: str = "unknown",
 ) -> WrittenPredictions:
     """Classify picture files into a .csv, .jsonl or .parquet file; a run that was stopped can go on.
 
@@ -184,23 +197,25 @@ def classify_to_file(
     Args:
         output: see `write_predictions` for what is in it.
         resume: go on with `OUTPUT.partial` if there is one; the outcome is that of an uninterrupted run.
-        top_k, batch_size, engine, precision: see `classify_files`.
+        top_k, batch_size, engine, precision, reject, unknown: see `classify_files`.
 
     Raises:
-        ConfigurationError: a file name that cannot be written (`check_output`); a partial file that is another run's
-            (other model, files, options), that another process is writing, or that is there without `resume`.
+        ConfigurationError: as there; a file name that cannot be written (`check_output`); a partial file that is
+            another run's (other model, files, options), that another process is writing, or that is there without
+            `resume`.
         ArtifactError: the rows cannot be written, such as on a full disk.
     """
     output = Path(output)
     check_output(output)
+    rejecting = model.rejecting(unknown) if reject else None
+    head = rejecting.head if rejecting else model.classifier
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     # To go on, not to measure again: forms of the tower that are as fast as each other differ in the last bits.
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
-    head = model.classifier
     names = head.config.class_names
     top_k = _how_many(head, top_k)
-    separator = None if top_k else _separator(names, output)
+    separator = None if top_k else csv_separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
         "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
@@ -216,11 +231,13 @@ def classify_to_file(
         "top_k": top_k,
         "batch_size": size,
     }
+    if rejecting is not None:
+        run["rejection"] = digest_of([json.dumps([rejecting.rejection.as_dict(), unknown]).encode()])
     with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:
         done = writer.rows
-        for row in _classify(head, embedder, files, top_k, size, progress, done):
+        for row in _classify(head, embedder, files, top_k, size, progress, done, rejecting):
             writer.write(row)
-        skipped = writer.finish(top_k, separator)
+        skipped = writer.finish(top_k, reject, separator)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -256,11 +273,10 @@ class PredictionWriter:
         try:
             self._lock()
             self._begin(dict(run), resume, batch_size)
-        except OSError as error:
-            self._stream.close()
-            raise self._failure(error) from error
-        except BaseException:
-            self._stream.close()
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
             raise
 
     def __enter__(self) -> PredictionWriter:
@@ -269,8 +285,7 @@ class PredictionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a full disk was reported when the row was written
-            self._stream.close()
+        self._close()
         if not self.rows:
             self.partial.unlink(missing_ok=True)
 
@@ -282,7 +297,7 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int, separator: str | None = None) -> list[str]:
+    def finish(self, top_k: int, reject: bool = False, separator: str | None = None) -> list[str]:
         """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
@@ -297,13 +312,17 @@ class PredictionWriter:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k, separator)
+            write_predictions(self.output, rows(), top_k, reject, separator)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()
         self.partial.unlink(missing_ok=True)
         self.rows = 0
         return skipped
+
+    def _close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried again here; it was reported then
+            self._stream.close()
 
     def _write(self, value: Any) -> None:
         text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -386,107 +405,3 @@ def _checked_lines(stream: IO[bytes]) -> Iterator[tuple[Any, int, bytes]]:
             return
         position, before = position + len(line), checksum
         yield json.loads(text), position, checksum
-
-
-def _as_utf8(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file name that cannot be written, before hours of work.
-
-    Raises:
-        ConfigurationError: unknown ending, a folder of that name, or no such folder or none that can be written.
-    """
-    folder = path.absolute().parent
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigurationError(f"Cannot tell the format of {path}: end its name in {', '.join(_SUFFIXES)}.")
-    if not folder.is_dir():
-        raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} into.")
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder: give the name of a file to write.")
-    try:
-        check_can_write(folder)
-    except ArtifactError as error:
-        raise ConfigurationError(
-            f"The folder {path.parent} cannot be written: choose another for {path.name}. {error}"
-        ) from error
-
-
-def _separator(names: Sequence[str], output: Path) -> str | None:
-    """What stands between several labels in a cell of CSV: a mark that no class name has.
-
-    Raises:
-        ConfigurationError: names have all of them.
-    """
-    free = [mark for mark in "|;," if not any(mark in name for name in names)]
-    if not free and output.suffix.lower() == ".csv":
-        raise ConfigurationError(
-            f"Class names hold each of | ; and ,: several of them cannot stand in one cell of {output.name}. Write "
-            ".jsonl or .parquet."
-        )
-    return free[0] if free else None
-
-
-def write_predictions(
-    path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1, separator: str | None = None
-) -> None:
-    """Write the rows of `classify_files` in one step.
-
-    CSV has the columns file, label, score, label_2, score_2, ..., error; control characters are escaped, and text that
-    a spreadsheet would run as a formula gets a leading apostrophe. With a separator the columns are file, labels,
-    scores, error, each cell holding as many labels as the picture has. JSON lines hold the rows as they are; parquet
-    has the lists `labels` and `scores`.
-    """
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        content = _csv(rows, top_k, separator).encode("utf-8", "backslashreplace")
-    elif kind == ".jsonl":
-        content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
-    else:
-        content = _parquet(rows)
-    write_bytes(path, content)
-
-
-def _csv(rows: Iterable[Mapping[str, Any]], top_k: int, separator: str | None) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
-    if separator is not None:
-        writer.writerow(["file", "labels", "scores", "error"])
-        for row in rows:
-            labels = _csv_text(separator.join(top["label"] for top in row["predictions"]))
-            scores = separator.join(f"{top['score']:.6f}" for top in row["predictions"])
-            writer.writerow([_csv_text(row["file"]), labels, scores, _csv_text(row["error"] or "")])
-        return text.getvalue()
-    writer.writerow(["file", *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"])
-    for row in rows:
-        cells: list[Any] = []
-        for top in row["predictions"]:
-            cells += [_csv_text(top["label"]), f"{top['score']:.6f}"]
-        cells += [""] * (2 * top_k - len(cells))
-        writer.writerow([_csv_text(row["file"]), *cells, _csv_text(row["error"] or "")])
-    return text.getvalue()
-
-
-def _csv_text(text: str) -> str:
-    return spreadsheet_text(visible(text))
-
-
-def _parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = {"file": pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
-    schema = pa.schema({**fields, "error": pa.string()})
-    sink, remaining = io.BytesIO(), iter(rows)
-    with pq.ParquetWriter(sink, schema, write_page_checksum=True) as writer:
-        while group := list(islice(remaining, _ROW_GROUP)):
-            columns = {
-                "file": [_as_utf8(row["file"]) for row in group],
-                "labels": [[_as_utf8(top["label"]) for top in row["predictions"]] for row in group],
-                "scores": [[top["score"] for top in row["predictions"]] for row in group],
-                "error": [row["error"] and _as_utf8(row["error"]) for row in group],
-            }
-            writer.write_table(pa.table(columns, schema=schema))
-    return sink.getvalue()

@@ -206,6 +206,33 @@ class TaskResClassifier(nn.Module):
                 "one each: give lists of labels, see load_training_data(..., multi_label=True)."
             )
 
+    def check_one_label(self, what: str) -> None:
+        """Refuse what would read a classifier of several labels per picture as one of a single label.
+
+        Args:
+            what: begins the message, such as "The report".
+
+        Raises:
+            ConfigurationError: pictures have several labels each.
+        """
+        if self.several_labels:
+            raise ConfigurationError(
+                f"{what} is for classifiers that give each picture one label; this one gives several, or none "
+                f"(problem_type '{MULTI_LABEL}')."
+            )
+
+    def check_can_say_no(self) -> None:
+        """Refuse to answer yes or no for each class by cosines alone.
+
+        Raises:
+            ConfigurationError: pictures may have several labels, and it was never trained.
+        """
+        if self.several_labels and self.is_zero_shot and not self.logit_bias:
+            raise ConfigurationError(
+                "This classifier of several labels per picture is not trained: cosines alone do not say yes or no, so "
+                "it would give every label to every picture. Train it on a few pictures first."
+            )
+
     def loss(self, logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
         """`cross_entropy`, or `multi_label_loss` where a picture may have several labels."""
         return (multi_label_loss if self.several_labels else cross_entropy)(logits, labels, num_items)

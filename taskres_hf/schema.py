@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -117,6 +118,10 @@ def _base64(value: Any) -> bool:
         return False
 
 
+def _finite_halves(packed: bytes) -> bool:
+    return len(packed) % 2 == 0 and all(map(math.isfinite, struct.unpack(f"<{len(packed) // 2}e", packed)))
+
+
 def _one_of(*values: str) -> Check:
     return lambda value: isinstance(value, str) and value in values
 
@@ -136,14 +141,37 @@ def _record(**entries: Check) -> Check:
     )
 
 
+def _change(value: Any) -> bool:
+    """What was done to the classes after training."""
+    texts = _list(_text)
+    return (
+        isinstance(value, dict)
+        and _text(value.get("change"))
+        and _record(
+            classes=texts,
+            to=texts,
+            num_images=_count,
+            reembedded=lambda flag: isinstance(flag, bool),
+            **{"from": _text},
+        )(value)
+    )
+
+
 # What a downloaded file names stays in the repository: its revision, its folder.
 _INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")
 _CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
 
 _MULTI_LABEL = "multi_label_classification"
+# A threshold for rejecting pictures, see `rejection.Rejection`.
+_REJECTION: dict[str, Check] = {
+    "rate": lambda value: _positive(value) and value < 1, "threshold": _number, "pictures": _count,
+    "means": lambda value: _base64(value) and _finite_halves(base64.b64decode(value)),
+}  # fmt: skip
 
 # What each key of config.json must be, where it is there and not null.
 _KEYS: dict[str, Check] = {
+    "rejection": lambda value: isinstance(value, dict) and all(key in value and check(value[key])
+                                                               for key, check in _REJECTION.items()),
     "base_model_name_or_path": _text, "base_model_revision": _text, "base_model_type": _printable,
     "base_model_subfolder": _text, "projection_dim": lambda value: _whole(value) and value > 0,
     "base_fingerprint": _record(
@@ -161,8 +189,8 @@ _KEYS: dict[str, Check] = {
     "auto_map": _object(),
     "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
     "training": _record(
-        method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole,
-        threshold=lambda value: _positive(value) and value < 1,
+        method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole, merged=_list(_text),
+        continued_from=_object(), changes=_list(_change), threshold=lambda value: _positive(value) and value < 1,
     ),
     "metrics": _record(
         accuracy=_number, zero_shot_accuracy=_number, accuracy_interval=_list(_number), method=_text, split=_text,
@@ -224,6 +252,11 @@ def problem_of_config(config: Mapping[str, Any], biased: bool = False) -> str | 
         return "id2label must name the classes 0 to K-1. Save the artifact again."
     if ids is not None and ids != {name: int(index) for index, name in names.items()}:
         return "label2id is not id2label the other way round. Save the artifact again."
+    rejection = config.get("rejection")
+    if rejection:
+        rows, rest = divmod(len(base64.b64decode(rejection["means"])), 2 * config["projection_dim"])
+        if rest or not 0 < rows <= len(names):
+            return "rejection holds other means than one for each class. Save the artifact again."
     return _problem_of_settings(config, biased)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -38,6 +39,11 @@ def _shown(character: str) -> str:
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: no emphasis, link, HTML or end of a table cell comes of it."""
     return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 as `12.3 %`."""
+    return f"{100 * share:.1f} %"
 
 
 def json_text(value: Any, default: Callable[[Any], Any] | None = None) -> str:
@@ -110,6 +116,26 @@ class Table:
         above = [markdown_text(self.title), ""] if self.title else []
         below = ["", markdown_text(self.caption)] if self.caption else []
         return "\n".join(above + lines + below)
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def html(self) -> str:
+        """An HTML table; names and texts are shown as they are."""
+
+        def cells(tag: str, texts: Sequence[str], stressed: bool = False) -> str:
+            made = []
+            for text, numeric in zip(texts, self._numeric(), strict=True):
+                inner = html.escape(visible(text))
+                inner = f"<b>{inner}</b>" if stressed else inner
+                made.append(f'<{tag} style="text-align:{"right" if numeric else "left"}">{inner}</{tag}>')
+            return f"<tr>{''.join(made)}</tr>"
+
+        bold = {index % len(self.rows) for index in self.bold} if self.rows else set()
+        body = "".join(cells("td", row, index in bold) for index, row in enumerate(self._texts()))
+        head = f"<thead>{cells('th', list(self.columns))}</thead>" if any(self.columns) else ""
+        above, below = (f"<p>{html.escape(visible(text))}</p>" if text else "" for text in (self.title, self.caption))
+        return f"{above}<table>{head}<tbody>{body}</tbody></table>{below}"
 
     def csv(self) -> str:
         """Comma-separated values with a header; text that a spreadsheet would run as a formula is quoted."""

@@ -27,6 +27,16 @@ def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> 
     return model
 
 
+def tagger(model: TaskResCLIPForImageClassification, threshold: float = 0.4) -> TaskResCLIPForImageClassification:
+    """The same model as a trained one of several labels per picture, whose sigmoids are neither all 0 nor all 1."""
+    model.config.problem_type = "multi_label_classification"
+    base = torch.nn.functional.normalize(model.classifier.base, dim=1)
+    bias = torch.linspace(-1.5, 1.5, len(base)) - model.classifier.logit_bias
+    model.classifier.set_weight(base / model.classifier.logit_scale, class_bias=bias, normalize_weight=False)
+    model.config.training = {"recipe": "auto", "threshold": threshold}
+    return model
+
+
 def copied(artifact: Path, to: Path) -> Path:
     """A copy of an artifact, to change."""
     shutil.copytree(artifact, to)
@@ -56,6 +66,12 @@ def forge(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, drop:
     write_tensors(weights, load_file(weights), whole(config, prepared, {}))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def same_predictions(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
+    """Whether these are the same labels in the same order, and the same scores but for rounding."""
+    labels, scores = ([[row[key] for row in rows] for rows in (found, wanted)] for key in ("label", "score"))
+    return labels[0] == labels[1] and scores[0] == pytest.approx(scores[1], abs=2e-5)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import embedding, material, stress, timing
+from benchmarks import base_to_new, embedding, material, stress, timing
+from benchmarks.tasks import Task
 from benchmarks.timing import Report
+from taskres_hf.embedding import ImageFeatures
 from taskres_hf.embedding.engines import rewriting
+from taskres_hf.residual import TaskResClassifier
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +65,28 @@ def test_synthetic_embeddings_have_the_lengths_and_angles_they_claim() -> None:
     assert float(alike[~same].mean()) == pytest.approx(facts["apart"], abs=0.02)
     squares = stress._spectrum(512, facts["rank"]).pow(2).sum()
     assert float(1.0 / squares) == pytest.approx(facts["rank"], rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "auto-v1"])
+def test_classes_added_to_trained_ones(recipe: str) -> None:
+    """Six classes whose text says little and whose pictures say much: what pictures are given decides."""
+    generator = torch.Generator().manual_seed(0)
+    centers, names = torch.randn(6, 32, generator=generator), list("abcdef")
+    text = 0.2 * centers + torch.randn(6, 32, generator=generator)
+
+    def drawn(each: int) -> ImageFeatures:
+        labels = torch.arange(6).repeat(each)
+        return ImageFeatures(
+            centers[labels][None] + torch.randn(1, 6 * each, 32, generator=generator), labels, names, ""
+        )
+
+    task = Task(TaskResClassifier(text, logit_scale=20.0), drawn(16), drawn(40))
+    (split,) = base_to_new.splits({"made up": task}, 8, [1])
+    assert len(split.base) == len(split.new) == 3
+    found = {name: base_to_new.scores(split, make(split, recipe)) for name, make in base_to_new.VARIANTS.items()}
+    apart, together = 2, 5
+    assert found["add_classes"][1] == pytest.approx(found["zero-shot"][1])  # the new ones by text, as before
+    assert found["add_classes"][0] > found["zero-shot"][0]
+    pictures = found["add_classes, pictures of the new classes"]
+    assert pictures[apart] > found["add_classes"][apart]
+    assert found["trained on pictures of all"][together] > found["zero-shot"][together]

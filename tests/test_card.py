@@ -51,6 +51,10 @@ def test_card_says_what_the_artifact_is(trained: Path) -> None:
         assert text in card
     assert "| recipe | auto |" in card
     assert "num_train_epochs" not in card  # that recipe has none
+    low, high = config["metrics"]["accuracy_interval"]
+    assert f"allow: {100 * low:.1f} to {100 * high:.1f} %" in card
+    assert "## Intended use and limits" in card
+    assert "interval" not in model_card(config | {"metrics": {**config["metrics"], "accuracy_interval": "a|b"}})
 
 
 def test_card_says_the_strength_and_the_one_measured_at(trained: Path) -> None:

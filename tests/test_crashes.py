@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import full, kills
+from fuzz import full, kills, small_disk
 from fuzz.full import SAVES, Disk, Save, check, record, unsafe_renames
 
 _SLOW = ("a new artifact", "an artifact over another", "a checkpoint")
@@ -82,3 +82,13 @@ def test_rows_of_a_disk_that_filled_with_the_first_line(tmp_path: Path) -> None:
         (tmp_path / "a.csv.partial").write_bytes(line[:length])
         full._predict(tmp_path)
         assert predictions.read(tmp_path) == expected
+
+
+@pytest.mark.parametrize("mounted", [True, False], ids=["small disk", "limit on files"])
+@pytest.mark.parametrize("name", ["an artifact over another", "a cell", "predictions"])
+def test_a_disk_that_really_is_full(name: str, mounted: bool) -> None:
+    if mounted and not small_disk.can_mount():
+        pytest.skip("mounting a small disk takes the rights of the superuser")
+    outcome = small_disk.check(next(save for save in SAVES if save.name == name), mounted, steps=3)
+    assert not outcome.findings
+    assert outcome.inputs >= 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
+import taskres_hf
 from benchmarks.timing import Report
-from taskres_hf.cli.app import main
+from taskres_hf.cli.app import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,7 +58,7 @@ def test_snippets_run(page: Path, world: Path) -> None:
             for line in code.splitlines():
                 if line.startswith("taskres "):
                     with pytest.raises(SystemExit) as stop:
-                        main(shlex.split(line)[1:])
+                        main(shlex.split(line, comments=True)[1:])
                     assert not stop.value.code, line
 
 
@@ -77,12 +81,16 @@ def test_the_performance_page_shows_what_was_measured() -> None:
         ["transformers_trainer.py", "--epochs", "1"],
         ["many_classifiers_one_backbone.py"],
         ["compare_and_save.py", "--shots", "2"],
+        ["serve_with_fastapi.py"],
+        ["export_and_run.py"],
     ],
     ids=lambda command: command[0],
 )
 def test_examples_run(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if command[0].startswith("export"):
+        pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "examples" / command[0]), run_name="__main__")
@@ -92,3 +100,53 @@ def test_examples_run(
 def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text()
     assert all(file.name in text for file in (ROOT / "examples").glob("*.py"))
+
+
+def _messages() -> str:
+    """All text of the library, with the parts of its strings joined."""
+    parts = []
+    for path in sorted((ROOT / "taskres_hf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(node.value)
+    return "\n".join(parts)
+
+
+def test_the_errors_explained_are_those_of_the_library() -> None:
+    page, messages = (ROOT / "docs" / "troubleshooting.md").read_text(), _messages()
+    explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(explained) > 30
+    assert not [message for message in explained if message not in messages]
+
+
+def test_the_site_is_whole(tmp_path: Path) -> None:
+    """`make docs`: every page has its place, every link and heading exists, all commands and public names are there."""
+    pytest.importorskip(
+        "mkdocs", reason="the site needs mkdocs-material and mkdocstrings (pip install taskres_hf[docs])"
+    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert not done.returncode, done.stderr
+    commands = (tmp_path / "site" / "commands" / "index.html").read_text()
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    assert all(f'id="taskres-{name}"' in commands for name in COMMANDS)
+    assert all(f".{name}" in api for name in taskres_hf.__all__ if name not in ("__version__", "load_splits"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_figures_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install taskres_hf[plots])")
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    rows = script["table"]("Photographs, all methods")
+    assert rows["zero-shot"][0] == rows["zero-shot"][4] < rows["taskres"][0] < rows["taskres"][4]
+    (file,) = script["draw"](tmp_path, ["accuracy"])
+    assert "taskres_hf" in file.read_text()
+    said = r"right on ([\d.]+) % of unseen ones where zero-shot is on ([\d.]+) %"
+    for page in (ROOT / "docs" / "index.md", ROOT / "README.md"):
+        stated = re.search(said, page.read_text())
+        assert stated
+        assert [float(number) for number in stated.groups()] == [rows["taskres"][2], rows["zero-shot"][2]]

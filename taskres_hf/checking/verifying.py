@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from ..artifact import commit_of, find_artifact, read_checked
@@ -13,7 +12,7 @@ from ..data import LabelledImages, load_evaluation_data, load_training_data
 from ..errors import ArtifactError, TaskResError
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..training import TaskResTrainer, TaskResTrainingArguments
+from ..training import TaskResTrainer, TaskResTrainingArguments, recorded_arguments
 from ..training.measuring import remember
 
 Row = dict[str, Any]
@@ -170,24 +169,28 @@ def _draw_rows(config: Mapping[str, Any], train: LabelledImages) -> list[Row]:
         rows.append(_row("few-shot draw", None if known else False, note="the rows were given, not drawn"))
         drawn = [place[row] for row in recorded if row in place]
     stored = provenance.get("train_pictures")
+    if stored is not None and _came_together(config):
+        return [*rows, _row("training pictures", None, note="they are of several trainings")]
     if stored is None:
         return [*rows, _row("training pictures", None, note="none are recorded")]
     now = remember([train.digest(place) for place in drawn])
     return [*rows, _row("training pictures", now == stored, stored.get("count"), now["count"], "by their content")]
 
 
+def _came_together(config: Mapping[str, Any]) -> bool:
+    """Whether more pictures went into a classifier than those of one draw."""
+    training = config.get("training") or {}
+    changes = training.get("changes") or []
+    return bool(
+        training.get("continued_from") or training.get("merged") or any(row.get("num_images") for row in changes)
+    )
+
+
 def _cross_validated(
     model: TaskResCLIPForImageClassification, config: Mapping[str, Any], train: LabelledImages
 ) -> dict[str, Any]:
     """What cross-validation by the recorded recipe gives."""
-    training, few_shot = config.get("training") or {}, config.get("few_shot") or {}
-    names = {field.name for field in fields(TaskResTrainingArguments)}
-    values = {key: value for key, value in training.items() if key in names and value is not None}
-    if training.get("recipe") == "auto":  # it has no settings; those of epochs would make another recipe of it
-        values = {"recipe": "auto"}
-    values |= {"shots": few_shot.get("shots"), "seed": _seed(config), "on_short": "ignore"}
-    values["enhanced_base"] = config.get("enhanced_base") is not None
-    arguments = TaskResTrainingArguments(**values, disable_tqdm=True)
+    arguments = recorded_arguments(config, on_short="ignore", disable_tqdm=True)
     return TaskResTrainer(model, arguments, train).cross_validate(int((config.get("metrics") or {}).get("folds") or 5))
 
 

@@ -18,16 +18,22 @@ from .screen import Interruption, emit, program, warn
 
 _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
 # Name: module, function, heading.
-_COMMANDS = {
+COMMANDS = {
     "train": ("train", "train", _USE),
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
+    "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
+    "app": ("browser", "app", _USE),
     "info": ("share", "info", _SHARE),
+    "classes": ("classes", "classes", _SHARE),
+    "merge": ("classes", "merge", _SHARE),
+    "report": ("report", "report", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),
+    "export": ("export", "export", _SHARE),
     "benchmark": ("paper", "benchmark", _PAPER),
     "import": ("paper", "import_checkpoint", _PAPER),
 }
@@ -59,8 +65,8 @@ def make_app(only: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_root)
-    for name in [only] if only in _COMMANDS else _COMMANDS:
-        module, function, panel = _COMMANDS[str(name)]
+    for name in [only] if only in COMMANDS else COMMANDS:
+        module, function, panel = COMMANDS[str(name)]
         command = getattr(importlib.import_module(f".{module}", __package__), function)
         app.command(name, rich_help_panel=panel)(command)
     return app

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from . import options as opt
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, when_interrupted
+from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
 from .values import check_device, label_options, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
+    from ..data import LabelledImages
     from ..training import TaskResTrainingArguments
 
 
@@ -42,6 +44,7 @@ def evaluate(
     crop: opt.Crop = None,
     embed_batch_size: opt.BatchSize = None,
     cache_dir: opt.CacheDir = None,
+    report: opt.Report = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -55,31 +58,60 @@ def evaluate(
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json, collect=as_json)
     source = one_dataset(context, dataset, dataset_option)
-    device = check_device(device, use_cpu)
-    use_device(device)
-    arguments = _arguments(context, device, label_map, quiet or as_json)
+    arguments = _arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
+    _check_report(report)
     from ..data import load_evaluation_data
-    from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training import TaskResTrainer
 
-    say_loading(model, quiet or as_json)
-    classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
-        strength=strength,
-    )  # fmt: skip
-    pictures = load_evaluation_data(
-        source, split, config_name=config_name, revision=dataset_revision, image_column=image_column,
-        label_column=label_column, default_names=classifier.class_names, drop_unlabelled=drop_unlabelled,
-        class_folder=class_folder and class_folder.value,
-        **label_options(classifier.config, label_separator, label_columns),
-    )  # fmt: skip
+    where = {"revision": revision, "base_model": base_model and resolve_base(base_model)}
+    classifier = _loaded(model, quiet or as_json, **where, dtype=dtype and dtype.value, strength=strength)
+    if report is not None:
+        classifier.classifier.check_one_label("The report")
+    options: dict[str, Any] = {
+        "config_name": config_name, "image_column": image_column, "label_column": label_column,
+        "class_folder": class_folder and class_folder.value, "drop_unlabelled": drop_unlabelled,
+        "default_names": classifier.class_names,
+    }  # fmt: skip
+    labels = label_options(classifier.config, label_separator, label_columns)
+    pictures = load_evaluation_data(source, split, revision=dataset_revision, **options, **labels)
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
-    metrics = trainer.evaluate(include_train_pictures=include_train_pictures)
+    result = {"split": pictures.split, **trainer.evaluate(include_train_pictures=include_train_pictures)}
+    result |= {"train_pictures_included": include_train_pictures, **_background(classifier, pictures)}
+    options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
+    result |= _write_report(report, classifier, source, options)
+    emit(as_json, result, lambda: (_show_several if "map" in result else _show)(result))
+
+
+def _loaded(model: str, quiet: bool, **options: Any) -> Any:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    say_loading(model, quiet)
+    return TaskResCLIPForImageClassification.from_pretrained(model, **options)
+
+
+def _background(classifier: Any, pictures: LabelledImages) -> dict[str, Any]:
+    """How the pictures were read, and the threshold that pictures of no class are rejected by."""
+    from ..description import rejection_in_short
+
     account = pictures.account.as_dict() if pictures.account else None
-    result = {"split": pictures.split, **metrics, "train_pictures_included": include_train_pictures, "account": account}
-    emit(as_json, result, lambda: _show(result))
+    return {"account": account, "rejection": rejection_in_short(classifier.config.rejection)}
+
+
+def _check_report(report: Path | None) -> None:
+    if report is not None:
+        from ..report import check_report_output
+
+        check_report_output(report)
+
+
+def _write_report(report: Path | None, classifier: Any, source: str, options: dict[str, Any]) -> dict[str, str]:
+    if report is None:
+        return {}
+    from ..report import write_report
+
+    return {"report": write_report(classifier, report, source, **options)["output"]}
 
 
 def _arguments(
@@ -88,15 +120,13 @@ def _arguments(
     from ..training import TaskResTrainingArguments
     from .run_config import read_run, training_only
 
+    use_device(device)
     values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}
     values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
     return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    if "map" in metrics:
-        _show_several(metrics)
-        return
     images = metrics["num_images"]
     rows: list[list[Any]] = [
         [name, row["support"], percent(row["accuracy"])] for name, row in metrics["per_class"].items()
@@ -105,6 +135,10 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
     show_table(["class", "pictures", "accuracy"], rows, title=_title(metrics), bold=[-3])
+    if metrics["rejection"]:
+        say(rejection_line(metrics["rejection"], metrics))
+    if "report" in metrics:
+        say(f"Report: {metrics['report']}")
 
 
 def _title(metrics: dict[str, Any]) -> str:

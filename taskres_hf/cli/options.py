@@ -118,6 +118,17 @@ Strength = Annotated[
         help="From 0 (zero-shot) to 1 (as trained); default: as saved.",
     ),
 ]  # fmt: skip
+Rejecting = Annotated[
+    bool,
+    typer.Option(
+        "--reject", help="Call pictures of no class unknown, by the threshold of `train --reject`.",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+UnknownLabel = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Label of rejected pictures; 'unknown' by default.", rich_help_panel=MODEL),
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the classifier.", rich_help_panel=MODEL)
 ]
@@ -301,6 +312,16 @@ BaseModel = Annotated[
     str | None,
     typer.Option("--base-model", metavar="MODEL", help="Load the base from here instead.", rich_help_panel=MODEL),
 ]
+FromClassifier = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="MODEL",
+        show_default=False,
+        help="Go on from a classifier, with its classes, prompts and base; see docs/classes.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 BaseRevision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the base.", rich_help_panel=MODEL)
 ]
@@ -368,6 +389,14 @@ Patience = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Reject = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Choose when a picture is of no class: reject at most this share, such as 0.05, of those that are.",
+        rich_help_panel=TRAINING,
+    ),
+]
 SaveEpochs = Annotated[
     int, typer.Option(min=0, metavar="N", help="Checkpoint every N epochs; 0: none.", rich_help_panel=TRAINING)
 ]
@@ -427,3 +456,7 @@ PushTo = Annotated[
     typer.Option("--push-to-hub", metavar="REPO", help="Upload it there afterwards.", rich_help_panel=OUTPUT),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.", rich_help_panel=OUTPUT)]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Also write a report as one HTML page.", rich_help_panel=OUTPUT),
+]

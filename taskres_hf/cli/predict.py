@@ -30,17 +30,20 @@ AllowSkipped = Annotated[
 ResumeOutput = Annotated[
     bool, typer.Option("--resume", help="Go on with the rows that an interrupted run left.", rich_help_panel=opt.OUTPUT)
 ]
+TopK = Annotated[
+    int | None, typer.Option(help="Classes per picture; one, or all labels of several.", min=1, metavar="N")
+]
 
 
 def predict(
     model: opt.Artifact,
     images: Images,
-    top_k: Annotated[
-        int | None, typer.Option(help="Classes per picture; one, or all labels of several.", min=1, metavar="N")
-    ] = None,
+    top_k: TopK = None,
     output: Output = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
+    reject: opt.Rejecting = False,
+    unknown_label: opt.UnknownLabel = None,
     revision: opt.Revision = None,
     base_model: opt.BaseModel = None,
     dtype: opt.Dtype = None,
@@ -61,10 +64,12 @@ def predict(
     when_interrupted(lambda: _what_is_kept(output))
     if resume and output is None:
         raise typer.BadParameter("it goes on with a file: name it with --output.", param_hint="--resume")
+    if unknown_label is not None and not reject:
+        raise typer.BadParameter("it names rejected pictures: add --reject.", param_hint="--unknown-label")
     quiet_libraries(quiet or as_json, collect=as_json)
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pictures import list_images
-    from ..predicting import check_output
+    from ..prediction_files import check_output
 
     if output is not None:
         check_output(output)
@@ -83,7 +88,7 @@ def predict(
         classifier.to(device)
     how: dict[str, Any] = {
         "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
-        "progress": not (quiet or as_json),
+        "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
     }  # fmt: skip
     if output is not None:
         skipped = _to_file(classifier, listing.files, output, resume, how, as_json)
@@ -127,7 +132,10 @@ def _to_screen(
         if row["error"]:
             warn(f"Skipped: {row['error']}")
         elif not as_json:
-            listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in row["predictions"])
+            listed = ", ".join(
+                top["label"] if top["score"] is None else f"{top['label']} {percent(top['score'])}"
+                for top in row["predictions"]
+            )
             say(f"{row['file']}: {listed or 'no label'}")
     if as_json:
         emit(True, rows, lambda: None)

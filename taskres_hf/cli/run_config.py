@@ -28,7 +28,9 @@ _NEVER = {
     "config", "as_json", "quiet", "debug", "dataset_option", "data_option", "list_methods", "use_cpu",
     "keep_underscores", "disable_tqdm",
 }  # fmt: skip
-_ACTIONS = {"output_dir", "overwrite", "resume", "cache_dir", "hub_model_id", "hub_private_repo", "include_code"}
+_ACTIONS = {
+    "output_dir", "overwrite", "resume", "cache_dir", "hub_model_id", "hub_private_repo", "include_code", "report",
+}  # fmt: skip
 _SECRETS = {"hub_token", "push_to_hub"}
 # Of each pair one rules the other out: what is typed also wins over the other one in a file.
 _EITHER_OR = (("shots", "indices"), ("holdout", "indices"), ("holdout", "eval_split"), ("use_cpu", "device"))

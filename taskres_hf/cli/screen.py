@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..tables import Table, json_text, visible
+from ..tables import percent as percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +44,6 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain, value))
     return visible(f"{value:.4g}" if isinstance(value, float) else str(value))
-
-
-def percent(share: float) -> str:
-    """0.415 as `41.5 %`."""
-    return f"{100 * share:.1f} %"
 
 
 def console() -> Console:
@@ -178,3 +174,14 @@ def program() -> str:
         if path.name == "__main__.py" and path.parent.name in ("taskres_hf", "cli")
         else "taskres"
     )
+
+
+def rejection_line(rejection: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """What is known of the threshold for pictures of no class, in one line."""
+    chosen = f"to reject at most {percent(rejection['rate'])} of pictures of the classes"
+    line = f"Pictures of no class: threshold chosen on {rejection['pictures']} pictures {chosen}"
+    if metrics.get("rejected") is None:
+        return line
+    kept = metrics["accuracy_of_kept"]
+    right = "" if kept is None else f", accuracy on the others {percent(kept)}"
+    return f"{line}; here it rejects {percent(metrics['rejected'])}{right}"

@@ -11,7 +11,17 @@ import typer
 from ..errors import ConfigurationError, DataError, HubError
 from . import options as opt
 from .run_config import RUN_FILE, read_run, training_only, write_run
-from .screen import emit, percent, quiet_libraries, say, say_loading, show_table, warn, when_interrupted
+from .screen import (
+    emit,
+    percent,
+    quiet_libraries,
+    rejection_line,
+    say,
+    say_loading,
+    show_table,
+    warn,
+    when_interrupted,
+)
 from .values import (
     check_device,
     check_output_folder,
@@ -71,6 +81,7 @@ def train(
     underscores: opt.UnderscoresOption = opt.Underscores.REPLACE,
     keep_underscores: opt.KeepUnderscores = False,
     # ---- base model
+    from_classifier: opt.FromClassifier = None,
     base_revision: opt.BaseRevision = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     dtype: opt.Dtype = None,
@@ -84,6 +95,7 @@ def train(
     augment_online: opt.AugmentOnline = None,
     enhanced_base: opt.EnhancedBase = False,
     early_stopping_patience: opt.Patience = None,
+    reject: opt.Reject = None,
     save_epochs: opt.SaveEpochs = 0,
     resume: opt.Resume = False,
     report_to: opt.ReportTo = None,
@@ -97,6 +109,7 @@ def train(
     # ---- output
     fp16_residual: opt.Fp16Residual = False,
     include_code: opt.IncludeCode = False,
+    report: opt.Report = None,
     overwrite: opt.Overwrite = False,
     hub_model_id: opt.PushTo = None,
     hub_private_repo: opt.Private = False,
@@ -113,6 +126,11 @@ def train(
     run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
     _settle(run)
     arguments = _arguments(run)
+    report = run["report"] and Path(run["report"])
+    if report:
+        from ..report import check_report_output, write_report
+
+        check_report_output(report)
     when_interrupted(lambda: _what_is_kept(arguments))
     data = _open(run)
     validation = _validation(run, data) if arguments.keeps_best else None
@@ -121,12 +139,20 @@ def train(
     model = _make_model(run, data.train.class_names)
     from ..training import TaskResTrainer
 
+    if report:
+        model.classifier.check_one_label("The report")
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
+    if report and trainer.accelerator.num_processes > 1:
+        raise ConfigurationError("--report is for one process: run `taskres report` on the classifier afterwards.")
     trainer.train(resume_from_checkpoint=run["resume"] or None)
     _remember_rows(model, run, data.train)
     metrics = _measure(trainer, run, data.held_out)
     if trainer.accelerator.is_main_process:
         result = _save(model, run) | metrics | {"account": data.account.as_dict()}
+        if report:
+            name = run["output_dir"]
+            write_report(model, report, data, folds=run["folds"], args=arguments, name=name)
+            result["report"] = str(report)
         failure = _upload(run) if run["hub_model_id"] else {}
         result |= failure
         emit(as_json, result, lambda: _show(result))
@@ -151,9 +177,19 @@ def _settle(run: dict[str, Any]) -> None:
         raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
     if run["folds"] < 0 or run["folds"] == 1:
         raise ConfigurationError(f"--folds must be at least 2, or 0 to measure nothing; it is {run['folds']}.")
+    single = {"--reject": run["reject"], "--report": run["report"]}
+    given = [name for name, value in single.items() if value is not None]
+    if run["multi_label"] and given:
+        raise ConfigurationError(
+            f"{given[0]} is for classifiers that give each picture one label, and --multi-label gives several: leave "
+            "one of them out."
+        )
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
-    run["base_model"] = run["base_model"] or opt.default_base_model()
+    if run["from_classifier"] is not None:
+        _check_from(run)
+    else:
+        run["base_model"] = run["base_model"] or opt.default_base_model()
     run["output_dir"] = str(run["output_dir"] or default_output(run["dataset"]))
     run["device"] = check_device(run["device"], run.pop("use_cpu"))
     use_device(run["device"])
@@ -163,6 +199,22 @@ def _settle(run: dict[str, Any]) -> None:
     run["prompt_names"] = read_mapping(run["prompt_names"], "--prompt-names")
     run["label_map"] = read_label_map(run.get("label_map"))
     check_output_folder(Path(run["output_dir"]), replace=run["overwrite"] or run["resume"])
+
+
+_OF_A_NEW_ONE = {
+    "templates": None, "class_descriptions": None, "prompt_names": None, "prompt_average": "raw",
+    "underscores": "replace", "alpha": 0.5, "residual_side": "text",
+}  # fmt: skip
+
+
+def _check_from(run: dict[str, Any]) -> None:
+    """Classes, prompts and the like belong to the classifier that is gone on from."""
+    given = [name for name, default in _OF_A_NEW_ONE.items() if run[name] not in (default, [])]
+    if given:
+        raise ConfigurationError(
+            f"--from takes prompts and settings of the classifier it names; leave out {', '.join(given)}, or train a "
+            "new one without --from."
+        )
 
 
 def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
@@ -229,6 +281,13 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..residual import MULTI_LABEL
 
+    if run["from_classifier"] is not None:
+        say_loading(run["from_classifier"], run["quiet"] or run["as_json"])
+        loaded: TaskResCLIPForImageClassification = TaskResCLIPForImageClassification.from_pretrained(
+            run["from_classifier"], base_model=run["base_model"] and resolve_base(run["base_model"]),
+            base_revision=run["base_revision"], base_trust_remote_code=run["trust_remote_code"], dtype=run["dtype"],
+        )  # fmt: skip
+        return loaded
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
         say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
@@ -276,16 +335,20 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     """Save, read back and write the settings beside it; what was done."""
     import torch
 
+    from ..description import rejection_in_short
+
     folder = Path(run["output_dir"])
     half = torch.float16 if run["fp16_residual"] else torch.float32
     model.save_pretrained(folder, residual_dtype=half, include_code=run["include_code"])
     type(model).from_pretrained(folder, base_model=model.clip)  # what does not load again is no result
-    stored = dict(run, dataset=_portable(run["dataset"]), base_model=_portable(run["base_model"]))
-    if model.config.base_model_revision:
+    stored = dict(run, dataset=_portable(run["dataset"]))
+    stored |= {name: _portable(run[name]) for name in ("base_model", "from_classifier") if run[name] is not None}
+    if model.config.base_model_revision and run["from_classifier"] is None:
         stored["base_revision"] = model.config.base_model_revision
     write_run(folder, stored)
     result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
     result["train_images"] = (model.config.few_shot or {}).get("num_images")
+    result["rejection"] = rejection_in_short(model.config.rejection)
     result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
     return result
 
@@ -329,7 +392,11 @@ def _show(result: dict[str, Any]) -> None:
 
         row = [measured_on(result), percent(result["zero_shot_accuracy"]), percent(result["accuracy"])]
         show_table(["measured on", "zero-shot", "trained"], [row], title=title)
+    if result["rejection"]:
+        say(rejection_line(result["rejection"], result))
     say(f"Saved {result['bytes'] / 1000:.0f} kB in {result['output_dir']}")
+    if "report" in result:
+        say(f"Report: {result['report']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
     say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")

@@ -1,6 +1,6 @@
 """Any source of labelled pictures, as splits with class ids."""
 
-from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, is_missing
+from .labelled import LABEL_NAMES, LabelledImages, class_counts, column_values, find_column, finder, is_missing
 from .multi_label import MultiLabelImages
 from .reading import Account, duplicates, shorten
 from .sources import load_splits
@@ -9,6 +9,6 @@ from .training_data import TrainingData, load_evaluation_data, load_training_dat
 
 __all__ = [
     "LABEL_NAMES", "Account", "LabelledImages", "MultiLabelImages", "TrainingData", "class_counts", "column_values",
-    "duplicates", "few_shot_rows", "find_column", "folds_of_pictures", "is_missing", "load_evaluation_data",
+    "duplicates", "few_shot_rows", "find_column", "finder", "folds_of_pictures", "is_missing", "load_evaluation_data",
     "load_splits", "load_training_data", "shorten",
 ]  # fmt: skip

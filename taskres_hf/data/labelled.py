@@ -77,9 +77,15 @@ def labels_of_cells(values: Sequence[Any]) -> list[Any]:
     values = [None if is_empty_cell(value) else value for value in values]
     known = [value for value in values if value is not None]
     numbers = all(isinstance(v, (int, float)) or (isinstance(v, str) and _WHOLE.fullmatch(v.strip())) for v in known)
-    if numbers and all(float(value).is_integer() for value in known):
-        return [None if value is None or int(float(value)) == -1 else int(float(value)) for value in values]
+    if numbers and all(map(_is_whole, known)):
+        whole = [value if value is None or isinstance(value, int) else int(float(value)) for value in values]
+        return [None if value == -1 else value for value in whole]
     return values
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number, also as text, is whole; an integer of any size is."""
+    return isinstance(value, int) or float(value).is_integer()
 
 
 def is_empty_cell(value: Any) -> bool:
@@ -92,7 +98,7 @@ def is_empty_cell(value: Any) -> bool:
 def are_measurements(labels: Iterable[Any]) -> bool:
     """Whether labels are numbers (also as text), and not all of them whole."""
     try:
-        return not all(float(label).is_integer() for label in labels if label is not None)
+        return not all(_is_whole(label) for label in labels if label is not None)
     except (TypeError, ValueError):
         return False
 

@@ -91,6 +91,8 @@ class TaskResTrainingArguments:
             several labels per picture, `accuracy` means `map`.
         early_stopping_patience: stop after so many epochs without a better `metric_for_best_model` and keep the best
             residual; None (default) never stops early. Give a validation split: a split called test is refused.
+        reject: also choose below which score a picture counts as one of no class, so that at most this share of
+            pictures of the classes does, such as 0.05 (`TaskResTrainer.choose_rejection`); None chooses nothing.
         label_map: dataset class name to model class name where they differ (also as JSON), or `"position"`.
         image_column, label_column, drop_unlabelled, on_error: how datasets are read, see `data.labelled.LabelledImages`
             and `embedding.features.embed_images`.
@@ -134,6 +136,7 @@ class TaskResTrainingArguments:
     metric_for_best_model: str = "accuracy"
     greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
+    reject: float | None = None
     label_map: Mapping[str, str] | str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -189,6 +192,9 @@ class TaskResTrainingArguments:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value) and value >= 0):
                 problems.append(f"`{name}` must be a finite number of at least 0; got {value!r}")
+        reject = self.reject
+        if reject is not None and (isinstance(reject, bool) or not isinstance(reject, float) or not 0.0 < reject < 1.0):
+            problems.append(f"`reject` must be a share above 0 and below 1, such as 0.05; got {reject!r}")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 *most, last = map(repr, get_args(kind))
@@ -279,3 +285,20 @@ def is_test_split(split: str | None) -> bool:
     """Whether a split's name says that it is for the final measurement, such as `test` or `test[:50%]`."""
     parts = [part.split("[")[0].strip().lower() for part in (split or "").split("+")]
     return any(part.startswith("test") for part in parts)
+
+
+def recorded_arguments(config: Mapping[str, Any], **changes: Any) -> TaskResTrainingArguments:
+    """The settings that a saved classifier was trained with, to train on the same pictures again.
+
+    Args:
+        config: `config.json` of the classifier. changes: settings to have another way.
+    """
+    training, few_shot = config.get("training") or {}, config.get("few_shot") or {}
+    names = {entry.name for entry in fields(TaskResTrainingArguments)}
+    values = {key: value for key, value in training.items() if key in names and value is not None}
+    if training.get("recipe") == "auto":  # it has no settings; those of epochs would make another recipe of it
+        values = {"recipe": "auto"}
+    seed = few_shot.get("seed")  # of the draw, which may be 0; 1 where none is recorded
+    values |= {"shots": few_shot.get("shots"), "seed": 1 if seed is None else int(seed)}
+    values["enhanced_base"] = config.get("enhanced_base") is not None
+    return TaskResTrainingArguments(**{**values, **changes})

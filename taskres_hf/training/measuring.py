@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
 from ..data import LabelledImages, duplicates, folds_of_pictures, shorten
-from ..embedding import ImageFeatures
+from ..embedding.features import ImageFeatures, content_digest
 from ..errors import ConfigurationError, DataError
-from ..evaluation import compare_multi_label, compare_with_zero_shot, metrics_from_logits, multi_label_metrics
+from ..evaluation import (
+    accuracy,
+    compare_multi_label,
+    compare_with_zero_shot,
+    metrics_from_logits,
+    multi_label_metrics,
+)
+from ..rejection import Rejection, check_enough, choose, class_means, nearest_mean, usable_rejection
 from ..residual import TaskResClassifier, label_threshold
 
 Name = Callable[[int], str]  # a picture's position to what a person calls it
@@ -42,6 +50,67 @@ def remember(digests: Sequence[str]) -> dict[str, Any]:
     return {"count": len(prefixes), "sha256_prefixes": base64.b64encode(b"".join(prefixes[:_MOST])).decode("ascii")}
 
 
+def remember_together(provenances: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """`config.data` of a classifier that comes from several trainings, or from pictures added later.
+
+    Args:
+        provenances: their `config.data`; None where nothing was recorded.
+    """
+    known = [dict(one) for one in provenances if one]
+    if len(known) < 2:
+        return known[0] if known else None
+    digests = sorted({str(one["train_digest"]) for one in known if one.get("train_digest")})
+    data: dict[str, Any] = {"train_images": sum(int(one.get("train_images") or 0) for one in known)}
+    if digests:
+        data["train_digest"] = (
+            digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        )
+    stored = [one["train_pictures"] for one in known if isinstance(one.get("train_pictures"), Mapping)]
+    packed = [base64.b64decode(str(one.get("sha256_prefixes", ""))) for one in stored]
+    prefixes = sorted({part[start : start + _BYTES] for part in packed for start in range(0, len(part), _BYTES)})
+    unnamed = sum(
+        max(0, int(one.get("count", 0)) - len(part) // _BYTES) for one, part in zip(stored, packed, strict=True)
+    )
+    if stored:
+        named = base64.b64encode(b"".join(prefixes[:_MOST])).decode("ascii")
+        data["train_pictures"] = {"count": len(prefixes) + unnamed, "sha256_prefixes": named}
+    return data
+
+
+def goes_on_from(config: Any, head: TaskResClassifier, recipe: str, digest: str) -> dict[str, Any] | None:
+    """What was recorded of an earlier training on other pictures that a run by epochs goes on from; else None.
+
+    Recipe `auto`, and epochs after `auto`, start from zero-shot: a warning says that earlier pictures are forgotten.
+
+    Args:
+        config, head: of the model. recipe: of the run. digest: of its pictures.
+    """
+    earlier, data = config.training, config.data or {}
+    if not earlier or head.is_zero_shot or data.get("train_digest") in (None, digest):
+        return None
+    if recipe == "auto" or earlier.get("recipe") == "auto":
+        warnings.warn(
+            f"This classifier was trained before, on {data.get('train_images', 'other')} pictures. "
+            f"{'Recipe auto fits' if recipe == 'auto' else 'What recipe auto fitted is not gone on from: this trains'} "
+            "from zero-shot, so those are forgotten. Give old and new pictures together, or bring both classifiers "
+            "together afterwards (taskres merge).",
+            stacklevel=3,
+        )
+        return None
+    return {"training": dict(earlier), "data": dict(data), "few_shot": dict(config.few_shot or {})}
+
+
+def remember_start(config: Any, before: Mapping[str, Any]) -> None:
+    """Record, after a run's own facts, what it went on from: measurements leave out the pictures of both."""
+    earlier, data = before["training"], before["data"]
+    start = {"recipe": earlier.get("recipe") or earlier.get("method"), "train_images": data.get("train_images")}
+    more = {"changes": earlier["changes"]} if earlier.get("changes") else {}
+    config.training = {**(config.training or {}), "continued_from": start, **more}
+    own = config.data or {}
+    both = remember_together([data, own]) or {}
+    config.data = {**own, **{key: both[key] for key in ("train_images", "train_pictures") if key in both}}
+
+
 def known_rows(data: ImageFeatures, provenance: Mapping[str, Any] | None) -> tuple[list[int], bool]:
     """Positions of pictures that the residual was trained on, and whether those are all.
 
@@ -51,15 +120,19 @@ def known_rows(data: ImageFeatures, provenance: Mapping[str, Any] | None) -> tup
     Returns:
         The positions; False where the training pictures were too many to name each.
     """
-    provenance = provenance or {}
-    if provenance.get("train_digest") == data.digest:
+    if (provenance or {}).get("train_digest") == data.digest:
         return list(range(len(data))), True
-    stored = provenance.get("train_pictures")
-    if not isinstance(stored, Mapping) or not data.digests:
+    return known_digests(data.digests, provenance)
+
+
+def known_digests(digests: Sequence[str], provenance: Mapping[str, Any] | None) -> tuple[list[int], bool]:
+    """As `known_rows`, of N SHA-256 digests in hexadecimal; none is known where there are none."""
+    stored = (provenance or {}).get("train_pictures")
+    if not isinstance(stored, Mapping) or not digests:
         return [], True
     packed = base64.b64decode(str(stored.get("sha256_prefixes", "")))
     known = {packed[start : start + _BYTES] for start in range(0, len(packed), _BYTES)}
-    rows = [row for row, digest in enumerate(data.digests) if bytes.fromhex(digest)[:_BYTES] in known]
+    rows = [row for row, digest in enumerate(digests) if bytes.fromhex(digest)[:_BYTES] in known]
     return rows, len(known) >= int(stored.get("count", 0))
 
 
@@ -180,6 +253,23 @@ def without_training_pictures(provenance: Mapping[str, Any] | None, data: ImageF
     return data.select([row for row in range(len(data)) if row not in known])
 
 
+def unseen_pictures(provenance: Mapping[str, Any] | None, images: LabelledImages) -> LabelledImages:
+    """Those of N pictures that the residual was not trained on, before any is embedded; warns where some are left out.
+
+    Args:
+        provenance: `config.data` of the classifier.
+
+    Raises:
+        OnlyTrainingPicturesError: none is left, or of too many training pictures not all can be told.
+    """
+    count, digests = len(images), tuple(map(images.digest, range(len(images))))
+    rows = torch.arange(count, dtype=torch.float64).view(1, count, 1)
+    labels = torch.tensor(images.labels)
+    data = ImageFeatures(rows, labels, images.class_names, content_digest(images), (), digests)
+    unseen = without_training_pictures(provenance, data, picture_names(images))
+    return images.select(unseen.image_embeds.flatten().long().tolist())
+
+
 def split_name(dataset: Any) -> str | None:
     """The split's name that came with the data."""
     split = getattr(dataset, "split", None)
@@ -228,27 +318,79 @@ def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: i
     return [fold_of_key.get(key, _ALWAYS_TRAINS) for key in keys]
 
 
-def cross_validate(
+def choose_rejection(plain: ImageFeatures, rate: float, folds: int, seed: int) -> Rejection:
+    """The threshold of "none of these" from N training pictures, each compared with means of the other folds.
+
+    Args:
+        rate: see `Rejection`. folds, seed: as in `cross_validate`.
+
+    Raises:
+        FewShotError: too few pictures for the rate. DataError: no class has two different pictures.
+    """
+    check_rejectable(plain, rate, seed, folds)
+    assigned = torch.tensor(fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed))
+    embeds, parts = plain.image_embeds[0], []
+    for fold in range(int(assigned.max()) + 1):
+        means = class_means(embeds[assigned != fold], plain.labels[assigned != fold])
+        parts.append(nearest_mean(embeds[assigned == fold], means))
+    return choose(torch.cat(parts), class_means(embeds, plain.labels), rate)
+
+
+def check_rejectable(plain: ImageFeatures, rate: float, seed: int, folds: int = 5) -> None:
+    """Refuse a rate that is finer than the pictures allow, before anything is trained.
+
+    Raises:
+        FewShotError: too few pictures for the rate. DataError: no class has two different pictures.
+    """
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
+    assigned = fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed)
+    check_enough(sum(fold != _ALWAYS_TRAINS for fold in assigned), rate)
+
+
+def rejected_share(head: TaskResClassifier, data: ImageFeatures, logits: Tensor) -> Metrics:
+    """`rejected` and `accuracy_of_kept` (None where none is kept) of a head with a threshold; empty without one."""
+    if head.facts.get("rejection") is None:
+        return {}
+    rejected = usable_rejection(head).rejects(data.image_embeds[0])
+    kept = ~rejected
+    found = accuracy(logits[kept], data.labels[kept]) if bool(kept.any()) else None
+    return {"rejected": float(rejected.double().mean()), "accuracy_of_kept": found}
+
+
+class OutOfFold(NamedTuple):
+    """What classifiers say of pictures that they were not trained on.
+
+    Attributes:
+        rows: M positions of the tested pictures. logits, zero_shot: [M, K]. folds: how many classifiers there were.
+        thresholds: [M, 1], the score from which on each picture's classifier gives one of several labels.
+    """
+
+    rows: list[int]
+    logits: Tensor
+    zero_shot: Tensor
+    folds: int
+    thresholds: Tensor
+
+
+def out_of_fold(
     head: TaskResClassifier,
     train: ImageFeatures,
     plain: ImageFeatures,
     folds: int,
     seed: int,
     fit: Callable[[TaskResClassifier, ImageFeatures], None],
-    compute: ComputeMetrics | None = None,
-) -> Metrics:
-    """Train on all folds but one and test on that one, in turn; the head that is given does not change.
+) -> OutOfFold:
+    """Train on all folds but one and classify that one, in turn; the head that is given does not change.
 
     Args:
         head: whose base, scale and `alpha` each fold starts from, with a zero residual.
         train: N embeddings to train on. plain: the same N pictures, not augmented, to test on.
         folds: at least 2; fewer are made where no class has so many pictures.
         fit: trains a head on a part of `train`.
-        compute: further metrics, see `TaskResTrainer`.
 
-    Returns:
-        Metrics over all tested pictures, each classified by a head that was not trained on it; `folds`;
-        `untested_classes`, the names of those with a single picture.
+    Raises:
+        DataError: no class has two different pictures.
     """
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
@@ -267,16 +409,28 @@ def cross_validate(
             found.append(some)
         rows += held_out
         thresholds.append(torch.full((len(held_out), 1), label_threshold(apart.facts), dtype=torch.float64))
-    labels, threshold = plain.labels[rows], torch.cat(thresholds)
-    metrics = full_metrics(torch.cat(logits), torch.cat(zero_shot), labels, train.class_names, compute, threshold)
+    return OutOfFold(rows, torch.cat(logits), torch.cat(zero_shot), count, torch.cat(thresholds))
+
+
+def cross_validated_metrics(found: OutOfFold, data: ImageFeatures, compute: ComputeMetrics | None = None) -> Metrics:
+    """Metrics over all pictures that were tested.
+
+    Args:
+        found: of `out_of_fold` on the N pictures of `data`. compute: further metrics, see `TaskResTrainer`.
+
+    Returns:
+        Metrics, `folds`, and of one label per picture `untested_classes`: the names of those with a single picture.
+    """
+    labels = data.labels[found.rows]
+    metrics = full_metrics(found.logits, found.zero_shot, labels, data.class_names, compute, found.thresholds)
     if labels.ndim == 2:
-        return metrics | {"folds": count}
-    single = sorted(set(train.labels.tolist()) - set(labels.tolist()))
-    untested = [train.class_names[label] for label in single]
+        return metrics | {"folds": found.folds}
+    single = sorted(set(data.labels.tolist()) - set(labels.tolist()))
+    untested = [data.class_names[label] for label in single]
     if untested:
         warnings.warn(
-            f"{len(untested)} of {len(train.class_names)} classes have a single picture, which is needed to train "
+            f"{len(untested)} of {len(data.class_names)} classes have a single picture, which is needed to train "
             f"them: nothing was measured of {shorten(untested)}. The accuracy is that of the others alone.",
             stacklevel=3,
         )
-    return metrics | {"folds": count, "untested_classes": untested}
+    return metrics | {"folds": found.folds, "untested_classes": untested}

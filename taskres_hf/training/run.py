@@ -16,16 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.trainer_callback import (
-    CallbackHandler,
-    DefaultFlowCallback,
-    EarlyStoppingCallback,
-    ExportableState,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers.trainer_callback import EarlyStoppingCallback, ExportableState, TrainerControl, TrainerState
 
 from ..base_classifier import same_base
 from ..embedding import Embedder, ImageFeatures
@@ -42,6 +33,7 @@ from ..storage import (
     write_tensors,
 )
 from .arguments import TaskResTrainingArguments, is_test_split
+from .callbacks import OWN, Events
 from .measuring import Metrics
 from .recipes import Recipe
 from .shots import TrainingPictures
@@ -227,60 +219,6 @@ def check_same_run(folder: Path, stored: Mapping[str, Any], run: Mapping[str, An
         )
 
 
-class EpochFlow(DefaultFlowCallback):
-    """After every epoch a log; a measurement and a checkpoint where the settings say so."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return control
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_log = True
-        control.should_evaluate = control.should_evaluate or args.evaluates_epochs
-        due = bool(args.save_epochs) and round(state.epoch) % args.save_epochs == 0
-        control.should_save = control.should_save or due
-        return control
-
-
-class EpochBar(TrainerCallback):
-    """One bar over the epochs."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            total=state.num_train_epochs, initial=round(state.epoch or 0), desc="Training", unit="epoch",
-            disable=args.disable_tqdm or not state.is_world_process_zero,
-        )  # fmt: skip
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {key: f"{logs[key]:.3f}" for key in ("loss", "accuracy", "eval_accuracy") if key in logs}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-class Trackers(TrainerCallback):
-    """Reports to the trackers of `report_to` through Accelerate."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.accelerator.init_trackers("taskres", config=args.to_sanitized_dict())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.accelerator.log(logs, step=round(state.epoch))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.accelerator.end_training()
-
-
-OWN = (EpochFlow, EpochBar, Trackers)  # none of them looks at single steps
-
-
 def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split: str | None, callbacks: Any) -> bool:
     """Whether the evaluation set chooses the epoch; refused without one, or on the pictures of the final measurement.
 
@@ -308,17 +246,6 @@ def check_epoch_choice(args: TaskResTrainingArguments, eval_dataset: Any, split:
             "train without early_stopping_patience and load_best_model_at_end."
         )
     return stops_early
-
-
-class Events:
-    """Callbacks of transformers with the state and control that they share."""
-
-    def __init__(self, args: TaskResTrainingArguments, model: Any, callbacks: list[Any]) -> None:
-        self.args, self.handler = args, CallbackHandler(callbacks, model, None, None, None)
-        self.state, self.control = TrainerState(), TrainerControl()
-
-    def __call__(self, name: str, **values: Any) -> None:
-        self.control = getattr(self.handler, name)(self.args, self.state, self.control, **values)
 
 
 class TrainingRun:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,34 +12,30 @@ from typing import Any
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures
 from ..errors import ConfigurationError, DataError
-from ..evaluation import loss_to_zero_shot
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..residual import TaskResClassifier, label_threshold
+from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
+from .callbacks import EpochBar, EpochFlow, Events, Trackers
 from .enhanced_base import EPOCHS, enhance, published_base
+from .evaluating import MeasuresClassifiers
 from .measuring import (
     ComputeMetrics,
     Metrics,
-    OnlyTrainingPicturesError,
-    both_logits,
-    cross_validate,
+    check_rejectable,
     epoch_metrics,
-    full_metrics,
-    own_metrics,
-    prefixed,
+    goes_on_from,
     remember,
+    remember_start,
     split_name,
-    warn_of_conflicts,
-    without_training_pictures,
 )
 from .recipes import Recipe, check_supported, published_alpha, recipe_for, why_epochs
-from .run import EpochBar, EpochFlow, Events, Trackers, TrainingRun, check_epoch_choice, describe_run
+from .run import TrainingRun, check_epoch_choice, describe_run
 from .shots import DatasetEmbeddings, TrainingPictures, at_once, training_pictures
 from .steps import (
     Batches,
@@ -49,7 +43,6 @@ from .steps import (
     batches_from_disk,
     batches_in_memory,
     batches_whole,
-    fit,
     make_step,
     set_class_bias,
 )
@@ -57,7 +50,7 @@ from .steps import (
 logger = logging.get_logger(__name__)
 
 
-class TaskResTrainer:
+class TaskResTrainer(MeasuresClassifiers):
     """Trains the residual of a `TaskResCLIPForImageClassification`.
 
     Args:
@@ -114,6 +107,10 @@ class TaskResTrainer:
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
         """Train the residual.
 
+        Of a classifier that was trained before, recipe `auto` keeps nothing: it fits from zero-shot, with a warning
+        where the pictures are others. Recipes by epochs go on from its residual (after `auto` from zero-shot), which
+        keeps what it learned as far as the new pictures leave it.
+
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest in `output_dir` that is whole. The
                 settings, the base and the data must be those of the interrupted run; the result then equals an
@@ -123,7 +120,8 @@ class TaskResTrainer:
             `TrainOutput` with the number of steps, the last epoch's loss and its metrics.
 
         Raises:
-            DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture.
+            DataError: no training data, unlabelled or unknown classes. FewShotError: a class without any picture, or
+                too few for `args.reject`.
             ConfigurationError: the checkpoint is of another run, training diverged, the epoch would be chosen on a
                 test split, or the classifier has a strength, a bias or lengths of its own (`check_trainable`).
         """
@@ -134,9 +132,13 @@ class TaskResTrainer:
         check_supported(self.model.classifier, self.args)
         chosen, held_out = self._training_pictures(), None
         head = self.model.classifier
+        if self.args.reject is not None:
+            head.check_one_label("Rejection of pictures of no class (reject)")
+            check_rejectable(self._foldable()[1], self.args.reject, self.args.seed)
         if self.args.recipe == "paper":
             self._write_as_published(head)
         recipe = self._recipe(head, chosen.data)
+        before = goes_on_from(self.model.config, head, recipe.name, chosen.data.digest)
         if recipe.name != "auto":
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
@@ -149,6 +151,8 @@ class TaskResTrainer:
         if recipe.name == "auto":
             chosen = at_once(chosen)
         self._record(recipe, chosen)
+        if before is not None:
+            remember_start(self.model.config, before)
         if self.args.enhanced_base:
             enhance(self.model, head, chosen.data, self.args.seed)
             stamp = {"epochs": EPOCHS, "data_digest": chosen.data.digest, "seed": self.args.seed}
@@ -174,6 +178,8 @@ class TaskResTrainer:
         run.train(self._batches(chosen, recipe), step)
         if run.best.residual is not None and self.model.config.training is not None:
             self.model.config.training |= {"epochs_run": run.epoch, "best_epoch": run.best.epoch}
+        if self.args.reject is not None:
+            self.choose_rejection(self.args.reject)
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
         log = self.log_history[-1] if self.log_history else {}
@@ -233,149 +239,6 @@ class TaskResTrainer:
             if made is not None:
                 self.model.config.underscores, self.model.config.base_fingerprint = "keep", made[1]
 
-    # ------------------------------------------------------------------ measuring
-
-    def evaluate(
-        self, eval_dataset: Any = None, metric_key_prefix: str = "", include_train_pictures: bool = False
-    ) -> Metrics:
-        """Metrics on the evaluation set, zero-shot beside trained.
-
-        Pictures that the residual was trained on, recognised by their content, are left out with a warning.
-
-        Args:
-            eval_dataset: by default the trainer's own, whose metrics are recorded in the model's config, for the card.
-            include_train_pictures: measure on those pictures too; nothing is recorded then.
-
-        Returns:
-            `accuracy`, `zero_shot_accuracy`, `macro_f1`, `loss`, `num_images`, `accuracy_interval` (95 %) and
-            `per_class`, shares from 0 to 1, or of several labels per picture what `evaluation.compare_multi_label`
-            gives; `method` (`"held-out"`, or `"validation"` where the epoch was chosen on these pictures) and `split`,
-            the name that came with the data; `train_pictures_left_out` if any were.
-
-        Raises:
-            DataError: no evaluation set, or none of its pictures is new to the residual.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise DataError(
-                "There is nothing to evaluate on: pass eval_dataset; without one, measure() or cross_validate() give "
-                "an honest number from the training pictures."
-            )
-        metrics = self._measure_held_out(dataset, include_train_pictures)
-        if eval_dataset is None and not include_train_pictures:
-            self.model.config.metrics = metrics
-        return self._announced(metrics, metric_key_prefix)
-
-    def cross_validate(self, folds: int = 5) -> Metrics:
-        """Metrics by stratified cross-validation on the cached embeddings of the training pictures.
-
-        Each fold is trained with the same recipe from a zero residual, on all its epochs (or up to the epoch that a
-        validation set chose in `train`); the trainer's own residual stays as it is. Equal pictures are in the same
-        fold. Augmentation afresh each epoch would embed everything once a fold and epoch: folds train on plain
-        pictures instead.
-
-        Args:
-            folds: at least 2; fewer are made where no class has so many pictures, and classes with fewer pictures than
-                folds are tested one picture at a time. A class with one picture cannot be tested.
-
-        Returns:
-            As `evaluate`, with `method` `"cross-validation"`, `folds` and `untested_classes`.
-
-        Raises:
-            DataError: nothing to train on, embeddings on disk, or no class with two pictures.
-        """
-        chosen = self._training_pictures()
-        data = chosen.data
-        if isinstance(data, StoredFeatures):
-            raise DataError("Embeddings on disk are too many to cross-validate: hold some out as eval_dataset.")
-        plain = self._embeddings.of_pictures(chosen.images, 0) if self.args.views and chosen.images else data
-        head = copy.deepcopy(self.model.classifier)
-        if self.args.recipe == "paper":
-            self._write_as_published(head)
-        epochs = int((self.model.config.training or {}).get("best_epoch", 0))
-
-        def train_fold(apart: TaskResClassifier, part: ImageFeatures) -> None:
-            recipe = self._recipe(apart, part)
-            if self.args.enhanced_base:
-                enhance(self.model, apart, part, self.args.seed)
-            fit(apart, part, recipe, self.args.seed, closed_form=self.args.closed_form, epochs=epochs)
-
-        metrics = cross_validate(head, data, plain, folds, self.args.seed, train_fold, self.compute_metrics)
-        split = split_name(self.train_dataset)
-        return {**metrics, "method": "cross-validation", **({"split": split} if split else {})}
-
-    def measure(self, eval_dataset: Any = None, folds: int = 5) -> Metrics:
-        """An honest number always, recorded in the model's config: on held-out pictures, else by cross-validation.
-
-        Held out are the pictures of `eval_dataset` (by default the trainer's own) unless the epoch was chosen on them
-        or the residual was trained on them.
-
-        Returns:
-            As `evaluate` or `cross_validate`, with `method` saying which it was. Empty, with a warning, where nothing
-            can be measured: one picture in each class and no other.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics: Metrics | None = None
-        if dataset is not None and not (self.train_dataset is not None and self._chose_the_epoch(dataset)):
-            try:
-                metrics = self._measure_held_out(dataset, False)
-            except OnlyTrainingPicturesError as error:
-                if self.train_dataset is None:
-                    raise
-                warnings.warn(f"{error} Cross-validation takes its place.", stacklevel=2)
-        if metrics is None:
-            try:
-                metrics = self.cross_validate(folds)
-            except DataError as error:
-                if self.train_dataset is None:
-                    raise
-                warnings.warn(f"Nothing was measured. {error}", stacklevel=2)
-                self.model.config.metrics = None
-                return {}
-        self.model.config.metrics = metrics
-        return self._announced(metrics)
-
-    def _announced(self, metrics: Metrics, prefix: str = "") -> Metrics:
-        """The metrics, after a warning where training did harm, and the event."""
-        if warning := loss_to_zero_shot(metrics):
-            warnings.warn(warning, stacklevel=3)
-        self._events("on_evaluate", metrics=prefixed(metrics, prefix or "eval"))
-        return prefixed(metrics, prefix) if prefix else dict(metrics)
-
-    def predict(self, test_dataset: Any) -> PredictionOutput:
-        """Logits [N, K], labels [N] and metrics for a labelled dataset."""
-        data = self.embed(test_dataset)
-        logits, _ = both_logits(self.model.classifier, data)
-        metrics = own_metrics(logits, data.labels, self.compute_metrics, label_threshold(self.model.classifier.facts))
-        self._events("on_predict", metrics=metrics)
-        return PredictionOutput(logits.numpy(), data.labels.numpy(), metrics)
-
-    def _measure_held_out(self, dataset: Any, include_train_pictures: bool) -> Metrics:
-        data, head = self.embed(dataset), self.model.classifier
-        new = data if include_train_pictures or head.is_zero_shot else self._new_pictures(dataset)
-        logits, zero_shot = both_logits(head, new)
-        metrics = full_metrics(
-            logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics, label_threshold(head.facts)
-        )
-        metrics["method"] = "validation" if self._chose_the_epoch(dataset) else "held-out"
-        if split := split_name(dataset):
-            metrics["split"] = split
-        if head.strength != 1.0:
-            metrics["strength"] = head.strength
-        if len(new) < len(data):
-            metrics["train_pictures_left_out"] = len(data) - len(new)
-        if conflicting := warn_of_conflicts(data, self._embeddings.names(dataset)):
-            metrics["conflicting_pictures"] = conflicting
-        return {**metrics, "data_digest": new.digest}
-
-    def _chose_the_epoch(self, dataset: Any) -> bool:
-        """Whether the residual's epoch was chosen on these pictures, in this process or before it was saved."""
-        chosen_on = (self.model.config.data or {}).get("epoch_chosen_on")
-        return chosen_on is not None and self._new_pictures(dataset).digest == chosen_on
-
-    def _new_pictures(self, dataset: Any) -> ImageFeatures:
-        return without_training_pictures(self.model.config.data, self.embed(dataset), self._embeddings.names(dataset))
-
     # ------------------------------------------------------------------ saving
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
@@ -413,7 +276,7 @@ class TaskResTrainer:
             config.data["labels"] = asked.as_dict()
         if self.args.dataset_name:
             config.data |= {"id": self.args.dataset_name, "name": self.args.dataset_name}
-        config.metrics = None  # they spoke of the residual before this run
+        config.metrics = config.rejection = None  # they spoke of the residual before this run
 
     # ------------------------------------------------------------------ data
 
@@ -429,6 +292,16 @@ class TaskResTrainer:
     def embedder(self) -> Embedder:
         """Base, processor and engine; made when first needed."""
         return self._embeddings.embedder
+
+    def training_embeddings(self) -> ImageFeatures:
+        """Embeddings [V, N, D] of the pictures that `train` would learn from: drawn, readable, in memory.
+
+        Raises:
+            DataError: no training data. FewShotError: a class without any picture.
+        """
+        data = at_once(self._training_pictures()).data
+        assert isinstance(data, ImageFeatures)
+        return data
 
     def _training_pictures(self) -> TrainingPictures:
         """The drawn pictures and their embeddings; drawn once for one dataset and draw."""

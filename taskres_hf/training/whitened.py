@@ -45,7 +45,7 @@ class WhitenedFit:
     Attributes:
         weight: [K, D] fp64, the logit scale included. bias: [K] fp64.
         chosen: `text_information` and `means_information` (0: nothing, 1: all that there is to tell), `share` q,
-            `zero_shot` 1 - z, `temperature` tau; for people and the artifact.
+            `zero_shot` 1 - z, `temperature` tau, `gain` (see `_HeldOut.judge`); for people and the artifact.
     """
 
     weight: Tensor
@@ -98,12 +98,16 @@ def fit_whitened(
     held = problem.held_out(large)
     means_told = held.means_information() if held.spaces else _MEANS_AT_ONE
     strength = SHARE * (1.0 - told * (1.0 - means_told)) * (1.0 + _FOR_MEANS * means_told**2)
-    kept, temperature = held.judge(strength) if held.spaces else (1.0, max(0.3, _likeliest_factor(text, y, weights)))
+    chosen: dict[str, Any] = {}
+    if held.spaces:
+        kept, temperature, chosen["gain"] = held.judge(strength)
+    else:
+        kept, temperature = 1.0, max(0.3, _likeliest_factor(text, y, weights))
     share = strength * _growth(shots)
     space = _Whitened(f, y, len(u), weights)
     rows, bias = problem.fit(space, slice(None), text, share)
     weight = logit_scale * u + kept * space.unwhiten(rows)
-    chosen = {
+    chosen |= {
         "text_information": told, "means_information": means_told, "share": share, "zero_shot": 1.0 - kept,
         "temperature": temperature,
     }  # fmt: skip
@@ -334,8 +338,10 @@ class _HeldOut:
         places = torch.cat(self.out)
         return _information(logits, self.problem.y[places], self.problem.weights[places])
 
-    def judge(self, strength: float) -> tuple[float, float]:
-        """How much of the fit to keep against zero-shot, and the temperature."""
+    def judge(self, strength: float) -> tuple[float, float, float]:
+        """How much of the fit to keep against zero-shot, the temperature, and by how much the fit raises the log of
+        what all classes together claim of a picture: what a class that is added later must be given too.
+        """
         problem = self.problem
         share = strength * _growth(problem.shots * (self.folds - 1) / self.folds)
         parts = []
@@ -355,7 +361,10 @@ class _HeldOut:
             return min(tried)
 
         kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, 4.0)[0] - best(text, 4.0)[0] - 3.0)))
-        return kept, best(text + kept * more, 0.3)[1]
+        fitted = text + kept * more
+        temperature = best(fitted, 0.3)[1]
+        claims = [torch.logsumexp(temperature * logits, dim=1) for logits in (fitted, text)]
+        return kept, temperature, float((claims[0] - claims[1]).mean())
 
 
 def _balanced(y: Tensor, classes: int, weights: Tensor) -> Tensor:

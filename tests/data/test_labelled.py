@@ -13,7 +13,7 @@ import pytest
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from taskres_hf import load_training_data
-from taskres_hf.data.labelled import LabelledImages
+from taskres_hf.data.labelled import LabelledImages, are_measurements, labels_of_cells
 from taskres_hf.errors import ClassNamesError, DataError, ImageError
 
 
@@ -214,3 +214,18 @@ def test_text_labels_meet_names_as_those_of_folders_do() -> None:
     held_out = load_training_data(parts).held_out
     assert held_out is not None
     assert held_out.labels == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        ([10**400, 1], [10**400, 1]),  # JSON knows integers of any size
+        ([2**53 + 1, 0.0], [2**53 + 1, 0]),
+        (["3.0", 4, "-1", None, -1.0], [3, 4, None, None, None]),
+        ([1.5, 10**400], [1.5, 10**400]),
+    ],
+    ids=["huge", "beyond floats", "text", "fractions"],
+)
+def test_numbers_of_any_size_are_read_as_they_are(cells: list[Any], labels: list[Any]) -> None:
+    assert labels_of_cells(cells) == labels
+    assert are_measurements(cells) == any(label == 1.5 for label in labels)

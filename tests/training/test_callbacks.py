@@ -17,6 +17,7 @@ from taskres_hf import TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding.features import ImageFeatures
 from taskres_hf.errors import ConfigurationError
+from taskres_hf.training.callbacks import end_tracking
 
 
 def _arguments(**options: Any) -> TaskResTrainingArguments:
@@ -179,15 +180,50 @@ def test_trackers_get_every_epoch_and_no_token(
             self.config.update(values)
 
         def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
-            self.rows.append((step, values["loss"]))
+            self.rows.append((step, values))
 
     tracker: Any = Memory(_blank=False)
     arguments = _arguments(num_train_epochs=3, report_to=[tracker], hub_token="hf_secret")
     trainer = TaskResTrainer(model, arguments, embedded["train"])
     trainer.train()
-    assert tracker.rows == [(row["epoch"], row["loss"]) for row in trainer.log_history]
+    assert [(step, row["loss"]) for step, row in tracker.rows] == [
+        (row["epoch"], row["loss"]) for row in trainer.log_history
+    ]
     assert tracker.config["shots"] == 4
     assert "hf_secret" not in str(tracker.config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "mlflow", "wandb"])
+def test_what_is_measured_after_training_reaches_the_tracker(
+    model: Model, embedded: dict[str, ImageFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of each tracker that is installed, through its own files: settings, the epochs, accuracy beside zero-shot."""
+    pytest.importorskip(name, reason=f"{name} is optional (pip install {name})")
+    end_tracking()
+    for variable in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI", "WANDB_DIR"):
+        monkeypatch.setenv(variable, f"file:{tmp_path}" if variable.startswith("MLFLOW") else str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the package without a database has no other
+    monkeypatch.chdir(tmp_path)
+    arguments = _arguments(report_to=name, output_dir=str(tmp_path), hub_token="hf_secret")
+    trainer = TaskResTrainer(model, arguments, embedded["train"], embedded["test"])
+    seen: list[dict[str, Any]] = []
+    trainer.train()
+    real = trainer.accelerator.trackers[0].log
+    monkeypatch.setattr(
+        trainer.accelerator.trackers[0], "log",
+        lambda values, step=None, **options: (seen.append(values), real(values, step=step, **options)),
+    )  # fmt: skip
+    metrics = trainer.measure()
+    trainer.train()  # which ends the run before it begins another
+    assert seen[0]["eval_accuracy"] == metrics["accuracy"]
+    assert seen[0]["eval_zero_shot_accuracy"] == metrics["zero_shot_accuracy"]
+    assert len(trainer.accelerator.trackers) == 1
+    end_tracking()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files or name == "trackio"  # which chose its folder when it was imported
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
 
 
 def test_a_callback_changes_nothing_by_being_there(model: Model, embedded: dict[str, ImageFeatures]) -> None:

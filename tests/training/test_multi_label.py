@@ -273,3 +273,40 @@ def test_from_a_table_to_predictions_by_command(
     assert all(set(row[1].split("|")) <= {*names, ""} for row in rows)
     code, out, _ = run(capsys, "info", "out")
     assert "multi_label_classification" in out
+
+
+def test_rejection_is_refused(
+    base: str, spec: dict[str, Any], made: Any, artifact: Path, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"Rejection.*gives several, or none"):
+        _trainer(base, spec, made, shots=4, reject=0.2).train()
+    trainer = _trainer(base, spec, made, shots=4)
+    for refused in (trainer.choose_rejection, trainer.model.rejecting):
+        with pytest.raises(ConfigurationError, match=r"Rejection.*gives several, or none"):
+            refused()
+    code, _, error = run(capsys, "predict", artifact, *files[:1], "--reject")
+    assert code == 1
+    assert "gives several, or none" in error
+    for option in (["--reject", "0.2"], ["--report", "page.html"]):
+        code, _, error = run(capsys, "train", "tags.csv", "--multi-label", *option)
+        assert code == 1
+        assert option[0] in error
+
+
+def test_each_picture_of_a_cross_validation_is_judged_by_the_threshold_of_its_fold(
+    base: str, spec: dict[str, Any], made: Any
+) -> None:
+    trainer = _trainer(base, spec, made, shots=4)
+    data, found = trainer.cross_validated_logits(3)
+    assert found.thresholds.shape == (len(found.rows), 1)
+    assert len(found.thresholds.unique()) > 1
+    given = found.logits.double().sigmoid() >= found.thresholds
+    right = (given & (data.labels[found.rows] > 0)).sum()
+    wanted = float(2 * right / (given.sum() + data.labels[found.rows].sum()))
+    assert trainer.cross_validate(3)["micro_f1"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_notebook_shows_what_was_measured(artifact: Path) -> None:
+    shown = TaskResCLIPForImageClassification.from_pretrained(artifact)._repr_html_()
+    assert "mAP" in shown
+    assert "accuracy" not in shown

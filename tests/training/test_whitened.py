@@ -143,7 +143,11 @@ def test_held_out_shots_decide_by_the_formulas(tasks: Any, monkeypatch: pytest.M
     assert fitted.chosen["means_information"] == pytest.approx(told_by_means, abs=1e-4)
     assert fitted.chosen["share"] == pytest.approx(strength * 2.0**0.25, rel=1e-3)
     assert fitted.chosen["zero_shot"] == pytest.approx(1.0 - kept, abs=1e-3)
-    assert fitted.chosen["temperature"] == pytest.approx(loss(text + kept * more, 0.3)[1])
+    temperature = loss(text + kept * more, 0.3)[1]
+    assert fitted.chosen["temperature"] == pytest.approx(temperature)
+    claims = [logsumexp(temperature * logits, axis=1) for logits in (text + kept * more, text)]
+    assert fitted.chosen["gain"] == pytest.approx((claims[0] - claims[1]).mean(), abs=1e-2)
+    assert "gain" not in fit_whitened(*_shots(tasks, 1), SCALE).chosen  # nothing can be held out
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])

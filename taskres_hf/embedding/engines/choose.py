@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -114,7 +114,7 @@ def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Call
         folder.parent.mkdir(parents=True, exist_ok=True)
         with staging_folder(folder.parent, folder.name) as staging:
             convert(staging / name)
-            write_sealed(staging / _SHEET, {file.name: _sha256(file) for file in staging.iterdir()})
+            write_sealed(staging / _SHEET, {file.name: file_sha256(file) for file in staging.iterdir()})
             staging.chmod(0o777 & ~umask())
             os.rename(staging, folder)
     except (ArtifactError, OSError) as error:
@@ -141,12 +141,13 @@ def _for_this_process(name: str, base: PreTrainedModel, convert: Callable[[Path]
 def _is_whole(folder: Path) -> bool:
     try:
         sums = read_sealed(folder / _SHEET)
-        return bool(sums) and all(_sha256(folder / name) == value for name, value in sums.items())
+        return bool(sums) and all(file_sha256(folder / name) == value for name, value in sums.items())
     except (ArtifactError, OSError):
         return False
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -167,23 +168,35 @@ def openvino_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
     )
 
 
+def write_openvino(
+    module: nn.Module, size: tuple[int, int], file: Path, half: bool = False, output_names: Sequence[str] = ()
+) -> None:
+    """Convert a module of pixel values [B, 3, H, W] to OpenVINO's format, with weights in fp32 or fp16.
+
+    What `openvino.convert_model` does, without its reports of usage: some thirty, each sent by a fork of this process,
+    unless the user has opted out.
+    """
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
+        traced = TorchScriptPythonDecoder(module, example_input=torch.zeros(1, 3, *size))
+        model = frontend.convert(frontend.load(traced))
+    model.reshape([-1, 3, *size])
+    for output, name in zip(model.outputs, output_names, strict=False):
+        output.get_tensor().set_names({name})
+    openvino.save_model(model, file, compress_to_fp16=half)
+
+
 def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
     height, width = picture_size(base)
     core = openvino.Core()
 
     def convert(file: Path) -> None:
-        from openvino.frontend import FrontEndManager
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-        # What `openvino.convert_model` does, without its reports of usage: some thirty, each sent by a fork of this
-        # process, unless the user has opted out.
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracing warns about branches that do not depend on the pixels
-            traced = TorchScriptPythonDecoder(Tower(base).eval(), example_input=torch.zeros(1, 3, height, width))
-            model = frontend.convert(frontend.load(traced))
-        model.reshape([-1, 3, height, width])
-        openvino.save_model(model, file, compress_to_fp16=False)
+        write_openvino(Tower(base).eval(), (height, width), file)
 
     model = core.read_model(converted_tower("openvino", "tower.xml", base, convert))
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
@@ -209,20 +222,30 @@ def onnxruntime_engine(base: PreTrainedModel, precision: str) -> ImageEngine:
     return ImageEngine("onnxruntime", "fp32", size, lambda: _onnxruntime_tower(onnxruntime, base))
 
 
-def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    height, width = picture_size(base)
+def onnx_tower(base: PreTrainedModel) -> Path:
+    """The tower as an ONNX file: `pixel_values` [B, 3, H, W] to `image_embeds` [B, D], in the tower's dtype."""
 
     def convert(file: Path) -> None:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it misses
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                Tower(base), (torch.zeros(2, 3, height, width),), str(file), input_names=["pixel_values"],
-                output_names=["image_embeds"], dynamo=True, external_data=False, verbose=False,
-                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}},
-            )  # fmt: skip
+        with torch.no_grad():
+            write_onnx(Tower(base), torch.zeros(2, 3, *picture_size(base)), file, "pixel_values", ["image_embeds"])
 
-    file = converted_tower("onnx", "tower.onnx", base, convert)
+    return converted_tower("onnx", "tower.onnx", base, convert)
+
+
+def write_onnx(module: nn.Module, example: Tensor, file: Path, input_name: str, output_names: list[str]) -> None:
+    """Convert a module of one input, whose first dimension may be of any size, to an ONNX file."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every torchvision operator it misses
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (example,), str(file), input_names=[input_name], output_names=output_names, dynamo=True,
+            external_data=False, verbose=False, dynamic_shapes=({0: batch},),
+        )  # fmt: skip
+
+
+def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    file = onnx_tower(base)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
