@@ -92,8 +92,8 @@ def goes_on_from(config: Any, head: TaskResClassifier, recipe: str, digest: str)
         warnings.warn(
             f"This classifier was trained before, on {data.get('train_images', 'other')} pictures. "
             f"{'Recipe auto fits' if recipe == 'auto' else 'What recipe auto fitted is not gone on from: this trains'} "
-            "from zero-shot, so those are forgotten. Give old and new pictures together, or bring both classifiers "
-            "together afterwards (taskres merge).",
+            "from zero-shot, so those are forgotten. Give old and new pictures together"
+            f"{'.' if head.several_labels else ', or bring both classifiers together afterwards (taskres merge).'}",
             stacklevel=3,
         )
         return None
