@@ -68,26 +68,28 @@ def model_card(
     # A bare name is more likely a folder of somebody's machine than one of the few old ids without an owner.
     name = str(data.get("id") or "")
     dataset = name if "/" in name and is_hub_id(name) else None
+    several = config.get("problem_type") == "multi_label_classification"
+    measured = "map" if several else "accuracy"
     fields: dict[str, Any] = {
         "library_name": "taskres_hf",
         "pipeline_tag": "image-classification",
         "tags": sorted({"taskres", "clip", "few-shot", "image-classification", *(tags or [])}),
-        "metrics": ["accuracy"],
+        "metrics": ["map", "f1"] if several else ["accuracy"],
     }
     if is_hub_id(base):
         fields |= {"base_model": base, "base_model_relation": "adapter"}
     if dataset:
         fields["datasets"] = [dataset]
-    if "accuracy" in metrics:
+    if measured in metrics:
         fields["model_name"] = repo_id or "TaskRes classifier"
         fields["eval_results"] = [
             EvalResult(
                 task_type="image-classification",
                 dataset_type=dataset or "custom",
                 dataset_name=data.get("name") or dataset or "custom",
-                metric_type="accuracy",
-                metric_name=f"accuracy ({metrics['method']})" if metrics.get("method") else None,
-                metric_value=round(float(metrics["accuracy"]), 4),
+                metric_type=measured,
+                metric_name=f"{measured} ({metrics['method']})" if metrics.get("method") else None,
+                metric_value=round(float(metrics[measured]), 4),
             )
         ]
     names = {int(index): name for index, name in config["id2label"].items()}
@@ -102,6 +104,8 @@ def model_card(
         templates=[_code(template) for template in config.get("templates") or []],
         metrics=metrics,
         figure=FIGURE if figure else None,
+        several_labels=several,
+        threshold=float(_mapping(config.get("training")).get("threshold") or 0.5),
         interval=_interval(metrics.get("accuracy_interval")),
         measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
@@ -264,7 +268,7 @@ def _is_ours(entry: Mapping[str, Any]) -> bool:
     results = entry.get("results")
     metrics = [metric for result in results if isinstance(result, dict) for metric in result.get("metrics") or []] \
         if isinstance(results, list) else []  # fmt: skip
-    return len(metrics) == 1 and isinstance(metrics[0], dict) and metrics[0].get("type") == "accuracy"
+    return len(metrics) == 1 and isinstance(metrics[0], dict) and metrics[0].get("type") in ("accuracy", "map")
 
 
 def card_for(

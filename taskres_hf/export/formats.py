@@ -171,7 +171,9 @@ def to_linear(fused: FusedClassifier, folder: Path, precision: str) -> Run:
     vision.load_state_dict({key: known[key] for key in vision.state_dict()})
     vision.save_pretrained(folder)
     tensors = {"weight": head.linear.weight, "bias": head.linear.bias}
-    write_tensors(folder / "head.safetensors", tensors if head.offset is None else {**tensors, "offset": head.offset})
+    more = {"offset": head.offset, "threshold": None if head.threshold is None else torch.tensor(head.threshold)}
+    tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
+    write_tensors(folder / "head.safetensors", tensors)
     script = _template("classify.py").decode()
     script = script.replace("CLIPVisionModelWithProjection", name).replace("image_embeds", output)
     write_bytes(folder / "classify.py", script.encode())

@@ -21,4 +21,6 @@ with torch.no_grad():
     embeds = tower(pixels.to(tower.dtype)).image_embeds.float() + head.get("offset", 0.0)
     logits = torch.nn.functional.normalize(embeds, dim=-1) @ head["weight"].T + head["bias"]
 for name, row in zip(sys.argv[1:], logits, strict=True):
-    print(json.dumps({"file": name, "label": labels[int(row.argmax())], "logits": row.tolist()}))
+    given = [label for label, p in zip(labels, row.sigmoid(), strict=True) if p >= head.get("threshold", 2.0)]
+    found = {"labels": given} if "threshold" in head else {"label": labels[int(row.argmax())]}
+    print(json.dumps({"file": name, **found, "logits": row.tolist()}))
