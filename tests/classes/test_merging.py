@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_residual
+from support import random_residual, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.checking.verifying import DIFFERS, verify
@@ -168,3 +168,15 @@ def test_shared_residuals_of_the_image_side(make: Make) -> None:
     torch.testing.assert_close(merged.classifier.residual, (one.classifier.residual + two.classifier.residual) / 2)
     with pytest.raises(ConfigurationError, match="cannot be united"):
         unite([one, make(2, ["sun", "moon"], residual_side="image")])
+
+
+def test_classifiers_of_several_labels_per_picture_are_not_brought_together(make: Make) -> None:
+    one, other = make(0), tagger(make(1))
+    apart = tagger(make(2, ["boat", "car"]))
+    for refused in (
+        lambda: merge_residuals([one, other]),
+        lambda: interpolate(other, other, 0.5),
+        lambda: unite([one, apart]),
+    ):
+        with pytest.raises(ConfigurationError, match="gives several, or none"):
+            refused()
