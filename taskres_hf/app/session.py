@@ -150,8 +150,8 @@ class Session:
             DataError: a class that has pictures would be gone.
         """
         if isinstance(names, str):
-            lines, there = map(str.strip, names.splitlines()), self.class_names  # a name that is there may hold commas
-            parts = [part.strip() for line in lines for part in ([line] if line in there else line.split(","))]
+            lines, old = map(str.strip, names.splitlines()), self.class_names  # a name that is there may hold commas
+            parts = [part.strip() for line in lines for part in ([line] if line in old else line.split(","))]
             names = [part for part in parts if part]
         with self._noting() as notes:
             if self._model is not None and list(names) == self.class_names and template in (None, *self.templates[:1]):
@@ -203,8 +203,7 @@ class Session:
     def add_tree(self, source: str | os.PathLike[str], progress: Progress = silent) -> Added:
         """Add a folder or an archive with a folder for each class; folders of new names make new classes.
 
-        Read by `load_training_data`, so it means the same as for `taskres train`, without its held-out split, and
-        pictures elsewhere that a table names are refused.
+        Read as by `taskres train`, without its held-out split; pictures elsewhere that a table names are refused.
 
         Raises:
             DataError: no class folders, a damaged archive, or more than one way to read it.
@@ -398,12 +397,9 @@ class Session:
                 answers.append(Answer(source.name, error=str(error)))
                 continue
             there = self.pictures.get(key)
+            own = {key: (there.embeds, there.preview)} if there else None
             with self._noting():
-                found = (
-                    {key: (there.embeds, there.preview)}
-                    if there
-                    else read_pictures(self.backbone, {key: source}, problems)
-                )
+                found = own or read_pictures(self.backbone, {key: source}, problems)
             if not found:
                 answers.append(Answer(source.name, error=problems[0]))
                 continue
