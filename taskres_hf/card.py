@@ -19,8 +19,9 @@ from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .description import measured_on, told_changes
+from .errors import ConfigurationError
 from .storage import is_path, read_json
-from .tables import markdown_text, visible
+from .tables import Table, markdown_text, percent, visible
 
 # The part between these lines is generated. The first holds checksums of the metadata and of the part, by which text
 # that was added where it would be lost is noticed.
@@ -47,13 +48,19 @@ def is_hub_id(name: str | None) -> bool:
     return True
 
 
-def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list[str] | None = None) -> str:
+FIGURE = "accuracy.png"  # beside a card that shows it
+
+
+def model_card(
+    config: Mapping[str, Any], repo_id: str | None = None, tags: list[str] | None = None, figure: bool = False
+) -> str:
     """The card of an artifact as Markdown, filled from its config; what is unknown is left out.
 
     Args:
         config: the content of config.json.
         repo_id: shown in the usage snippet; `"path/or/repo"` when None.
         tags: further Hub tags.
+        figure: show `accuracy.png`, which lies beside the card.
     """
     base = config.get("base_model_name_or_path")
     data = config.get("data") or {}
@@ -61,26 +68,28 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
     # A bare name is more likely a folder of somebody's machine than one of the few old ids without an owner.
     name = str(data.get("id") or "")
     dataset = name if "/" in name and is_hub_id(name) else None
+    several = config.get("problem_type") == "multi_label_classification"
+    measured = "map" if several else "accuracy"
     fields: dict[str, Any] = {
         "library_name": "taskres_hf",
         "pipeline_tag": "image-classification",
         "tags": sorted({"taskres", "clip", "few-shot", "image-classification", *(tags or [])}),
-        "metrics": ["accuracy"],
+        "metrics": ["map", "f1"] if several else ["accuracy"],
     }
     if is_hub_id(base):
         fields |= {"base_model": base, "base_model_relation": "adapter"}
     if dataset:
         fields["datasets"] = [dataset]
-    if "accuracy" in metrics:
+    if measured in metrics:
         fields["model_name"] = repo_id or "TaskRes classifier"
         fields["eval_results"] = [
             EvalResult(
                 task_type="image-classification",
                 dataset_type=dataset or "custom",
                 dataset_name=data.get("name") or dataset or "custom",
-                metric_type="accuracy",
-                metric_name=f"accuracy ({metrics['method']})" if metrics.get("method") else None,
-                metric_value=round(float(metrics["accuracy"]), 4),
+                metric_type=measured,
+                metric_name=f"{measured} ({metrics['method']})" if metrics.get("method") else None,
+                metric_value=round(float(metrics[measured]), 4),
             )
         ]
     names = {int(index): name for index, name in config["id2label"].items()}
@@ -94,6 +103,9 @@ def model_card(config: Mapping[str, Any], repo_id: str | None = None, tags: list
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[_code(template) for template in config.get("templates") or []],
         metrics=metrics,
+        figure=FIGURE if figure else None,
+        several_labels=several,
+        threshold=float(_mapping(config.get("training")).get("threshold") or 0.5),
         interval=_interval(metrics.get("accuracy_interval")),
         measured_on=cell(measured_on(metrics, config.get("strength", 1.0))),
         per_class=[
@@ -256,17 +268,19 @@ def _is_ours(entry: Mapping[str, Any]) -> bool:
     results = entry.get("results")
     metrics = [metric for result in results if isinstance(result, dict) for metric in result.get("metrics") or []] \
         if isinstance(results, list) else []  # fmt: skip
-    return len(metrics) == 1 and isinstance(metrics[0], dict) and metrics[0].get("type") == "accuracy"
+    return len(metrics) == 1 and isinstance(metrics[0], dict) and metrics[0].get("type") in ("accuracy", "map")
 
 
-def card_for(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | None, existing: Path) -> bytes:
+def card_for(
+    config: Mapping[str, Any], repo_id: str | None, tags: list[str] | None, existing: Path, figure: bool = False
+) -> bytes:
     """A generated card, with what people added to the file `existing`; that file's content where a person wrote it."""
     text = existing.read_bytes().decode("utf-8", "surrogateescape") if existing.is_file() else None
     beside = None
     if text is not None and _OLD_MARKER in text:
         with suppress(ValueError):
             beside = read_json(existing.with_name("config.json"))
-    return renewed(text, model_card(config, repo_id, tags), beside).encode("utf-8", "surrogateescape")
+    return renewed(text, model_card(config, repo_id, tags, figure), beside).encode("utf-8", "surrogateescape")
 
 
 def card_to_push(local: str | None, there: str | None, beside: Mapping[str, Any] | None = None) -> str | None:
@@ -296,3 +310,47 @@ def card_to_push(local: str | None, there: str | None, beside: Mapping[str, Any]
 def is_of_older_release(text: str | None) -> bool:
     """Whether the config.json beside a card is needed to tell if it was edited."""
     return text is not None and _OLD_MARKER in text
+
+
+def collection_card(configs: Mapping[str, Mapping[str, Any]], title: str) -> str:
+    """A card that lists classifiers over one base model, as Markdown: for a repository or the folder that holds them.
+
+    Args:
+        configs: the content of each config.json by the name that it is loaded by. title: the heading.
+
+    Raises:
+        ConfigurationError: no classifier, or their base models differ: those cannot share one in memory.
+    """
+    bases = sorted({str(config.get("base_model_name_or_path")) for config in configs.values()})
+    if len(bases) != 1:
+        raise ConfigurationError(
+            f"A card lists classifiers over one base model; these have {len(bases)}: {', '.join(bases) or 'none'}."
+        )
+    base = bases[0] if is_hub_id(bases[0]) else Path(bases[0]).name
+    rows = []
+    for name, config in configs.items():
+        metrics, names = config.get("metrics") or {}, list(config["id2label"].values())
+        shares = [metrics.get("zero_shot_accuracy"), metrics.get("accuracy")]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        measured = measured_on(metrics, config.get("strength", 1.0)) if metrics else "not measured"
+        numbers = ["" if share is None else percent(share) for share in shares]
+        rows.append([name, f"{len(names)}: {', '.join(names[:10])}{more}", *numbers, measured])
+    table = Table(["classifier", "classes", "zero-shot", "accuracy", "measured on"], rows).markdown()
+    table = table.replace("\\<", "&lt;")  # as in `cell`
+    fields = {"library_name": "taskres_hf", "pipeline_tag": "image-classification", "tags": ["clip", "taskres"]}
+    header = fields | ({"base_model": base, "base_model_relation": "adapter"} if is_hub_id(base) else {})
+    first = next(iter(configs))
+    text = f"""# {cell(title)}
+
+Classifiers over one frozen base model, `{_code(base)}`, which is loaded once for all of them. Each is a few kilobytes.
+
+{table}
+
+```python
+from taskres_hf import TaskResCLIPForImageClassification
+
+first = TaskResCLIPForImageClassification.from_pretrained({first!r})
+another = TaskResCLIPForImageClassification.from_pretrained({list(configs)[-1]!r}, base_model=first.clip)
+```
+"""
+    return _put_together(header, text)

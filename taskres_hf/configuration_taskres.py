@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from .artifact import FORMAT_VERSION, PLAIN_VERSION, library_versions
 from .errors import ConfigurationError
 from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve_templates, sentences_by_class
-from .residual import AS_PUBLISHED, checked_alpha, setting
+from .residual import AS_PUBLISHED, MULTI_LABEL, checked_alpha, setting
 
 # How a residual came to be. Each has one writer: the trainer, or an import.
 RECORDED = ("few_shot", "training", "metrics", "data", "enhanced_base", "rejection")
@@ -33,12 +33,12 @@ _NEVER_READ = {
 _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
     "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
-    "normalize_weight", "logit_scale_factor",
+    "normalize_weight", "logit_scale_factor", "problem_type",
 )  # fmt: skip
 
 
 # What transformers' configs have and nothing here obeys; in one given beside the artifact it must be as usual.
-_UNUSED = ("label2id", "output_hidden_states", "output_attentions", "problem_type")
+_UNUSED = ("label2id", "output_hidden_states", "output_attentions")
 
 
 def _recorded(key: str) -> Any:
@@ -88,6 +88,7 @@ class TaskResConfig(PreTrainedConfig):
         residual_sha256: checksum of the residual's bytes (integrity, not authenticity).
         processor_sha256: checksum of preprocessor_config.json; None where the artifact has none.
         format_version: version of the artifact's layout.
+        problem_type: `"multi_label_classification"` where a picture may have several labels, or none; else one.
 
     Raises:
         ConfigurationError: a value of the wrong type or range.
@@ -175,6 +176,11 @@ class TaskResConfig(PreTrainedConfig):
                 checks the rest.
         """
         names = check_class_names(class_names)
+        if values.get("problem_type") not in (None, "single_label_classification", MULTI_LABEL):
+            raise ConfigurationError(
+                f"`problem_type` must be 'single_label_classification' or '{MULTI_LABEL}'; got "
+                f"{values['problem_type']!r}."
+            )
         if templates is not None or class_descriptions is None:
             templates = resolve_templates(templates)
         return cls(
@@ -251,7 +257,7 @@ class TaskResConfig(PreTrainedConfig):
             auto_map: the classes for `trust_remote_code`, where their module is saved too.
         """
         plain = {key for key in AS_PUBLISHED if key not in self.facts}
-        newest = biased or plain != set(AS_PUBLISHED)
+        newest = biased or plain != set(AS_PUBLISHED) or self.problem_type == MULTI_LABEL
         self.library_versions, self.format_version = library_versions(), FORMAT_VERSION if newest else PLAIN_VERSION
         values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
         values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}

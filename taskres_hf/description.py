@@ -10,6 +10,10 @@ from typing import Any
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, commit_of, find_artifact, read_checked
 
+_SEVERAL_LABELS = (
+    "map", "zero_shot_map", "micro_f1", "zero_shot_micro_f1", "macro_f1", "zero_shot_macro_f1", "unmeasured_classes",
+)  # fmt: skip
+
 
 def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
     """What an artifact is, from its two files alone: the base is not loaded.
@@ -63,6 +67,9 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         "read_as": account.get("kind"),
         "left_out": {row["reason"]: row["count"] for row in account.get("left_out") or []} or None,
         "data_digest": (config.get("data") or {}).get("train_digest"),
+        "problem_type": config.get("problem_type"),
+        "label_threshold": training.get("threshold"),
+        **{key: metrics[key] for key in _SEVERAL_LABELS if "map" in metrics and metrics.get(key)},
         "accuracy": metrics.get("accuracy"),
         "zero_shot_accuracy": metrics.get("zero_shot_accuracy"),
         "accuracy_interval": metrics.get("accuracy_interval"),

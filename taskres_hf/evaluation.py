@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,8 +112,97 @@ def share_interval(share: float, count: int) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
+def multi_label_log_odds(logits: Tensor) -> Tensor:
+    """Log-odds [N, K] of each class against all others under softmax, plus log(K - 1): above 0 where a class is more
+    likely than one drawn by chance. It makes yes or no of a zero-shot classifier, whose logits only compare classes.
+    """
+    logits = logits.double()
+    return torch.logit(F.softmax(logits, dim=1), eps=1e-12) + math.log(max(logits.shape[1] - 1, 1))
+
+
+def multi_label_metrics(
+    logits: Tensor, labels: Tensor, class_names: Sequence[str] | None = None, threshold: float | Tensor = 0.5
+) -> dict[str, Any]:
+    """Metrics of a classifier that may give a picture several labels, or none.
+
+    Args:
+        logits: [N, K]. labels: [N, K], 1 for a class that the picture shows, else 0.
+        class_names: K names; adds `per_class`.
+        threshold: a label is given where the sigmoid of its logit is at least that; one for all, or [N, 1].
+
+    Returns:
+        `map` (mean average precision), `micro_f1`, `macro_f1`, `loss` (mean binary cross-entropy, nats), `num_images`;
+        in `per_class` `ap`, `f1` and `support`. `map` and `macro_f1` are over the classes that some of the pictures
+        show and some do not; `unmeasured_classes` names the others.
+
+    Raises:
+        DataError: no rows, another shape, labels other than 0 and 1, logits that are not finite, or no class that can
+            be measured.
+    """
+    if labels.ndim != 2 or labels.shape != logits.shape or not len(labels):
+        raise DataError(
+            f"Metrics of several labels a picture need labels of the shape of the logits, at least one row; got "
+            f"{list(labels.shape)} and {list(logits.shape)}."
+        )
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise DataError("Labels must be 0 and 1 alone; some are not.")
+    if not bool(torch.isfinite(logits).all()):
+        raise DataError("Metrics need finite logits; some are NaN or infinite. Check the residual and the pictures.")
+    from sklearn.metrics import average_precision_score, f1_score
+
+    scores = torch.sigmoid(logits.double().cpu())
+    truth, given = labels.cpu().numpy() > 0, (scores >= threshold).numpy()
+    support = truth.sum(axis=0).tolist()
+    measured = [place for place, count in enumerate(support) if 0 < count < len(truth)]
+    if not measured:
+        raise DataError("Nothing can be measured: every class is on all of the pictures or on none. Measure on others.")
+    ranked = logits.double().cpu().numpy()
+    aps = {place: float(average_precision_score(truth[:, place], ranked[:, place])) for place in measured}
+    each = f1_score(truth, given, average=None, zero_division=0.0)
+    result: dict[str, Any] = {
+        "map": sum(aps.values()) / len(aps),
+        "micro_f1": float(f1_score(truth, given, average="micro", zero_division=0.0)),
+        "macro_f1": sum(float(each[place]) for place in measured) / len(measured),
+        "loss": float(F.binary_cross_entropy_with_logits(logits.double().cpu(), labels.double().cpu())),
+        "num_images": len(labels),
+    }
+    if class_names is not None:
+        result["per_class"] = {
+            class_names[place]: {"ap": aps[place], "f1": float(each[place]), "support": support[place]}
+            for place in measured
+        }
+        result["unmeasured_classes"] = [name for place, name in enumerate(class_names) if place not in aps]
+    return result
+
+
+def compare_multi_label(
+    logits: Tensor,
+    zero_shot_logits: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    threshold: float | Tensor = 0.5,
+) -> dict[str, Any]:
+    """`multi_label_metrics` with zero-shot beside trained: `zero_shot_map`, `zero_shot_micro_f1`, `zero_shot_macro_f1`,
+    and `zero_shot_ap` of each class. Zero-shot is judged by `multi_label_log_odds`, at 0.5.
+    """
+    metrics = multi_label_metrics(logits, labels, class_names, threshold)
+    before = multi_label_metrics(multi_label_log_odds(zero_shot_logits), labels, class_names)
+    for name, row in metrics["per_class"].items():
+        row["zero_shot_ap"] = before["per_class"][name]["ap"]
+    return metrics | {f"zero_shot_{key}": before[key] for key in ("map", "micro_f1", "macro_f1")}
+
+
 def loss_to_zero_shot(metrics: Mapping[str, Any]) -> str | None:
     """A sentence that names the classes that lost, where training made the classifier worse than zero-shot."""
+    if "map" in metrics:
+        if metrics["map"] >= metrics["zero_shot_map"]:
+            return None
+        lost = [name for name, row in metrics["per_class"].items() if row["ap"] < row["zero_shot_ap"]]
+        return (
+            f"The trained classifier is below zero-shot: mAP {100 * metrics['map']:.1f} % against "
+            f"{100 * metrics['zero_shot_map']:.1f} % on {metrics['num_images']} pictures. Classes that lost: "
+            f"{', '.join(lost[:10])}. Try more pictures or other prompts."
+        )
     if metrics["accuracy"] >= metrics["zero_shot_accuracy"]:
         return None
     rows = sorted(metrics["per_class"].items(), key=lambda item: item[1]["accuracy"] - item[1]["zero_shot_accuracy"])

@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import (
     ClassLabel,
     Dataset,
 )
 
-from .data.labelled import LABEL_NAMES, column_values, find_column, is_missing
+from .data import LABEL_NAMES, MultiLabelImages, column_values, few_shot_rows, find_column, is_missing
 from .errors import DataError, FewShotError
 
 
 def few_shot_indices(
-    labels: Sequence[int],
+    labels: Sequence[Any],
     shots: int,
     seed: int = 1,
     *,
@@ -26,10 +27,11 @@ def few_shot_indices(
     """Positions of `shots` examples of each class.
 
     The same draw as CoOp's and TaskRes's code: classes in the order their first example appears, `random.sample`
-    of a generator seeded once.
+    of a generator seeded once. Where pictures have several labels, at least `shots` pictures that show each class and
+    `shots` that do not, see `data.stratified.draw_shots`.
 
     Args:
-        labels: N class ids.
+        labels: N class ids, or N multi-hot rows of K numbers.
         shots: examples per class, at least 1.
         seed: seed of the draw.
         on_short: a class with fewer examples gives all it has; `"warn"` names it, `"raise"` refuses, `"ignore"` is
@@ -44,6 +46,8 @@ def few_shot_indices(
         raise DataError(f"`shots` must be a whole number of at least 1; got {shots!r}.")
     if on_short not in ("warn", "raise", "ignore"):
         raise DataError(f"`on_short` must be 'warn', 'raise' or 'ignore'; got {on_short!r}.")
+    if any(isinstance(label, (tuple, list)) for label in labels):
+        return few_shot_rows(labels, shots, seed, class_names, on_short)
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         if label >= 0:
@@ -70,13 +74,24 @@ def sample_few_shot(
     *,
     label_column: str | None = None,
     on_short: str = "warn",
+    multi_label: bool = False,
+    **multi_label_options: Any,
 ) -> Dataset:
     """`shots` examples of each class as a `Dataset`; arguments as in `few_shot_indices`.
 
     Rows without a label (None, -1 or empty text) are never drawn.
 
+    Args:
+        multi_label: pictures have several labels each, told as in `data.multi_label.MultiLabelImages`, whose arguments
+            (`class_names`, `separator`, `label_columns`) are taken too.
+
     To replay a stored draw: `dataset.select(model.config.few_shot["indices"])`.
     """
+    if multi_label or multi_label_options:
+        options = {"drop_unlabelled": True, "label_column": label_column, **multi_label_options}
+        images = MultiLabelImages(dataset, **options)
+        drawn = few_shot_indices(images.labels, shots, seed, on_short=on_short, class_names=images.class_names)
+        return dataset.select([images.indices[row] for row in drawn])
     column = find_column(dataset, label_column, "label", LABEL_NAMES, ClassLabel)
     feature = dataset.features[column]
     labels = column_values(dataset, column)

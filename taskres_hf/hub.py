@@ -26,7 +26,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from .artifact import CONFIG, PROCESSOR, WEIGHTS, check_loads, differing, read_checked, rewrite
-from .card import card_for, card_to_push, is_hub_id, is_of_older_release, model_card
+from .card import FIGURE, card_for, card_to_push, is_hub_id, is_of_older_release, model_card
 from .errors import (
     LOG_IN,
     ArtifactError,
@@ -358,6 +358,7 @@ def push_folder(
     commit_description: str | None = None,
     parent_commit: str | None = None,
     include_code: bool = False,
+    figure: bytes | None = None,
 ) -> Any:
     """Upload a saved artifact's files as they are; the base is not loaded.
 
@@ -368,6 +369,7 @@ def push_folder(
         folder: a saved artifact. repo_id: where to, such as `"me/pets-taskres"`; created when missing.
         private, revision, create_pr, commit_message, commit_description, parent_commit, token: see `upload`.
         include_code: add the module that `trust_remote_code=True` needs where the library is not installed.
+        figure: a PNG for a generated card, such as `report.accuracy_figure(config["metrics"])`.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -390,7 +392,10 @@ def push_folder(
             write_bytes(Path(place, name), content)
         if differing(public, read_json(written)):
             rewrite(Path(place), weights.read_bytes(), public, processor)  # signed anew
-        write_bytes(Path(place, "README.md"), card_for(public, repo_id, None, folder / "README.md"))
+        if figure is not None:
+            write_bytes(Path(place, FIGURE), figure)
+        card = card_for(public, repo_id, None, folder / "README.md", figure is not None)
+        write_bytes(Path(place, "README.md"), card)
         check_loads(place)
         return upload(
             place, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
-from .base_classifier import base_for_artifact, base_for_classes, check_same_bases
+from .base_classifier import base_for_artifact, base_for_classes
 from .classes import ChangesClasses
 from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
 from .encoders import (
@@ -32,8 +32,8 @@ from .errors import BaseModelError, ConfigurationError
 from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_written, side_files
 from .notebook import ShownInNotebooks
 from .rejection import RejectsPictures
-from .residual import TaskResClassifier, cross_entropy
-from .serving import ServedConfig, answered, forget_answer
+from .residual import TaskResClassifier
+from .serving import ServedConfig, answered
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
@@ -102,6 +102,7 @@ class TaskResCLIPForImageClassification(
         underscores: str = "replace",
         prompt_average: str = "raw",
         residual_side: str = "text",
+        problem_type: str | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
@@ -123,6 +124,7 @@ class TaskResCLIPForImageClassification(
             underscores: `"replace"` or `"keep"` (as the published code does).
             prompt_average: `"raw"` (published) or `"normalized"`.
             residual_side: `"text"` (published: one row per class) or `"image"` (one shared row, TaskRes-Image).
+            problem_type: `"multi_label_classification"` where a picture may have several labels, or none.
             revision: branch, tag or commit of the base; the commit is recorded.
             dtype: dtype of the base; fp32 by default, `"auto"` for the checkpoint's own. The head stays fp32.
             trust_remote_code: let the base run code from its repository; your decision, never read from a config.
@@ -137,6 +139,7 @@ class TaskResCLIPForImageClassification(
         config = TaskResConfig.for_classes(
             class_names, templates, class_descriptions=class_descriptions, prompt_names=prompt_names,
             underscores=underscores, prompt_average=prompt_average, alpha=alpha, residual_side=residual_side,
+            problem_type=problem_type,
         )  # fmt: skip
         prompts = config.class_prompts()
         dtype = kwargs.pop("torch_dtype", None) or dtype
@@ -265,7 +268,8 @@ class TaskResCLIPForImageClassification(
             pixel_values: [N, 3, H, W] from the image processor.
             image_embeds: [N, D] instead, from `get_image_features`, normalised or not.
             labels: [N] class ids, or [N, K] probabilities (mixup, label smoothing): floats from 0 to 1, each row with
-                the sum 1. Adds the mean cross-entropy as `loss`.
+                the sum 1. Adds the mean cross-entropy as `loss`. With several labels per picture [N, K] from 0 to 1,
+                each class by itself, and the mean binary cross-entropy.
             **kwargs: what else the base's image tower takes (`pixel_attention_mask`, `spatial_shapes`,
                 `interpolate_pos_encoding`); `num_items_in_batch` from `transformers.Trainer` scales the loss.
 
@@ -295,18 +299,15 @@ class TaskResCLIPForImageClassification(
         head = self.classifier
         logits = head(image_embeds)
         answered(self, head, logits)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        loss = None if labels is None else head.loss(logits, labels, kwargs.get("num_items_in_batch"))
         output = ImageClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=getattr(features, "hidden_states", None) if output_hidden_states else None,
             attentions=getattr(features, "attentions", None) if output_attentions else None,
         )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
 
     def zero_shot_logits(
         self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None, **kwargs: Any
@@ -317,18 +318,6 @@ class TaskResCLIPForImageClassification(
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values, **kwargs)
         return self.classifier.zero_shot_logits(image_embeds)
-
-    def use_classifier(self, other: TaskResCLIPForImageClassification) -> None:
-        """Serve another task over the same backbone: its head and config take the place of these, in one step.
-
-        A thread that holds logits sees config and class names of the head they are from, until it drops them.
-
-        Raises:
-            ConfigurationError: the other model was made for another base.
-        """
-        check_same_bases(self.config, other.config)
-        forget_answer()
-        self._config, self.classifier = other.config, other.classifier
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor | None, **kwargs: Any) -> Tensor:

@@ -74,7 +74,12 @@ class ShownInNotebooks:
         rows.append(["trained", f"{how}{count}" if how else "not yet: zero-shot"])
         if config.strength != 1.0:
             rows.append(["strength", f"{config.strength:g} (1 as trained, 0 zero-shot)"])
-        if metrics := config.metrics:
+        metrics = config.metrics or {}
+        for key, name in (("map", "mAP"), ("micro_f1", "micro F1")):
+            if "map" in metrics:
+                beside = f", zero-shot {percent(metrics[f'zero_shot_{key}'])}" if f"zero_shot_{key}" in metrics else ""
+                rows.append([name, f"{percent(metrics[key])}{beside}: {measured_on(metrics)}"])
+        if "accuracy" in metrics:
             before = metrics.get("zero_shot_accuracy")
             beside = f", zero-shot {percent(before)}" if before is not None else ""
             rows.append(["accuracy", f"{percent(metrics['accuracy'])}{beside}: {measured_on(metrics)}"])

@@ -6,18 +6,15 @@ made from it in one step: it is whole or absent, and a run that was killed goes 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,23 +27,22 @@ from .embedding.embedder import Embedder
 from .errors import ArtifactError, ConfigurationError, ImageError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
-from .residual import TaskResClassifier
-from .storage import check_can_write, digest_of, write_bytes
-from .tables import json_text, spreadsheet_text, visible
+from .prediction_files import as_utf8, check_output, csv_separator, write_predictions
+from .residual import TaskResClassifier, label_threshold
+from .storage import digest_of
+from .tables import visible
 
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link there may point at anything
 # How the first line begins, which says what the run is; such a line without an end was cut short.
 _BEGINNING = re.compile(rb'[0-9a-f]{0,16}|[0-9a-f]{16} (\{("[^\n]*)?)?')
 _LONGEST_BEGINNING = 4096  # bytes
-_ROW_GROUP = 65536  # rows that parquet compresses together
 
 
 def classify_files(
     model: TaskResCLIPForImageClassification,
     files: Sequence[str | os.PathLike[str]],
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
     batch_size: int | None = None,
     engine: str = "torch",
     precision: str = "fp32",
@@ -60,26 +56,51 @@ def classify_files(
 
     Args:
         files: what `read_image` takes as text, see also `list_images`; one named twice has two rows.
-        top_k: classes per picture, at most K.
+        top_k: classes per picture, at most K; by default one or, of several labels per picture, every label whose
+            score is at least the classifier's threshold, which may be none.
         batch_size: pictures a forward pass, by default the engine's best.
         engine, precision: see `embedding.engines`.
         reject: by the threshold stored with the classifier, say of pictures of no class that they are.
         unknown: what their label is then.
 
     Yields:
-        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities, and `error` is None
+        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities (of
+        several labels per picture the sigmoid of each logit), and `error` is None
         or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
         With `reject` also `rejected`, true or false (null where there is an `error`); the first label of a rejected
         picture is `unknown`, whose score is None, and the classes follow.
 
     Raises:
-        ConfigurationError: `reject` without a threshold for the classifier as it is; `unknown` is one of its classes.
+        ConfigurationError: `reject` without a threshold for the classifier as it is, or of one that gives several
+            labels per picture; `unknown` is one of its classes.
     """
     rejecting = model.rejecting(unknown) if reject else None
     head = rejecting.head if rejecting else model.classifier
     embedder = Embedder(model.clip, model.image_processor, engine, precision)
     embedder.get_ready(len(files))
+    top_k = _how_many(head, top_k)
     yield from _classify(head, embedder, files, top_k, batch_size or embedder.batch_size, progress, 0, rejecting)
+
+
+def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
+    """Classes per picture; 0 for every one from the threshold on.
+
+    Raises:
+        ConfigurationError: a classifier of several labels per picture that was never trained.
+    """
+    head.check_can_say_no()
+    names = head.config.class_names
+    return min((0 if head.several_labels else 1) if top_k is None else top_k, len(names))
+
+
+def _answers(head: TaskResClassifier, logits: torch.Tensor, names: Sequence[str], top_k: int) -> Iterator[list[Any]]:
+    """Labels and scores of each picture, the likeliest first."""
+    scores = logits.sigmoid() if head.several_labels else logits.softmax(dim=1)
+    values, labels = scores.cpu().topk(top_k or len(names), dim=1)
+    least = label_threshold(head.facts) if not top_k else -1.0
+    for ids, row in zip(labels.tolist(), values.tolist(), strict=True):
+        pairs = zip(ids, row, strict=True)
+        yield [{"label": names[label], "score": score} for label, score in pairs if score >= least]
 
 
 def _classify(
@@ -123,18 +144,14 @@ def _classify(
                     logits = head(embeds.to(head.residual.device))
                 if rejecting is not None:
                     rejected = iter(rejecting.rejection.rejects(embeds).tolist())
-                scores, labels = logits.softmax(dim=1).cpu().topk(min(top_k, len(names)), dim=1)
-                answers = (
-                    [{"label": names[label], "score": score} for label, score in zip(ids, values, strict=True)]
-                    for ids, values in zip(labels.tolist(), scores.tolist(), strict=True)
-                )
+                answers = _answers(head, logits, names, top_k)
             for place in places:
                 problem = errors.pop(place, None)
                 predictions = [] if problem else next(answers)
                 unknown = next(rejected) if rejecting is not None and not problem else None
                 if not problem and not next(finite):
                     predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                row = {"file": _as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                row = {"file": as_utf8(paths[place]), "predictions": predictions, "error": problem}
                 yield row if rejecting is None else rejecting.said_of(row, unknown)
             bar.update(len(places))
     remarks.warn(stacklevel=3)
@@ -163,7 +180,7 @@ def classify_to_file(
     files: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
     batch_size: int | None = None,
     engine: str = "torch",
     precision: str = "fp32",
@@ -197,7 +214,8 @@ def classify_to_file(
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
     names = head.config.class_names
-    top_k = min(top_k, len(names))
+    top_k = _how_many(head, top_k)
+    separator = None if top_k else csv_separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
         "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
@@ -206,7 +224,7 @@ def classify_to_file(
                 head.weight().detach().cpu().numpy().tobytes(),
                 head.residual.detach().cpu().numpy().tobytes(),
                 *bias,
-                json.dumps([head.extra_repr(), *names]).encode(),
+                json.dumps([head.extra_repr(), *names, *([label_threshold(head.facts)] * (not top_k))]).encode(),
             ]
         ),
         "base model or engine": digest_of([json.dumps([*embedder.key, embedder.engine.is_stock]).encode()]),
@@ -219,7 +237,7 @@ def classify_to_file(
         done = writer.rows
         for row in _classify(head, embedder, files, top_k, size, progress, done, rejecting):
             writer.write(row)
-        skipped = writer.finish(top_k, reject)
+        skipped = writer.finish(top_k, reject, separator)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -279,7 +297,7 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int, reject: bool = False) -> list[str]:
+    def finish(self, top_k: int, reject: bool = False, separator: str | None = None) -> list[str]:
         """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
@@ -294,7 +312,7 @@ class PredictionWriter:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k, reject)
+            write_predictions(self.output, rows(), top_k, reject, separator)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()
@@ -387,88 +405,3 @@ def _checked_lines(stream: IO[bytes]) -> Iterator[tuple[Any, int, bytes]]:
             return
         position, before = position + len(line), checksum
         yield json.loads(text), position, checksum
-
-
-def _as_utf8(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file name that cannot be written, before hours of work.
-
-    Raises:
-        ConfigurationError: unknown ending, a folder of that name, or no such folder or none that can be written.
-    """
-    folder = path.absolute().parent
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigurationError(f"Cannot tell the format of {path}: end its name in {', '.join(_SUFFIXES)}.")
-    if not folder.is_dir():
-        raise ConfigurationError(f"There is no folder {path.parent} to write {path.name} into.")
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder: give the name of a file to write.")
-    try:
-        check_can_write(folder)
-    except ArtifactError as error:
-        raise ConfigurationError(
-            f"The folder {path.parent} cannot be written: choose another for {path.name}. {error}"
-        ) from error
-
-
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], top_k: int = 1, reject: bool = False) -> None:
-    """Write the rows of `classify_files` in one step.
-
-    CSV has the columns file, label, score, label_2, score_2, ..., error, and with `reject` rejected; control characters
-    are escaped, and text that a spreadsheet would run as a formula gets a leading apostrophe. JSON lines hold the rows
-    as they are; parquet has the lists `labels` and `scores`.
-    """
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        content = _csv(rows, top_k, reject).encode("utf-8", "backslashreplace")
-    elif kind == ".jsonl":
-        content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
-    else:
-        content = _parquet(rows, reject)
-    write_bytes(path, content)
-
-
-def _csv(rows: Iterable[Mapping[str, Any]], top_k: int, reject: bool) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
-    names = ["file", *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"]
-    writer.writerow([*names, "rejected"] if reject else names)
-    for row in rows:
-        cells: list[Any] = []
-        for top in row["predictions"]:
-            cells += [_csv_text(top["label"]), "" if top["score"] is None else f"{top['score']:.6f}"]
-        cells += [""] * (2 * top_k - len(cells))
-        cells = [_csv_text(row["file"]), *cells, _csv_text(row["error"] or "")]
-        if reject:
-            cells.append("" if row["rejected"] is None else str(row["rejected"]).lower())
-        writer.writerow(cells)
-    return text.getvalue()
-
-
-def _csv_text(text: str) -> str:
-    return spreadsheet_text(visible(text))
-
-
-def _parquet(rows: Iterable[Mapping[str, Any]], reject: bool) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = {"file": pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
-    schema = pa.schema({**fields, "error": pa.string(), **({"rejected": pa.bool_()} if reject else {})})
-    sink, remaining = io.BytesIO(), iter(rows)
-    with pq.ParquetWriter(sink, schema, write_page_checksum=True) as writer:
-        while group := list(islice(remaining, _ROW_GROUP)):
-            columns = {
-                "file": [_as_utf8(row["file"]) for row in group],
-                "labels": [[_as_utf8(top["label"]) for top in row["predictions"]] for row in group],
-                "scores": [[top["score"] for top in row["predictions"]] for row in group],
-                "error": [row["error"] and _as_utf8(row["error"]) for row in group],
-            }
-            if reject:
-                columns["rejected"] = [row["rejected"] for row in group]
-            writer.write_table(pa.table(columns, schema=schema))
-    return sink.getvalue()

@@ -130,8 +130,9 @@ def usable_rejection(head: Head) -> Rejection:
     """The rejection that is stored with a head.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is none, or pictures may have several labels.
     """
+    head.check_one_label("Rejection of pictures of no class")
     stored = head.facts.get("rejection")
     if stored is None:
         raise ConfigurationError(

@@ -21,6 +21,7 @@ addition, so the same `alpha` and learning rate mean a smaller turn where the ra
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -28,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DataError
 
 # What the head adds to the published classifier, as it is where nothing of it is used.
 AS_PUBLISHED: dict[str, Any] = {"strength": 1.0, "logit_scale_factor": 1.0, "normalize_weight": True}
+MULTI_LABEL = "multi_label_classification"  # transformers' name
 _RANGES = {"strength": (0.0, 1.0), "logit_scale_factor": (1e-6, 1e6)}
 _SAME = 1e-6  # of a row's length: what rounding alone makes of a row that was not changed
 LARGEST_ALPHA, SMALLEST_ALPHA = 1e4, 1e-4  # beyond them fp32 overflows, or Adam cannot move the residual
@@ -67,6 +69,11 @@ def checked_setting(name: str, value: Any) -> Any:
     if type(value) is bool or not isinstance(value, Real) or not low <= float(value) <= high:
         raise ConfigurationError(f"`{name}` must be a number from {low:g} to {high:g}; got {value!r}.")
     return float(value)
+
+
+def label_threshold(facts: Mapping[str, Any]) -> float:
+    """The score from which on a classifier of several labels per picture gives a label; 0.5 unless its recipe chose."""
+    return float((facts.get("training") or {}).get("threshold") or 0.5)
 
 
 def setting(name: str) -> Any:
@@ -187,13 +194,67 @@ class TaskResClassifier(nn.Module):
         plain = self.shift is None and self.class_bias is None and self.logit_scale_factor == 1.0
         return self.strength == 0.0 or (plain and not bool(self.residual.any()))
 
+    @property
+    def several_labels(self) -> bool:
+        """Whether a picture may have several labels, or none: `problem_type` of the model that it serves in."""
+        return getattr(self.config, "problem_type", None) == MULTI_LABEL
+
+    def check_labels(self, several: bool) -> None:
+        """Refuse data whose pictures have several labels each for a classifier of one, and the other way round.
+
+        Raises:
+            DataError: says what to do.
+        """
+        if several and not self.several_labels:
+            raise DataError(
+                "These pictures have several labels each, and the model gives one: make it with from_base(..., "
+                f"problem_type='{MULTI_LABEL}')."
+            )
+        if self.several_labels and not several:
+            raise DataError(
+                f"The model gives several labels per picture (problem_type '{MULTI_LABEL}'), and these pictures have "
+                "one each: give lists of labels, see load_training_data(..., multi_label=True)."
+            )
+
+    def check_one_label(self, what: str) -> None:
+        """Refuse what would read a classifier of several labels per picture as one of a single label.
+
+        Args:
+            what: begins the message, such as "The report".
+
+        Raises:
+            ConfigurationError: pictures have several labels each.
+        """
+        if self.several_labels:
+            raise ConfigurationError(
+                f"{what} is for classifiers that give each picture one label; this one gives several, or none "
+                f"(problem_type '{MULTI_LABEL}')."
+            )
+
+    def check_can_say_no(self) -> None:
+        """Refuse to answer yes or no for each class by cosines alone.
+
+        Raises:
+            ConfigurationError: pictures may have several labels, and it was never trained.
+        """
+        if self.several_labels and self.is_zero_shot and not self.logit_bias:
+            raise ConfigurationError(
+                "This classifier of several labels per picture is not trained: cosines alone do not say yes or no, so "
+                "it would give every label to every picture. Train it on a few pictures first."
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
+        """`cross_entropy`, or `multi_label_loss` where a picture may have several labels."""
+        return (multi_label_loss if self.several_labels else cross_entropy)(logits, labels, num_items)
+
     def check_trainable(self) -> None:
         """Refuse to train what is not the published classifier at full strength: recipes and gradients are its own.
 
         Raises:
             ConfigurationError: says what differs.
         """
-        used = [name for name in AS_PUBLISHED if name in self.facts] + ["class_bias"] * (self.class_bias is not None)
+        biased = self.class_bias is not None and not self.several_labels  # of which training by epochs makes one itself
+        used = [name for name in AS_PUBLISHED if name in self.facts] + ["class_bias"] * biased
         if used:
             raise ConfigurationError(
                 f"Training is for the published classifier; this one has another {', '.join(used)}. Start from "
@@ -263,8 +324,14 @@ class TaskResClassifier(nn.Module):
         """Logits [N, K] for image embeddings [N, D]: any length on the text side, raw on the image side.
 
         Raises:
-            ConfigurationError: a logit is NaN or infinite (not checked while torch traces or compiles).
+            ConfigurationError: a logit is NaN or infinite (not checked while torch traces or compiles), or a classifier
+                of several labels per picture has a strength other than 1.
         """
+        if self.strength != 1.0 and self.several_labels:
+            raise ConfigurationError(
+                "A classifier of several labels per picture is served as trained, at strength 1: below it, cosines "
+                f"without a bias of their own would give every label. It is {self.strength:g}; set it to 1."
+            )
         if self.side == "image":
             image_embeds = image_embeds.to(self.residual) + self.strength * self.alpha * self.residual
         weight, scale = self.weight(), self.logit_scale * self.logit_scale_factor**self.strength
@@ -342,6 +409,31 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Any = None) -> Tens
     return total
 
 
+def multi_label_loss(logits: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
+    """Mean binary cross-entropy of logits [N, K] with labels [N, K], as transformers' `BCEWithLogitsLoss`.
+
+    Args:
+        labels: numbers from 0 (does not show the class) to 1 (shows it).
+        num_items: divide the sum of each picture's mean by this instead of N.
+
+    Raises:
+        ConfigurationError: labels of another shape, or not from 0 to 1.
+    """
+    labels = labels.to(logits.device)
+    if labels.shape != logits.shape:
+        raise ConfigurationError(
+            f"With several labels per picture (problem_type 'multi_label_classification') labels are floats of shape "
+            f"{list(logits.shape)}, 1 for each class that the picture shows; got {labels.dtype} {list(labels.shape)}."
+        )
+    labels = labels.to(logits.dtype)
+    if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels <= 1)).all()):
+        raise ConfigurationError("Labels of several classes per picture must be from 0 to 1; some are not, or are NaN.")
+    if num_items is None:
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    total: Tensor = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / logits.shape[1] / num_items
+    return total
+
+
 def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     """Class ids [N] or probabilities [N, K] as cross-entropy takes them.
 
@@ -362,8 +454,8 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
         sums = labels.sum(dim=1)
         if not bool(((labels >= 0).all(dim=1) & ((sums - 1).abs() <= 1e-2)).all()):
             raise ConfigurationError(
-                "Labels given as floats must be probabilities: 0 or more, and each row with the sum 1. Several classes "
-                "per picture (multi-label) are not supported."
+                "Labels given as floats must be probabilities: 0 or more, and each row with the sum 1. For several "
+                "classes per picture make the model with problem_type='multi_label_classification'."
             )
         return labels
     low, high = int(labels.min()), int(labels.max())

@@ -24,8 +24,9 @@ PROCESSOR = "preprocessor_config.json"
 RESIDUAL = "residual"
 SHIFT = "base_shift"
 CLASS_BIAS = "class_bias"
-# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias and the settings in `AS_PUBLISHED`. What
-# uses none of those is written as version 2, which earlier releases read; from the others they must keep their hands.
+# Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias, several labels per picture and the
+# settings in `AS_PUBLISHED`. What uses none of those is written as version 2, which earlier releases read; from the
+# others they must keep their hands.
 FORMAT_VERSION, PLAIN_VERSION = 3, 2
 
 _REQUIRED = (
@@ -160,6 +161,7 @@ def _change(value: Any) -> bool:
 _INSIDE = re.compile(r"(?!.*\.\.)\w[\w.+ -]*(/\w[\w.+ -]*)*")
 _CODE_FOR = {"AutoConfig", "AutoModelForImageClassification"}  # what `include_code` adds code for
 
+_MULTI_LABEL = "multi_label_classification"
 # A threshold for rejecting pictures, see `rejection.Rejection`.
 _REJECTION: dict[str, Check] = {
     "rate": lambda value: _positive(value) and value < 1, "threshold": _number, "pictures": _count,
@@ -182,17 +184,22 @@ _KEYS: dict[str, Check] = {
     "underscores": _one_of("replace", "keep"), "prompt_average": _one_of("raw", "normalized"),
     "residual_side": _one_of("text", "image"), "alpha": _number, "logit_scale": _positive, "logit_bias": _number,
     "enhanced_base": _object(), "library_versions": _object(_text), "residual_sha256": _text,
-    "processor_sha256": _text, "dtype": _text, "architectures": _list(_text), "auto_map": _object(),
+    "processor_sha256": _text, "dtype": _text,
+    "problem_type": _one_of("single_label_classification", _MULTI_LABEL), "architectures": _list(_text),
+    "auto_map": _object(),
     "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
     "training": _record(
         method=_text, recipe=_text, engine=_text, best_epoch=_count, seed=_whole, merged=_list(_text),
-        continued_from=_object(), changes=_list(_change),
+        continued_from=_object(), changes=_list(_change), threshold=lambda value: _positive(value) and value < 1,
     ),
     "metrics": _record(
         accuracy=_number, zero_shot_accuracy=_number, accuracy_interval=_list(_number), method=_text, split=_text,
         folds=_count, num_images=_count, strength=_number, per_class=_object(_object()),
+        map=_number, zero_shot_map=_number, micro_f1=_number, macro_f1=_number, zero_shot_micro_f1=_number,
+        zero_shot_macro_f1=_number, unmeasured_classes=_list(_text),
     ),
     "data": _record(
+        labels=_record(separator=_text, columns=_list(_text)),
         id=_text, name=_text, split=_text, train_digest=_text, train_images=_count, epoch_chosen_on=_text,
         train_pictures=_record(count=_count, sha256_prefixes=_base64),
         account=_record(kind=_text, left_out=_list(lambda row: isinstance(row, dict) and {"reason", "count"} <= set(row)
@@ -300,6 +307,7 @@ def _problem_of_settings(config: Mapping[str, Any], biased: bool) -> str | None:
                 f"{value!r:.60}. Save the artifact again."
             )
     used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
+    used += ["problem_type"] * (config.get("problem_type") == _MULTI_LABEL)
     if used and config.get("format_version", 1) <= PLAIN_VERSION:
         return (
             f"it has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from .base_classifier import check_same_bases
+from .residual import TaskResClassifier
+
 _LATEST = threading.local()
 
 
@@ -36,8 +39,9 @@ def _of_answer(model: Any) -> Any:
 
 
 class ServedConfig:
-    """The attribute `config` of a model whose head brings its own."""
+    """The attribute `config` of a model whose head brings its own, and the exchange of both."""
 
+    classifier: TaskResClassifier
     _modules: Any
     _config: Any = None
 
@@ -52,3 +56,18 @@ class ServedConfig:
         self._config = value
         if "classifier" in self._modules:
             self._modules["classifier"].config = value
+
+    def use_classifier(self, other: Any) -> None:
+        """Serve another task over the same backbone: its head and config take the place of these, in one step.
+
+        A thread that holds logits sees config and class names of the head they are from, until it drops them.
+
+        Args:
+            other: another `TaskResCLIPForImageClassification`.
+
+        Raises:
+            ConfigurationError: the other model was made for another base.
+        """
+        check_same_bases(self.config, other.config)
+        forget_answer()
+        self._config, self.classifier = other.config, other.classifier

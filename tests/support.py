@@ -27,6 +27,16 @@ def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> 
     return model
 
 
+def tagger(model: TaskResCLIPForImageClassification, threshold: float = 0.4) -> TaskResCLIPForImageClassification:
+    """The same model as a trained one of several labels per picture, whose sigmoids are neither all 0 nor all 1."""
+    model.config.problem_type = "multi_label_classification"
+    base = torch.nn.functional.normalize(model.classifier.base, dim=1)
+    bias = torch.linspace(-1.5, 1.5, len(base)) - model.classifier.logit_bias
+    model.classifier.set_weight(base / model.classifier.logit_scale, class_bias=bias, normalize_weight=False)
+    model.config.training = {"recipe": "auto", "threshold": threshold}
+    return model
+
+
 def copied(artifact: Path, to: Path) -> Path:
     """A copy of an artifact, to change."""
     shutil.copytree(artifact, to)

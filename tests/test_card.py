@@ -14,8 +14,11 @@ from huggingface_hub import ModelCard
 from support import random_residual
 
 from taskres_hf import TaskResCLIPForImageClassification
-from taskres_hf.card import _OLD_MARKER, END, card_to_push, model_card, renewed
+from taskres_hf.card import _OLD_MARKER, END, card_to_push, collection_card, model_card, renewed
+from taskres_hf.cli.app import main
+from taskres_hf.errors import ConfigurationError
 from taskres_hf.hub import push_folder
+from taskres_hf.report import figure_for_card
 
 Model = TaskResCLIPForImageClassification
 
@@ -240,3 +243,36 @@ def test_an_older_card_on_the_hub_is_told_by_the_config_beside_it(
         repo.commit({"README.md": text.encode()}, "main", "an older release")
         push_folder(folder, "tester/animals")
         assert (END.encode() in hub.files("tester/animals")["README.md"]) is new
+
+
+# ---------------------------------------------------------------------- a figure, and a list of classifiers
+
+
+def test_the_figure_of_the_report_is_pushed_with_the_card(
+    hub: HubServer, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the figure needs matplotlib (pip install taskres_hf[report])")
+    folder = tmp_path / "animals"
+    shutil.copytree(trained, folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["push", str(folder), "tester/animals", "--quiet"])
+    assert not stop.value.code
+    files = hub.files("tester/animals")
+    assert files["accuracy.png"].startswith(b"\x89PNG")
+    assert b"](accuracy.png)" in files["README.md"]
+    assert "](accuracy.png)" not in (folder / "README.md").read_text()  # there is none beside it
+    monkeypatch.setattr("taskres_hf.report.figures.find_spec", lambda name: None)
+    assert figure_for_card(folder) is None
+
+
+def test_classifiers_over_one_base_are_listed(config: dict[str, Any]) -> None:
+    config["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
+    hostile = {**config, "id2label": {"0": "a|b", "1": "<script>"}, "metrics": None}
+    card = collection_card({"me/animals": config, "me/odd": hostile}, "Zoo\n# <b>")
+    assert _header(card)["base_model"] == "openai/clip-vit-base-patch32"
+    assert f"{100 * config['metrics']['accuracy']:.1f} %" in card
+    assert "not measured" in card
+    assert "<script" not in card
+    assert "<b>" not in card
+    with pytest.raises(ConfigurationError, match="have 2: "):
+        collection_card({"a": config, "b": {**config, "base_model_name_or_path": "me/other"}}, "Zoo")

@@ -141,7 +141,7 @@ def test_probabilities_as_labels(model: Model) -> None:
     soft = torch.nn.functional.one_hot(ids, 8).float()
     hard = model(image_embeds=embeds, labels=ids).loss
     torch.testing.assert_close(model(image_embeds=embeds, labels=soft).loss, hard)
-    with pytest.raises(ConfigurationError, match="multi-label"):
+    with pytest.raises(ConfigurationError, match="multi_label_classification"):
         model(image_embeds=embeds, labels=soft + soft.flip(0))
 
 

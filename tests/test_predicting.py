@@ -16,20 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from taskres_hf import TaskResCLIPForImageClassification, predicting
+from taskres_hf import TaskResCLIPForImageClassification, predicting, prediction_files
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.data.reading import FileCells
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.errors import ArtifactError, ConfigurationError, ImageError
 from taskres_hf.pictures import read_image
-from taskres_hf.predicting import (
-    PredictionWriter,
-    check_output,
-    classify_files,
-    classify_to_file,
-    write_predictions,
-)
+from taskres_hf.predicting import PredictionWriter, classify_files, classify_to_file
+from taskres_hf.prediction_files import check_output, write_predictions
 
 FORMATS = ("csv", "jsonl", "parquet")
 
@@ -258,7 +253,7 @@ def test_spreadsheet_formulas_are_defused(tmp_path: Path) -> None:
 
 
 def test_parquet_of_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predicting, "_ROW_GROUP", 2)
+    monkeypatch.setattr(prediction_files, "_ROW_GROUP", 2)
     rows = [{"file": f"{n}", "predictions": [{"label": "a", "score": n / 8}], "error": None} for n in range(5)]
     write_predictions(tmp_path / "r.parquet", iter(rows))
     assert pq.ParquetFile(tmp_path / "r.parquet").num_row_groups == 3
@@ -296,7 +291,7 @@ def test_a_resumed_run_gives_the_same_file(
     output.write_text("of an earlier run")
     if after == 12:  # the answers are there, the output cannot be written
         with monkeypatch.context() as patch:
-            patch.setattr(predicting, "write_bytes", _refuse)
+            patch.setattr(prediction_files, "write_bytes", _refuse)
             with pytest.raises(ArtifactError, match="--resume"):
                 classify_to_file(classifier, files, output, **options)
     else:

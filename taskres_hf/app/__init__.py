@@ -42,7 +42,8 @@ class RunningApp:
         url: the local address. public_url: the shared one, or None. registry: the sessions of open pages.
 
     Raises:
-        MissingExtraError: gradio is not installed. ConfigurationError: the port is taken, or nothing to begin with.
+        MissingExtraError: gradio is not installed. ConfigurationError: the port is taken, nothing to begin with,
+            or a classifier of several labels per picture.
         Whatever `from_base` or `from_pretrained` raise.
     """
 
@@ -67,6 +68,7 @@ class RunningApp:
         trained = None
         if model is not None:
             trained = Model.from_pretrained(model, base_model=base_model, text_tower=True)
+            trained.classifier.check_one_label("The app")
         first = trained or Model.from_base(str(base_model), ["a", "b"])
         root = Path(tempfile.mkdtemp(prefix="taskres-app-")).resolve()
         self.registry = Registry(Backbone(first), root, trained)

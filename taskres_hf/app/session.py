@@ -445,13 +445,18 @@ class Session:
             DataError: see `artifact`. ConfigurationError: no name. HubError: the Hub refuses or cannot be reached.
         """
         from ..hub import push_folder
+        from ..report import figure_for_card
 
         if not repo_id.strip():
             raise ConfigurationError("Give the repository a name, such as me/pets-taskres.")
         folder = self.artifact
         try:
             with self._noting():
-                return str(push_folder(folder, repo_id.strip(), private=private or None).repo_url)
+                return str(
+                    push_folder(
+                        folder, repo_id.strip(), private=private or None, figure=figure_for_card(folder)
+                    ).repo_url
+                )
         except HubError as error:  # its advice names a folder that goes with this session
             why = str(error).partition(" The classifier is whole in ")[0]
             raise HubError(f"{why} The classifier is still here: download it, or try again.") from error

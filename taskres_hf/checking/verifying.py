@@ -73,6 +73,10 @@ def verify(
             *(_row(what, None, note=note) for what in ("few-shot draw", "accuracy") if _claims(config, what)),
         ]
     provenance, options = config.get("data") or {}, {**data_options}
+    if model.classifier.several_labels:
+        written = provenance.get("labels") or {}
+        options |= {"multi_label": True, "label_separator": written.get("separator")}
+        options["label_columns"] = written.get("columns")
     read = load_training_data(
         dataset, train_split=train_split or _named_split(provenance), eval_split=None if holdout else "none",
         holdout=holdout, seed=_seed(config), **options,
@@ -196,6 +200,9 @@ def _metric_rows(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[
         if recorded.get(key) is not None and key in found:
             what = "pictures measured on" if key == "data_digest" else "their number"
             rows.append(_row(what, recorded[key] == found[key], recorded[key], found[key]))
+    for key in ("map", "zero_shot_map", "micro_f1", "macro_f1") if "map" in recorded else ():
+        same = key in found and abs(float(recorded[key]) - float(found[key])) < 1e-6
+        rows.append(_row(key.replace("_", " "), same, recorded[key], found.get(key)))
     for key in ("accuracy", "zero_shot_accuracy"):
         if key in recorded:
             right = [round(float(side[key]) * int(side["num_images"])) for side in (recorded, found)]

@@ -72,11 +72,13 @@ class ChangesClasses:
 
         Raises:
             ClassNamesError: a name is there already, twice (after NFC), or empty.
-            ConfigurationError: prompts that cannot be made, a classifier whose rows have nothing of the text's, or a
-                strength between 0 and 1 at which the old rows could not be kept; says so.
+            ConfigurationError: prompts that cannot be made, a classifier whose rows have nothing of the text's, or one
+                of several labels per picture, whose biases per class pictures alone can give;
+                or a strength between 0 and 1 at which the old rows could not be kept.
             BaseMismatchError: the base gives other text embeddings for the old classes than the classifier has.
             DataError: the pictures cannot be used.
         """
+        self.classifier.check_one_label("Adding classes")
         before = self.config, self.classifier
         new = check_class_names(class_names, minimum=1)
         config, head = _with_text_rows(
@@ -136,8 +138,11 @@ class ChangesClasses:
 
         Raises:
             ClassNamesError: an old name is unknown, or names are no longer different.
-            ConfigurationError: `reembed` where prompts are sentences without a place for the name.
+            ConfigurationError: `reembed` where prompts are sentences without a place for the name, or of a classifier
+                of several labels per picture, whose biases were fitted to the old text.
         """
+        if reembed:
+            self.classifier.check_one_label("Renaming with new text embeddings (reembed)")
         if not isinstance(names, Mapping) or not names:
             raise ClassNamesError(f"Names to change must be a mapping {{old: new}}; got {names!r:.80}.")
         old = self.config.class_names

@@ -215,6 +215,8 @@ def _several(models: Any) -> list[Any]:
     found: list[Any] = list(models) if isinstance(models, Sequence) else []
     if len(found) < 2 or not all(isinstance(getattr(model, "classifier", None), TaskResClassifier) for model in found):
         raise ConfigurationError("Give at least two loaded classifiers in a list.")
+    for model in found:
+        model.classifier.check_one_label("An average or a union")  # biases and thresholds hold for one classifier
     return found
 
 

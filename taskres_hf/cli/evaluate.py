@@ -9,9 +9,10 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
-from .values import check_device, one_dataset, read_label_map, resolve_base, use_device
+from .values import check_device, label_options, one_dataset, read_label_map, resolve_base, use_device
 
 if TYPE_CHECKING:
+    from ..data import LabelledImages
     from ..training import TaskResTrainingArguments
 
 
@@ -28,6 +29,8 @@ def evaluate(
     on_error: opt.OnError = opt.BrokenPicture.RAISE,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    label_separator: opt.LabelSeparator = None,
+    label_columns: opt.LabelColumns = None,
     class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
@@ -46,7 +49,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Accuracy of a trained classifier beside zero-shot, per class and overall.
+    """Accuracy of a trained classifier beside zero-shot, per class and overall; mAP and F1 of several labels a picture.
 
     Pictures that it was trained on are recognised and left out.
 
@@ -58,31 +61,42 @@ def evaluate(
     arguments = _arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
     _check_report(report)
     from ..data import load_evaluation_data
-    from ..description import rejection_in_short
-    from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..training import TaskResTrainer
 
-    say_loading(model, quiet or as_json)
-    classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
-        strength=strength,
-    )  # fmt: skip
+    where = {"revision": revision, "base_model": base_model and resolve_base(base_model)}
+    classifier = _loaded(model, quiet or as_json, **where, dtype=dtype and dtype.value, strength=strength)
+    if report is not None:
+        classifier.classifier.check_one_label("The report")
     options: dict[str, Any] = {
         "config_name": config_name, "image_column": image_column, "label_column": label_column,
         "class_folder": class_folder and class_folder.value, "drop_unlabelled": drop_unlabelled,
         "default_names": classifier.class_names,
     }  # fmt: skip
-    pictures = load_evaluation_data(source, split, revision=dataset_revision, **options)
+    labels = label_options(classifier.config, label_separator, label_columns)
+    pictures = load_evaluation_data(source, split, revision=dataset_revision, **options, **labels)
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
     result = {"split": pictures.split, **trainer.evaluate(include_train_pictures=include_train_pictures)}
-    result["train_pictures_included"] = include_train_pictures
-    result["account"] = pictures.account.as_dict() if pictures.account else None
-    result["rejection"] = rejection_in_short(classifier.config.rejection)
+    result |= {"train_pictures_included": include_train_pictures, **_background(classifier, pictures)}
     options |= {"dataset_revision": dataset_revision, "name": model, "split": split, "args": arguments}
     result |= _write_report(report, classifier, source, options)
-    emit(as_json, result, lambda: _show(result))
+    emit(as_json, result, lambda: (_show_several if "map" in result else _show)(result))
+
+
+def _loaded(model: str, quiet: bool, **options: Any) -> Any:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    say_loading(model, quiet)
+    return TaskResCLIPForImageClassification.from_pretrained(model, **options)
+
+
+def _background(classifier: Any, pictures: LabelledImages) -> dict[str, Any]:
+    """How the pictures were read, and the threshold that pictures of no class are rejected by."""
+    from ..description import rejection_in_short
+
+    account = pictures.account.as_dict() if pictures.account else None
+    return {"account": account, "rejection": rejection_in_short(classifier.config.rejection)}
 
 
 def _check_report(report: Path | None) -> None:
@@ -120,11 +134,30 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, trained", images, percent(metrics["accuracy"])]]
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
-    title = f"{metrics['split']}: {images} pictures"
-    title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
-    title += ", those it was trained on included" if metrics["train_pictures_included"] else ""
-    show_table(["class", "pictures", "accuracy"], rows, title=title, bold=[-3])
+    show_table(["class", "pictures", "accuracy"], rows, title=_title(metrics), bold=[-3])
     if metrics["rejection"]:
         say(rejection_line(metrics["rejection"], metrics))
     if "report" in metrics:
         say(f"Report: {metrics['report']}")
+
+
+def _title(metrics: dict[str, Any]) -> str:
+    title = f"{metrics['split']}: {metrics['num_images']} pictures"
+    title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
+    return title + (", those it was trained on included" if metrics["train_pictures_included"] else "")
+
+
+def _show_several(metrics: dict[str, Any]) -> None:
+    """Of several labels per picture: average precision per class, and what sums all up."""
+    rows: list[list[Any]] = [
+        [name, row["support"], percent(row["zero_shot_ap"]), percent(row["ap"]), percent(row["f1"])]
+        for name, row in metrics["per_class"].items()
+    ]
+    images = metrics["num_images"]
+    rows += [["all: mAP, macro-F1", images, percent(metrics["zero_shot_map"]), percent(metrics["map"]),
+              percent(metrics["macro_f1"])]]  # fmt: skip
+    rows += [["all: micro-F1", images, "", "", percent(metrics["micro_f1"])]]
+    columns = ["class", "pictures", "AP, zero-shot", "AP", "F1"]
+    show_table(columns, rows, title=_title(metrics), bold=[-2])
+    if metrics["unmeasured_classes"]:
+        say(f"On all or none of the pictures, so not measured: {', '.join(metrics['unmeasured_classes'])}")

@@ -156,6 +156,21 @@ ImageColumn = Annotated[
 LabelColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of labels; recognised by itself.", rich_help_panel=DATA)
 ]
+MultiLabel = Annotated[
+    bool, typer.Option("--multi-label", help="Pictures have several labels each, or none.", rich_help_panel=DATA)
+]
+LabelSeparator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MARK", help="Between several labels in a cell: | ; or , (recognised by itself).", rich_help_panel=DATA
+    ),
+]
+LabelColumns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="Columns of 0 and 1, one per class: a comma list, or 'auto'.", rich_help_panel=DATA
+    ),
+]
 ClassFolder = Annotated[
     WhichFolder | None,
     typer.Option(help="Which of nested folders is the class: the first, or that of the picture.", rich_help_panel=DATA),

@@ -30,12 +30,15 @@ AllowSkipped = Annotated[
 ResumeOutput = Annotated[
     bool, typer.Option("--resume", help="Go on with the rows that an interrupted run left.", rich_help_panel=opt.OUTPUT)
 ]
+TopK = Annotated[
+    int | None, typer.Option(help="Classes per picture; one, or all labels of several.", min=1, metavar="N")
+]
 
 
 def predict(
     model: opt.Artifact,
     images: Images,
-    top_k: Annotated[int, typer.Option(help="Classes per picture.", min=1, metavar="N")] = 1,
+    top_k: TopK = None,
     output: Output = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
@@ -66,7 +69,7 @@ def predict(
     quiet_libraries(quiet or as_json, collect=as_json)
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pictures import list_images
-    from ..predicting import check_output
+    from ..prediction_files import check_output
 
     if output is not None:
         check_output(output)
@@ -133,7 +136,7 @@ def _to_screen(
                 top["label"] if top["score"] is None else f"{top['label']} {percent(top['score'])}"
                 for top in row["predictions"]
             )
-            say(f"{row['file']}: {listed}")
+            say(f"{row['file']}: {listed or 'no label'}")
     if as_json:
         emit(True, rows, lambda: None)
     return sum(row["error"] is not None for row in rows)

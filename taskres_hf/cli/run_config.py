@@ -44,6 +44,7 @@ _INLINE: dict[str, tuple[type, ...]] = {
     "templates": (str, list),
     "report_to": (str, list),
     "data": (str, list),
+    "label_columns": (str, list),
 }
 
 

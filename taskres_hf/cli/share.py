@@ -63,6 +63,7 @@ def push(
     when_interrupted(lambda: f"{model} is as it was. An upload appears on the Hub whole or not at all: push it again.")
     quiet_libraries(quiet or as_json, heavy=False, collect=as_json)
     from ..hub import push_folder
+    from ..report import figure_for_card
 
     commit = push_folder(
         model,
@@ -73,6 +74,7 @@ def push(
         commit_message=message,
         parent_commit=parent_commit,
         include_code=include_code,
+        figure=figure_for_card(model),
     )
     result = {"repo_id": repo_id, "url": str(commit.repo_url), "commit": commit.oid, "pr_url": commit.pr_url}
     emit(as_json, result, lambda: say(f"Uploaded to {result['pr_url'] or result['url']}"))

@@ -68,6 +68,9 @@ def train(
     drop_unlabelled: opt.DropUnlabelled = False,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    multi_label: opt.MultiLabel = False,
+    label_separator: opt.LabelSeparator = None,
+    label_columns: opt.LabelColumns = None,
     class_folder: opt.ClassFolder = None,
     config_name: opt.ConfigName = None,
     dataset_revision: opt.DatasetRevision = None,
@@ -136,6 +139,8 @@ def train(
     model = _make_model(run, data.train.class_names)
     from ..training import TaskResTrainer
 
+    if report:
+        model.classifier.check_one_label("The report")
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
     if report and trainer.accelerator.num_processes > 1:
         raise ConfigurationError("--report is for one process: run `taskres report` on the classifier afterwards.")
@@ -172,6 +177,13 @@ def _settle(run: dict[str, Any]) -> None:
         raise ConfigurationError("--indices names the rows to train on and --holdout leaves some out: drop one.")
     if run["folds"] < 0 or run["folds"] == 1:
         raise ConfigurationError(f"--folds must be at least 2, or 0 to measure nothing; it is {run['folds']}.")
+    single = {"--reject": run["reject"], "--report": run["report"]}
+    given = [name for name, value in single.items() if value is not None]
+    if run["multi_label"] and given:
+        raise ConfigurationError(
+            f"{given[0]} is for classifiers that give each picture one label, and --multi-label gives several: leave "
+            "one of them out."
+        )
     if run.pop("keep_underscores"):
         run["underscores"] = "keep"
     if run["from_classifier"] is not None:
@@ -219,8 +231,17 @@ def _arguments(run: dict[str, Any]) -> TaskResTrainingArguments:
 def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     from ..data import load_training_data
 
-    names = ("train_split", "eval_split", "config_name", "image_column", "label_column", "class_names", "holdout")
-    options = {name: run[name] for name in (*names, "class_folder", "drop_unlabelled", "seed")} | changes
+    names: tuple[str, ...] = (
+        "train_split",
+        "eval_split",
+        "config_name",
+        "image_column",
+        "label_column",
+        "class_names",
+        "holdout",
+    )
+    names += ("class_folder", "drop_unlabelled", "seed", "multi_label", "label_separator", "label_columns")
+    options = {name: run[name] for name in names} | changes
     return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
 
 
@@ -258,6 +279,7 @@ def _validation(run: dict[str, Any], data: TrainingData) -> LabelledImages | Non
 
 def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification:
     from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..residual import MULTI_LABEL
 
     if run["from_classifier"] is not None:
         say_loading(run["from_classifier"], run["quiet"] or run["as_json"])
@@ -272,7 +294,8 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
         return TaskResCLIPForImageClassification.from_base(
             resolve_base(run["base_model"]), class_names, run["templates"], run["alpha"],
             revision=run["base_revision"], trust_remote_code=run["trust_remote_code"],
-            dtype=run["dtype"] or "float32", **{name: run[name] for name in names},
+            dtype=run["dtype"] or "float32", problem_type=MULTI_LABEL if run["multi_label"] else None,
+            **{name: run[name] for name in names},
         )  # fmt: skip
     except OSError as error:
         raise without_base(run["base_model"], error) from error
@@ -333,13 +356,15 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
 def _upload(run: dict[str, Any]) -> dict[str, Any]:
     """Upload what was saved: where it is now, or why it is not there. The result of the training stands either way."""
     from ..hub import push_folder
+    from ..report import figure_for_card
 
     folder = run["output_dir"]
     when_interrupted(lambda: f"The classifier is saved in {folder}; upload it with: taskres push {folder} REPO")
     try:
         commit = push_folder(
-            folder, run["hub_model_id"], private=run["hub_private_repo"] or None, include_code=run["include_code"]
-        )
+            folder, run["hub_model_id"], private=run["hub_private_repo"] or None, include_code=run["include_code"],
+            figure=figure_for_card(folder),
+        )  # fmt: skip
     except (HubError, ConfigurationError) as error:
         return {"error": str(error), "type": type(error).__name__}
     return {"url": str(commit.repo_url)}
@@ -354,7 +379,15 @@ def _portable(name: str) -> str:
 def _show(result: dict[str, Any]) -> None:
     classes, images = result["classes"], result["train_images"]
     title = f"{classes} classes from {images} pictures"
-    if "accuracy" not in result:
+    if "map" in result:
+        from ..description import measured_on
+
+        rows = [
+            [name, percent(result[f"zero_shot_{key}"]), percent(result[key])]
+            for key, name in (("map", "mAP"), ("micro_f1", "micro-F1"), ("macro_f1", "macro-F1"))
+        ]
+        show_table(["measured", "zero-shot", "trained"], rows, title=f"{title}; on {measured_on(result)}")
+    elif "accuracy" not in result:
         say(f"{title}; nothing was measured.")
     else:
         from ..description import measured_on

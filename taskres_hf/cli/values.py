@@ -89,6 +89,17 @@ def read_templates(option: Sequence[str] | str | None) -> str | list[str] | None
     return option[0] if len(option) == 1 else list(option)
 
 
+def label_options(config: Any, separator: str | None, columns: str | None) -> dict[str, Any]:
+    """How to read the labels of data for a classifier: several per picture as it was trained on, unless said."""
+    several = config.problem_type == "multi_label_classification"
+    asked = separator is not None or columns is not None
+    recorded = (config.data or {}).get("labels") or {} if several and not asked else {}
+    return {
+        "multi_label": several, "label_separator": recorded.get("separator", separator),
+        "label_columns": recorded.get("columns", columns),
+    }  # fmt: skip
+
+
 def read_json_option(path: Path | str | None) -> Any:
     """The value in a JSON file; None for None.
 

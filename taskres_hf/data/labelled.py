@@ -208,7 +208,7 @@ def _paired(names: Sequence[str], ids: Mapping[Any, int]) -> Naming:
     return Naming(list(names), dict(ids), {label: name for label, name in pairs.items() if label != name})
 
 
-_IMAGE_NAMES = (
+IMAGE_NAMES = (
     "image",
     "img",
     "images",
@@ -266,23 +266,17 @@ class LabelledImages:
         default_names: Sequence[str] | None = None,
         drop_unlabelled: bool = False,
     ) -> None:
-        if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
-            raise DataError(STREAMED)
-        if isinstance(dataset, DatasetDict):
-            raise DataError(f"Pass one split, not all of them: choose from {list(dataset)}.")
-        if not isinstance(dataset, Dataset):
-            raise DataError(f"Expected a datasets.Dataset with pictures and labels; got {type(dataset).__name__}.")
-        if len(dataset) == 0:
-            raise DataError("The dataset is empty: there is nothing to train on or to evaluate.")
-        self.image_column = find_column(dataset, image_column, "image", _IMAGE_NAMES, Image)
+        check_dataset(dataset)
+        self.image_column = find_column(dataset, image_column, "image", IMAGE_NAMES, Image)
         self.label_column = find_column(dataset, label_column, "label", LABEL_NAMES, ClassLabel)
         feature = dataset.features[self.label_column]
         labels = column_values(dataset, self.label_column)
+        self.labels: list[Any]  # of `MultiLabelImages` tuples
         self.class_names, self.labels = _resolve_labels(labels, feature, class_names, default_names, self.label_column)
         self.indices = list(range(len(dataset)))
         self.split: str | None = None if dataset.split is None else str(dataset.split)
         self.account: Account | None = None
-        self._cells: Cells = DatasetCells(dataset, self.image_column, self.label_column)
+        self._cells: Cells = self._cells_of(dataset, self.label_column)
         self._leave_out_unlabelled(drop_unlabelled)
 
     @classmethod
@@ -304,14 +298,17 @@ class LabelledImages:
         images._leave_out_unlabelled(drop_unlabelled)
         return images
 
+    def _cells_of(self, dataset: Dataset, label_column: str | None) -> Cells:
+        return DatasetCells(dataset, self.image_column, label_column)
+
     def _leave_out_unlabelled(self, drop: bool) -> None:
-        labelled = [index for index, label in enumerate(self.labels) if label >= 0]
+        labelled = [index for index, label in enumerate(self.labels) if _has_label(label)]
         if len(labelled) == len(self.labels):
             return
         if not labelled:
             raise DataError("No row has a label: there is nothing to train on or to evaluate.")
         if not drop:
-            first = next(index for index, label in enumerate(self.labels) if label < 0)
+            first = next(index for index, label in enumerate(self.labels) if not _has_label(label))
             raise DataError(
                 f"{len(self.labels) - len(labelled)} of {len(self.labels)} rows have no label (None, NaN, empty, -1), "
                 f"the first at index {first}. Label or leave them out with drop_unlabelled=True (--drop-unlabelled)."
@@ -347,7 +344,7 @@ class LabelledImages:
 
     def select(self, indices: Sequence[int]) -> LabelledImages:
         """The same pictures restricted to positions, in that order."""
-        part = object.__new__(LabelledImages)
+        part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.labels = [self.labels[index] for index in indices]
         part.indices = [self.indices[index] for index in indices]
@@ -391,6 +388,22 @@ class LabelledImages:
             )
         part.labels = [place for label in self.labels if (place := places[label]) is not None]
         return part
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what is not one split of rows.
+
+    Raises:
+        DataError: it is streamed, several splits, something else or empty.
+    """
+    if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+        raise DataError(STREAMED)
+    if isinstance(dataset, DatasetDict):
+        raise DataError(f"Pass one split, not all of them: choose from {list(dataset)}.")
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"Expected a datasets.Dataset with pictures and labels; got {type(dataset).__name__}.")
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty: there is nothing to train on or to evaluate.")
 
 
 def find_column(dataset: Dataset, given: str | None, kind: str, usual: Sequence[str], feature_type: type) -> str:
@@ -438,7 +451,8 @@ def _resolve_labels(
         kinds = sorted({type(label).__name__ for label in labels})
         raise DataError(
             f"Labels must be class ids or names, one per picture; column {column!r} holds {kinds}. Cast it to "
-            "datasets.ClassLabel or to text."
+            "datasets.ClassLabel or to text; for several labels a picture, ask for multi_label=True (--multi-label) "
+            "and a model of problem_type='multi_label_classification'."
         )
     outside = sorted({label for label in ids if label >= len(names) or label < -1})
     if outside:
@@ -470,7 +484,13 @@ def rename_classes(old: list[str], class_names: Any, column: str) -> tuple[list[
     return names, {}
 
 
-def class_counts(labels: Iterable[int], class_names: Sequence[str]) -> dict[str, int]:
-    """Number of pictures per class name, in class order."""
-    counts = Counter(labels)
+def _has_label(label: Any) -> bool:
+    return label is not None and (isinstance(label, tuple) or label >= 0)
+
+
+def class_counts(labels: Iterable[Any], class_names: Sequence[str]) -> dict[str, int]:
+    """Number of pictures per class name, in class order; of several labels a picture (multi-hot rows), one each."""
+    counts: Counter[int] = Counter()
+    for label in labels:
+        counts.update([i for i, value in enumerate(label) if value] if isinstance(label, (tuple, list)) else [label])
     return {name: counts.get(index, 0) for index, name in enumerate(class_names)}

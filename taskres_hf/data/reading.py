@@ -34,6 +34,7 @@ class SplitAccount:
         use: `"train"`, `"held out"` (of a training), `"measured"` (by an evaluation) or `"not used"`.
         classes: number of pictures per class name, in class order; empty where pictures have no labels.
         unlabelled: number of pictures without a label.
+        total: number of pictures where they have several labels each, which are counted in every class of theirs.
     """
 
     name: str
@@ -41,11 +42,12 @@ class SplitAccount:
     use: str = "not used"
     classes: Mapping[str, int] = field(default_factory=dict)
     unlabelled: int = 0
+    total: int | None = None
 
     @property
     def pictures(self) -> int:
         """Number of pictures, with and without a label."""
-        return sum(self.classes.values()) + self.unlabelled
+        return self.total if self.total is not None else sum(self.classes.values()) + self.unlabelled
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,8 @@ class Reading:
     Attributes:
         empty: names of classes without any picture.
         chosen: whether the caller gave one split only, which then is the one to use whatever it is called.
+        class_names: of a table with one column per class, these columns in their order.
+        separator: between several labels in one cell of a table.
     """
 
     kind: str
@@ -344,6 +348,8 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     chosen: bool = False
+    class_names: list[str] | None = None
+    separator: str | None = None
 
     def split(self, name: str) -> SplitReading | None:
         """The split of that name, exact or under another of its usual names.

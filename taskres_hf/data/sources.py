@@ -41,6 +41,7 @@ from .listing import (
     read_shards,
     suffix,
 )
+from .multi_label import MultiLabel
 from .reading import FileCells, LeftOut, Reading, SplitReading, printable, shorten, split_name
 from .tables import (
     TABLE_ENDINGS,
@@ -134,10 +135,11 @@ class SourceOptions:
     eval_split: str | None = None
     class_folder: str | None = None
     class_names: Any = None
+    multi_label: MultiLabel | None = None
 
     @property
     def columns(self) -> TableOptions:
-        return TableOptions(self.image_column, self.label_column)
+        return TableOptions(self.image_column, self.label_column, self.multi_label, self.class_names)
 
     def folders(self, listing: Listing) -> Reading:
         names = getattr(self.class_names, "names", self.class_names) or ()
@@ -323,6 +325,8 @@ def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
     """A folder or an archive: class folders, tables, or both where they agree."""
     tables, trouble = _tables(listing, options)
     folders, problem = None, None
+    if options.multi_label is not None and tables is not None:  # folders say one label each
+        return _with_rest(tables, listing)
     try:
         folders = options.folders(listing)
     except NoClassFoldersError as error:
@@ -334,7 +338,7 @@ def _read_listing(listing: Listing, options: SourceOptions) -> Reading:
         tried = f" A table could not be used: {trouble}" if trouble else ""
         if folders is None:
             raise NoClassFoldersError(f"{problem or EXPECTED}{tried}")
-        if trouble is not None and options.label_column:
+        if trouble is not None and (options.label_column or options.multi_label):
             raise trouble
         if not (options.class_folder or options.class_names):
             refuse_parts(folders, tried)

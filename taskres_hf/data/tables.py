@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..pictures import IMAGE_EXTENSIONS
 from .labelled import are_measurements, is_empty_cell, labels_of_cells
 from .listing import Listing, is_picture, suffix
+from .multi_label import MultiLabel, read_sets, recurring
 from .reading import LeftOut, Reading, SplitReading, printable, shorten, split_name
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
@@ -224,13 +225,14 @@ def _check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
     Raises:
         DataError: with the first such row.
     """
-    known = {label for label in labels if isinstance(label, str)}
+    known = {label for label in labels if isinstance(label, str)} | recurring(labels)
     for row, value in enumerate(labels):
         parts = [part.strip() for part in _MARKS.split(value)] if isinstance(value, str) else []
         if isinstance(value, (list, dict, tuple)) or (len(parts) > 1 and any(part in known for part in parts)):
             raise DataError(
                 f"{table.name}: row {table.numbers[row]} has several labels in {column!r} ({printable(value)}); one "
-                "per picture is needed. Keep such rows out of the table, or write one label into each."
+                "per picture is needed. Keep such rows out of the table, write one label into each, or ask for several "
+                "labels a picture: multi_label=True (--multi-label)."
             )
     if are_measurements(labels):
         raise DataError(
@@ -361,6 +363,8 @@ class TableOptions:
 
     image_column: str | None = None
     label_column: str | None = None
+    multi_label: MultiLabel | None = None
+    class_names: Any = None
 
 
 def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "train") -> Reading:
@@ -376,20 +380,28 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
             "it with image_column= (--image-column)."
         )
     splits, named = _split_column(table, column, options, split)
-    label = find_label_column(table, options.label_column, [column, splits])
-    if label is None and split != "test":
+    asked = options.multi_label
+    one_each = asked is not None and asked.columns is not None
+    label = None if one_each else find_label_column(table, options.label_column, [column, splits])
+    if label is None and split != "test" and not one_each:
         raise DataError(
             f"No column of {table.name} was recognised as the label among {shorten(table.columns, 20)}. Name it with "
-            "label_column= (--label-column); one column per class is not read."
+            "label_column= (--label-column); one column per class is read with multi_label=True and label_columns= "
+            "(--multi-label, --label-columns)."
         )
     files, below = paths.find(table, column)
-    labels = [None] * len(table) if label is None else labels_of_cells(table.columns[label])
-    _check_labels(table, str(label), labels)
     reading = Reading("table", [], notes=list(table.notes))
+    labels: list[Any] = [None] * len(table)
+    if asked is not None:
+        written = (table.name, table.columns, table.numbers)
+        labels = read_sets(*written, label, asked, options.class_names, [column, splits], files, named, reading)
+    elif label is not None:
+        labels = labels_of_cells(table.columns[label])
+        _check_labels(table, label, labels)
     used = (
         [f"pictures {column!r}"] + ([f"labels {label!r}"] if label else []) + ([f"splits {splits!r}"] if splits else [])
     )
-    others = [name for name in table.columns if name not in ("", column, label, splits)]
+    others = [name for name in table.columns if name not in ("", column, label, splits, *(reading.class_names or ()))]
     also = f" (not used: {shorten(others)})" if others else ""
     reading.notes.append(f"Columns of {table.name}: {', '.join(used)}{also}.")
     if below:
@@ -465,7 +477,7 @@ def _without_repeats(
     if len(torn) > _MOST_CONFLICTS * len(by_file) and len(torn) > 1:
         raise DataError(
             f"{len(torn)} of {len(by_file)} pictures of {table.name} have more than one label, such as {listed[0]}. "
-            "A classifier of this library gives one class a picture: keep one row each."
+            "Keep one row each, or ask for several labels a picture: multi_label=True (--multi-label)."
         )
     shared = [file for file, rows in by_file.items() if len({splits[row] for row in rows}) > 1]
     for names, what in ((listed, "with more than one label"), (shared, "in more than one split")):
@@ -482,4 +494,6 @@ def join_tables(readings: Mapping[str, Reading]) -> Reading:
         joined.splits += reading.splits
         joined.left_out += reading.left_out
         joined.notes += reading.notes
+        joined.class_names = joined.class_names or reading.class_names
+        joined.separator = joined.separator or reading.separator
     return joined

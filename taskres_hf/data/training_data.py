@@ -7,10 +7,11 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 
 from ..errors import DataError
 from ..storage import is_path
@@ -27,6 +28,7 @@ from .labelled import (
     name_classes,
     rename_classes,
 )
+from .multi_label import ONE_LABEL_EACH, MultiLabel, MultiLabelImages, flat
 from .reading import Account, LeftOut, Reading, SplitAccount, SplitReading, natural_key, shorten, split_name
 from .sources import SourceOptions, read_source
 
@@ -55,6 +57,9 @@ def load_training_data(
     holdout: float | None = None,
     seed: int = 1,
     class_folder: str | None = None,
+    multi_label: bool = False,
+    label_separator: str | None = None,
+    label_columns: Sequence[str] | str | None = None,
 ) -> TrainingData:
     """Read labelled pictures from anything that holds them; what was read as what is in the account.
 
@@ -71,6 +76,10 @@ def load_training_data(
         seed: seed of that draw.
         class_folder: which folder is the class where folders lie in folders: `"first"` (below the split) or `"last"`
             (that holds the picture). By default it is the first, and two possible readings are refused.
+        multi_label: pictures have several labels each, or none: lists, text with a separator, vectors of 0 and 1, or
+            one column per class. The sets are then `MultiLabelImages`.
+        label_separator: between labels in one cell: `|`, `;`, `,` or a space; recognised when None.
+        label_columns: names of the columns of 0 and 1, one per class; `"auto"` for all that hold nothing else.
 
     Returns:
         `(train, held_out, account)`; both sets have the same classes in the same order.
@@ -82,11 +91,12 @@ def load_training_data(
         raise DataError("Choose one: holdout= takes part of the training split, eval_split= another split.")
     given = SourceOptions(
         config_name, revision, token, cache_dir, image_column, label_column, train_split, eval_split, class_folder,
-        class_names,
+        class_names, MultiLabel.asked(multi_label, label_separator, label_columns),
     )  # fmt: skip
-    reading = read_source(source, given)
+    reading = _read(source, given)
     trained = _choose_training(reading, train_split)
-    options = {"image_column": image_column, "label_column": label_column}
+    options = {"image_column": image_column, "label_column": label_column, "multi_label": given.multi_label}
+    class_names = reading.class_names if class_names is None else class_names
     held = None if holdout is not None else _choose_held_out(reading, trained, eval_split, options)
     train, naming = _labelled(trained, [held] if held else [], class_names, drop_unlabelled, options)
     held_out = None
@@ -105,6 +115,7 @@ def load_training_data(
     for images in (train, held_out):
         if images is not None:
             images.account = account
+            _note_how(images, reading, given.multi_label)
     return TrainingData(train, held_out, account)
 
 
@@ -122,6 +133,9 @@ def load_evaluation_data(
     default_names: Sequence[str] | None = None,
     drop_unlabelled: bool = False,
     class_folder: str | None = None,
+    multi_label: bool = False,
+    label_separator: str | None = None,
+    label_columns: Sequence[str] | str | None = None,
 ) -> LabelledImages:
     """One split to measure on, with `account` set; other arguments as in `load_training_data`.
 
@@ -135,9 +149,11 @@ def load_evaluation_data(
     given = SourceOptions(
         config_name, revision, token, cache_dir, image_column, label_column, None, split, class_folder,
         class_names if class_names is not None else default_names,
+        MultiLabel.asked(multi_label, label_separator, label_columns),
     )  # fmt: skip
-    reading = read_source(source, given)
-    options = {"image_column": image_column, "label_column": label_column}
+    reading = _read(source, given)
+    options = {"image_column": image_column, "label_column": label_column, "multi_label": given.multi_label}
+    class_names = reading.class_names if class_names is None else class_names
     chosen = (
         _measurable(_named(reading, split), options) if split is not None else _default_held_out(reading, None, options)
     )
@@ -150,7 +166,23 @@ def load_evaluation_data(
     left_out = [*reading.left_out, *_unlabelled(chosen, images)]
     notes = (*reading.notes, *naming.notes)
     images.account = Account(_public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, notes)
+    _note_how(images, reading, given.multi_label)
     return images
+
+
+def _note_how(images: LabelledImages, reading: Reading, asked: MultiLabel | None) -> None:
+    """Several labels per picture remember how they were written."""
+    if isinstance(images, MultiLabelImages) and asked is not None:
+        images.asked = MultiLabel(reading.separator or asked.separator, reading.class_names or asked.columns)
+
+
+def _read(source: Any, given: SourceOptions) -> Reading:
+    """`read_source`, which gives one label per picture for some sources where several were asked for: refused here."""
+    reading = read_source(source, given)
+    for split in reading.splits if given.multi_label else []:
+        if split.dataset is None and not all(label is None or isinstance(label, tuple) for label in split.labels):
+            raise DataError(ONE_LABEL_EACH.format(name=_public_name(source)))
+    return reading
 
 
 def _public_name(source: Any) -> str:
@@ -228,8 +260,11 @@ def _default_held_out(
 def _labels(split: SplitReading, options: Mapping[str, Any]) -> Sequence[Any]:
     if split.dataset is None:
         return split.labels
+    if options["multi_label"] is not None and options["multi_label"].columns is not None:
+        return [()] * len(split)
+    kind = ClassLabel if options["multi_label"] is None else List
     try:
-        column = find_column(split.dataset, options["label_column"], "label", LABEL_NAMES, ClassLabel)
+        column = find_column(split.dataset, options["label_column"], "label", LABEL_NAMES, kind)
     except DataError:
         return []
     return column_values(split.dataset, column)
@@ -247,20 +282,37 @@ def _labelled(
     default_names: Sequence[str] | None = None,
 ) -> tuple[LabelledImages, Naming]:
     if split.dataset is not None:
-        images = LabelledImages(
-            split.dataset, class_names=class_names, default_names=default_names, drop_unlabelled=drop_unlabelled,
-            **options,
-        )  # fmt: skip
-        images.split = split.name
+        images = _of_dataset(split, class_names, default_names, drop_unlabelled, options)
         return images, _naming_of(split.dataset, images, class_names)
-    elsewhere = [label for other in others for label in other.labels]
-    names = default_names if class_names is None and are_codes(split.labels, default_names) else class_names
-    naming = name_classes(split.labels, elsewhere, names, split.origin or "labels")
+    labels = flat(split.labels) if options["multi_label"] else split.labels
+    elsewhere = [
+        label for other in others for label in (flat(other.labels) if options["multi_label"] else other.labels)
+    ]
+    names = default_names if class_names is None and are_codes(labels, default_names) else class_names
+    naming = name_classes(labels, elsewhere, names, split.origin or "labels")
     return _from_labels(split, naming, drop_unlabelled), naming
+
+
+def _of_dataset(
+    split: SplitReading, class_names: Any, default_names: Any, drop_unlabelled: bool, options: Mapping[str, Any]
+) -> LabelledImages:
+    asked, columns = options["multi_label"], {key: options[key] for key in ("image_column", "label_column")}
+    names = {"class_names": class_names, "default_names": default_names, "drop_unlabelled": drop_unlabelled}
+    assert split.dataset is not None
+    if asked is None:
+        images = LabelledImages(split.dataset, **names, **columns)
+    else:
+        how = {"separator": asked.separator, "label_columns": asked.columns}
+        images = MultiLabelImages(split.dataset, **names, **columns, **how)
+    images.split = split.name
+    return images
 
 
 def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Naming:
     """Which columns were used, and what classes of the dataset are called."""
+    if isinstance(images, MultiLabelImages):
+        note = f"Columns: pictures {images.image_column!r}, several labels a picture {images.label_column!r}."
+        return Naming(images.class_names, {}, {}, [note])
     feature = dataset.features[images.label_column]
     found = column_values(dataset, images.label_column)
     pairs = {
@@ -280,6 +332,9 @@ def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Na
 
 def _from_labels(split: SplitReading, naming: Naming, drop_unlabelled: bool) -> LabelledImages:
     assert split.cells is not None
+    if any(isinstance(label, tuple) for label in split.labels):
+        how: dict[str, Any] = {"split": split.name, "drop_unlabelled": drop_unlabelled}
+        return MultiLabelImages.from_sets(split.cells, split.labels, naming, **how)
     ids = [-1 if is_missing(label) else naming.ids[label] for label in split.labels]
     return LabelledImages.from_cells(split.cells, ids, naming.names, split=split.name, drop_unlabelled=drop_unlabelled)
 
@@ -293,6 +348,8 @@ def _aligned(
     options: Mapping[str, Any],
 ) -> tuple[LabelledImages, list[LeftOut]]:
     """The held-out pictures with the training classes; those of other classes are left out and named."""
+    if options["multi_label"] is not None:
+        return _aligned_sets(split, names, naming, class_names, drop_unlabelled, options)
     if split.dataset is None:
         lost = Counter(label for label in split.labels if not is_missing(label) and label not in naming.ids)
         rows = [row for row, label in enumerate(split.labels) if label not in lost]
@@ -300,16 +357,29 @@ def _aligned(
         assert split.cells is not None
         part = SplitReading(split.name, split.origin, None, split.cells.select(rows), [split.labels[r] for r in rows])
         return _from_labels(part, naming, drop_unlabelled), _foreign(split, lost)
-    images = LabelledImages(
-        split.dataset, class_names=class_names, default_names=names, drop_unlabelled=drop_unlabelled, **options
-    )
-    images.split = split.name
+    images = _of_dataset(split, class_names, names, drop_unlabelled, options)
     find = finder(names)
     known = {name for name in images.class_names if find(name) is not None}
     lost = Counter(name for name in map(images.class_names.__getitem__, images.labels) if name not in known)
     rows = [row for row, label in enumerate(images.labels) if images.class_names[label] not in lost]
     _check_common(split, rows, lost, names)
     return (images.select(rows) if lost else images).aligned(names), _foreign(split, lost)
+
+
+def _aligned_sets(
+    split: SplitReading, names: list[str], naming: Naming, class_names: Any, drop_unlabelled: bool, options: Any
+) -> tuple[LabelledImages, list[LeftOut]]:
+    """The held-out pictures with the training classes; labels of other classes are left out, their pictures stay."""
+    if split.dataset is None:
+        lost = Counter(label for label in flat(split.labels) if label not in naming.ids)
+        sets = [None if row is None else tuple(label for label in row if label in naming.ids) for row in split.labels]
+        return _from_labels(replace(split, labels=sets), naming, drop_unlabelled), _foreign(split, lost, "labels")
+    images = _of_dataset(split, class_names, names, drop_unlabelled, options)
+    find = finder(names)
+    unknown = [place for place, name in enumerate(images.class_names) if find(name) is None]
+    lost = Counter({images.class_names[place]: sum(bool(row[place]) for row in images.labels) for place in unknown})
+    images.labels = [tuple(0.0 if place in unknown else x for place, x in enumerate(row)) for row in images.labels]
+    return images.aligned(names), _foreign(split, +lost, "labels")
 
 
 def _check_common(split: SplitReading, rows: Sequence[int], lost: Mapping[str, int], names: Sequence[str]) -> None:
@@ -321,10 +391,10 @@ def _check_common(split: SplitReading, rows: Sequence[int], lost: Mapping[str, i
         )
 
 
-def _foreign(split: SplitReading, lost: Mapping[str, int]) -> list[LeftOut]:
+def _foreign(split: SplitReading, lost: Mapping[str, int], what: str = "pictures") -> list[LeftOut]:
     if not lost:
         return []
-    row = LeftOut(f"{split.name} pictures of classes without a training picture", sum(lost.values()), tuple(lost))
+    row = LeftOut(f"{split.name} {what} of classes without a training picture", sum(lost.values()), tuple(lost))
     warnings.warn(f"{row.count} {row.reason} are left out: {shorten(lost)}.", stacklevel=4)
     return [row]
 
@@ -338,6 +408,8 @@ def _set_aside(images: LabelledImages, share: float, seed: int) -> tuple[Labelle
     """The pictures to train on and a random share of each class to measure on."""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise DataError(f"holdout= is a share of the training pictures between 0 and 1, such as 0.2; got {share!r}.")
+    if isinstance(images, MultiLabelImages):
+        return images.set_aside(share, seed)
     members: dict[int, list[int]] = {}
     for row, label in enumerate(images.labels):
         members.setdefault(label, []).append(row)
@@ -375,16 +447,21 @@ def _account_splits(
         images, use = (train, "train") if split is trained else (held_out, measured) if split is held else (None, "")
         if images is not None:
             counts = class_counts(images.labels, images.class_names)
-            rows.append(SplitAccount(split.name, split.origin, use, counts))
+            total = len(images) if isinstance(images, MultiLabelImages) else None
+            rows.append(SplitAccount(split.name, split.origin, use, counts, total=total))
             continue
         features = {} if split.dataset is None else split.dataset.features
         typed = next((feature.names for feature in features.values() if isinstance(feature, ClassLabel)), None)
         labels = [label for label in _labels(split, options) if not is_missing(label)]
+        if options["multi_label"] is not None:
+            rows.append(SplitAccount(split.name, split.origin, total=len(split)))
+            continue
         known = Counter(typed[label] if typed and isinstance(label, int) else str(label) for label in labels)
         rows.append(SplitAccount(split.name, split.origin, "not used", dict(known), len(split) - len(labels)))
     if held is None and held_out is not None and trained is not None:
         counts = class_counts(held_out.labels, held_out.class_names)
-        rows.append(SplitAccount("holdout", trained.name, "held out", counts))
+        total = len(held_out) if isinstance(held_out, MultiLabelImages) else None
+        rows.append(SplitAccount("holdout", trained.name, "held out", counts, total=total))
     return tuple(rows)
 
 

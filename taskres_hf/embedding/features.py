@@ -39,7 +39,7 @@ class ImageFeatures:
 
     Attributes:
         image_embeds: [V, N, D] fp32, not normalised: V augmented views, or one plain view.
-        labels: [N] class ids.
+        labels: [N] class ids, or [N, K] of 0 and 1 (floats) where pictures have several labels.
         class_names: K names in label order.
         digest: digest of the pictures' content and labels, in order.
         skipped: positions of pictures that could not be read and were left out.

@@ -17,6 +17,7 @@ from ..embedding.engines.choose import file_sha256, picture_size
 from ..errors import ArtifactError, ConfigurationError, TaskResError
 from ..hub import side_files
 from ..modeling_taskres import TaskResCLIPForImageClassification
+from ..residual import label_threshold
 from ..storage import (
     check_can_write,
     is_path,
@@ -81,12 +82,14 @@ def export(
 
     Returns:
         What `export.json` in the folder holds: `format`, `precision`, `classes`, `size`, `base_model`, `check`
-        (`pictures`, `largest_difference`, `tolerance`, `same_answer`, a share), `accuracy` (`pictures`, `classifier`,
-        `exported`; None without a dataset), `files` (SHA-256 by name) and `bytes` in all.
+        (`pictures`, `largest_difference`, `tolerance`, `same_answer`, a share), `label_threshold` (of several labels
+        per picture, whose probabilities are the sigmoid of each logit; else None), `accuracy` (`pictures`,
+        `classifier`, `exported`; None without a dataset), `files` (SHA-256 by name) and `bytes` in all.
 
     Raises:
-        ConfigurationError: an unknown format or precision, a combination that does not exist, or a tower that cannot
-            be exported. MissingExtraError: the format's package is not installed.
+        ConfigurationError: an unknown format or precision, a combination that does not exist, a tower that cannot be
+            exported, or a dataset for a classifier of several labels per picture.
+        MissingExtraError: the format's package is not installed.
         ArtifactError: the folder holds something else or cannot be written, or the export does not agree.
     """
     _check_wish(format, precision, vendor)
@@ -95,6 +98,8 @@ def export(
     classifier: Any = model
     if not isinstance(model, TaskResCLIPForImageClassification):
         classifier = TaskResCLIPForImageClassification.from_pretrained(model)
+    if dataset is not None:
+        classifier.classifier.check_one_label("The accuracy that an export keeps (dataset)")
     fused = formats.FusedClassifier(classifier, half=precision == "fp16" and format != "openvino")
     images = None if dataset is None else _unseen_pictures(classifier, dataset, split)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,10 +167,11 @@ def _side_files(model: TaskResCLIPForImageClassification) -> dict[str, bytes]:
 
 
 def _facts(model: TaskResCLIPForImageClassification, format: str, precision: str) -> dict[str, Any]:
-    config, name = model.config, str(model.config.base_model_name_or_path or "")
+    config, name, head = model.config, str(model.config.base_model_name_or_path or ""), model.classifier
+    threshold = label_threshold(head.facts) if head.several_labels else None
     return {
         "kind": _KIND, "format": format, "precision": precision, "classes": len(model.class_names),
-        "size": list(picture_size(model.clip)), "strength": model.strength,
+        "size": list(picture_size(model.clip)), "strength": model.strength, "label_threshold": threshold,
         "base_model": Path(name).name if is_path(name) else name,  # never a path of this machine
         "base_model_revision": config.base_model_revision, "base_model_type": config.base_model_type,
         "torch": torch.__version__,
@@ -201,7 +207,7 @@ def _compare(
     wanted, found = torch.cat(logits), torch.cat(exported)
     tolerance = TOLERANCES[facts["precision"]] * _longest(reference)
     difference = float((found - wanted).abs().max())
-    same = float((found.argmax(dim=1) == wanted.argmax(dim=1)).double().mean())
+    same = float((reference.head.given(found) == reference.head.given(wanted)).all(dim=1).double().mean())
     if not difference <= tolerance:
         raise ArtifactError(
             f"The exported file gives other logits than the classifier: they differ by {difference:.3g} on "

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def _check_installed(extra: str) -> None:
     """Raises MissingExtraError where a package of the extra is not there."""
     try:
         for package in _NEEDED[extra]:
-            __import__(package)
+            import_module(package)
     except ImportError as error:
         raise MissingExtraError(f'This export needs its packages: pip install "taskres_hf[{extra}]".') from error
 
@@ -174,7 +174,9 @@ def to_linear(fused: FusedClassifier, folder: Path, precision: str) -> Run:
     vision.load_state_dict({key: known[key] for key in vision.state_dict()})
     vision.save_pretrained(folder)
     tensors = {"weight": head.linear.weight, "bias": head.linear.bias}
-    write_tensors(folder / "head.safetensors", tensors if head.offset is None else {**tensors, "offset": head.offset})
+    more = {"offset": head.offset, "threshold": None if head.threshold is None else torch.tensor(head.threshold)}
+    tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
+    write_tensors(folder / "head.safetensors", tensors)
     script = _template("classify.py").decode()
     script = script.replace("CLIPVisionModelWithProjection", name).replace("image_embeds", output)
     write_bytes(folder / "classify.py", script.encode())

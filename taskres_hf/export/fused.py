@@ -19,6 +19,7 @@ from ..embedding.engines.choose import Tower
 from ..embedding.engines.rewriting import watched_module
 from ..encoders import family_of
 from ..errors import ConfigurationError
+from ..residual import label_threshold
 
 if TYPE_CHECKING:
     from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -28,14 +29,22 @@ if TYPE_CHECKING:
 class FusedHead(nn.Module):
     """Image embeddings [B, D], of any length, to logits [B, K] and probabilities [B, K], in fp32.
 
+    Probabilities are the softmax of the logits or, of a classifier of several labels per picture, their sigmoid.
+
     Attributes:
         linear: A [K, D] and b [K]. offset: o [1, D], or None where it is zero.
+        threshold: the probability from which on one of several labels is given; None where each picture has one.
+
+    Raises:
+        ConfigurationError: several labels per picture, of a classifier that was never trained.
     """
 
     offset: Tensor | None
 
     def __init__(self, head: TaskResClassifier) -> None:
         super().__init__()
+        head.check_can_say_no()
+        self.threshold = label_threshold(head.facts) if head.several_labels else None
         frozen, weight = head.frozen_weight().detach().double().cpu(), head.weight().detach().double().cpu()
         lengths = (weight if head.normalize_weight else frozen).norm(dim=-1, keepdim=True).clamp_min(1e-12)
         scale = head.logit_scale * head.logit_scale_factor**head.strength
@@ -54,7 +63,13 @@ class FusedHead(nn.Module):
         embeds = image_embeds.float()
         embeds = embeds if self.offset is None else embeds + self.offset
         logits = self.linear(F.normalize(embeds, dim=-1))
-        return logits, logits.softmax(dim=-1)
+        return logits, logits.softmax(dim=-1) if self.threshold is None else logits.sigmoid()
+
+    def given(self, logits: Tensor) -> Tensor:
+        """The classes that pictures get for these logits [B, K], bool [B, K]."""
+        if self.threshold is None:
+            return F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
+        return logits.sigmoid() >= self.threshold
 
 
 class FusedClassifier(nn.Module):

@@ -74,7 +74,7 @@ def add_page(folder: Path, config: Any, image_processor: Any, precision: str, ve
     described = {
         "model_type": "vit", "architectures": ["ViTForImageClassification"], "id2label": labels,
         "label2id": {name: int(index) for index, name in labels.items()},
-        "transformers.js_config": {"dtype": precision},
+        "transformers.js_config": {"dtype": precision}, "problem_type": config.problem_type,
     }  # fmt: skip
     write_json(folder / MODEL / "config.json", described)
     packages = dict(name.rsplit("@", 1) for name in _PACKAGES)

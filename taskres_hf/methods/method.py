@@ -104,8 +104,14 @@ class Method(ABC):
             images: the N pictures themselves, in the order of `features`, for methods that need them.
 
         Raises:
-            ConfigurationError: the method needs what was not given, or the pictures are not those of `features`.
+            ConfigurationError: pictures have several labels each, the method needs what was not given, or the pictures
+                are not those of `features`.
         """
+        if features.labels.ndim != 1:
+            raise ConfigurationError(
+                f"{self.name} gives one label per picture; these pictures have several each. Train with "
+                "TaskResTrainer, on a model of problem_type='multi_label_classification'."
+            )
         if self.needs and model is None:
             raise ConfigurationError(f"{self.name} needs the {' and the '.join(sorted(self.needs))}: pass model=.")
         pictures: dict[str, Any] = {}

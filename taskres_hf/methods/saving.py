@@ -31,9 +31,14 @@ def write_to_model(
             recorded so that measurements leave those pictures out.
 
     Raises:
-        ConfigurationError: what was fitted is not linear, or does not fit the model (`TaskResClassifier.set_weight`).
-            The model is as before then.
+        ConfigurationError: the model gives several labels per picture; what was fitted is not linear, or
+            does not fit the model (`TaskResClassifier.set_weight`). The model is as before then.
     """
+    if model.classifier.several_labels:
+        raise ConfigurationError(
+            "The methods give one label per picture, and the model several (problem_type "
+            "'multi_label_classification'): make one without problem_type."
+        )
     if fitted.linear is None:
         reason = fitted.not_linear or "Its logits are not linear in the image embeddings."
         raise ConfigurationError(f"{method or 'This classifier'} cannot be saved as a residual. {reason}")

@@ -14,10 +14,13 @@ labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
 processor = AutoImageProcessor.from_pretrained(here, backend="pil")
 tower = CLIPVisionModelWithProjection.from_pretrained(here).eval()
 head = load_file(here / "head.safetensors")
-pictures = [ImageOps.exif_transpose(Image.open(name)).convert("RGB") for name in sys.argv[1:]]
+formats = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+pictures = [ImageOps.exif_transpose(Image.open(name, formats=formats)).convert("RGB") for name in sys.argv[1:]]
 pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     embeds = tower(pixels.to(tower.dtype)).image_embeds.float() + head.get("offset", 0.0)
     logits = torch.nn.functional.normalize(embeds, dim=-1) @ head["weight"].T + head["bias"]
 for name, row in zip(sys.argv[1:], logits, strict=True):
-    print(json.dumps({"file": name, "label": labels[int(row.argmax())], "logits": row.tolist()}))
+    given = [label for label, p in zip(labels, row.sigmoid(), strict=True) if p >= head.get("threshold", 2.0)]
+    found = {"labels": given} if "threshold" in head else {"label": labels[int(row.argmax())]}
+    print(json.dumps({"file": name, **found, "logits": row.tolist()}))

@@ -36,7 +36,7 @@ class EndpointHandler:
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=providers)
 
     def __call__(self, data):
-        """Labels with their probabilities, best first.
+        """Labels with their probabilities, best first; where pictures may have several labels, each by itself.
 
         Args:
             data: `{"inputs": picture or list of pictures, "parameters": {"top_k": 5}}`, or `inputs` alone.

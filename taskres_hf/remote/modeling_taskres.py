@@ -130,7 +130,14 @@ class TaskResCLIPForImageClassification(PreTrainedModel):
         logits = scale * F.normalize(image_embeds, dim=-1) @ rows.T + config.logit_bias
         if self.class_bias is not None:
             logits = logits + strength * self.class_bias
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        several = config.problem_type == "multi_label_classification"
+        if several and strength != 1:
+            raise ValueError(f"A classifier of several labels per picture is served at strength 1; it is {strength}.")
+        loss = None
+        if labels is not None and several:
+            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits))
+        elif labels is not None:
+            loss = F.cross_entropy(logits, labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if return_dict or return_dict is None else output.to_tuple()
 

@@ -6,12 +6,17 @@ Marks differ in shape as well as in colour, and text in an SVG stays text.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, MissingExtraError
+from ..artifact import CONFIG
+from ..errors import DataError, MissingExtraError, TaskResError
+from ..storage import read_json
 from ..tables import visible
 from .findings import Calibration, class_rows, overall_row
 
@@ -25,6 +30,13 @@ def check_can_draw() -> None:
     """Raises MissingExtraError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise MissingExtraError('A report needs the package matplotlib: pip install "taskres_hf[report]".')
+
+
+def figure_for_card(folder: str | os.PathLike[str]) -> bytes | None:
+    """`accuracy_figure` of a saved artifact's own metrics; None without them, or without matplotlib."""
+    with suppress(TaskResError):  # what is wrong with a folder, whoever reads it whole says
+        return accuracy_figure(read_json(Path(folder) / CONFIG).get("metrics") or {})
+    return None
 
 
 def accuracy_figure(metrics: Mapping[str, Any], kind: str = "png") -> bytes:

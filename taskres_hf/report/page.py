@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..description import measured_on
 from ..errors import ConfigurationError
+from ..residual import MULTI_LABEL
 from ..storage import check_can_write, write_bytes
 from ..tables import visible
 from . import figures, findings
@@ -76,8 +77,9 @@ def write_report(
         `equal_pictures`, `unreadable`, `notes`.
 
     Raises:
-        ConfigurationError: `output` is no .html file, or a number is out of range. ArtifactError: the artifact is
-            damaged or the output cannot be written. DataError: the dataset cannot be read or has other classes.
+        ConfigurationError: `output` is no .html file, a number is out of range, or the classifier gives several labels
+            per picture. ArtifactError: the artifact is damaged or the output cannot be written. DataError: the dataset
+            cannot be read or has other classes.
         MissingExtraError: matplotlib is not installed.
     """
     output, folder = Path(output), None if figures_dir is None else Path(figures_dir)
@@ -89,6 +91,7 @@ def write_report(
     subject = read_subject(
         model, dataset is not None, name, revision=revision, base_model=base_model, strength=strength
     )
+    check_reportable(subject.config)
     evidence = Evidence(notes=list(subject.notes))
     if dataset is not None and subject.model is not None:
         options = {"revision": dataset_revision, **data_options}
@@ -100,6 +103,19 @@ def write_report(
     files = [] if folder is None else writer.write_figures(folder)
     write_bytes(output, content)
     return writer.facts() | {"output": str(output), "bytes": len(content), "figures": [str(file) for file in files]}
+
+
+def check_reportable(config: Mapping[str, Any]) -> None:
+    """Refuse a classifier that the page cannot show.
+
+    Raises:
+        ConfigurationError: it gives several labels per picture.
+    """
+    if config.get("problem_type") == MULTI_LABEL:
+        raise ConfigurationError(
+            "The report is for classifiers that give each picture one label; this one gives several, or none "
+            f"(problem_type '{MULTI_LABEL}'). `taskres evaluate` measures it, with mAP and F1 of each class."
+        )
 
 
 def check_report_output(output: Path, figures_dir: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from ..embedding.embedder import Embedder
 from ..errors import ConfigurationError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import Remarks, read_image
+from ..residual import label_threshold
 from ..storage import is_path
 from ..tables import visible
 from .batching import Batcher, Predictions, Waiting
@@ -77,8 +78,8 @@ class _SharedBase:
             names = head.config.class_names
             top_k = min(max(items[place].top_k for place, _ in users), len(names))
             logits = head(embeds[[place for place, _ in users]].to(head.residual.device))
-            # As `pipeline`, which has a sigmoid for a classifier of one class.
-            shares = logits.sigmoid() if len(names) == 1 else logits.softmax(dim=1)
+            # As `pipeline`, which has a sigmoid for several labels per picture and for a classifier of one class.
+            shares = logits.sigmoid() if head.several_labels or len(names) == 1 else logits.softmax(dim=1)
             scores, labels = (values.tolist() for values in shares.cpu().topk(top_k, dim=1))
             for row, (place, name) in enumerate(users):
                 pairs = zip(labels[row], scores[row], strict=True)
@@ -177,7 +178,8 @@ class Classifiers:
         """Serve one more, or another under a name; its base is shared where one is loaded that is the same.
 
         Raises:
-            ConfigurationError: the name cannot be one. ArtifactError, BaseModelError, HubError: it cannot be loaded.
+            ConfigurationError: the name cannot be one, or the classifier gives several labels per picture and was never
+                trained. ArtifactError, BaseModelError, HubError: it cannot be loaded.
         """
         if not isinstance(name, str) or not name or name != _as_name(name):
             raise ConfigurationError(
@@ -185,6 +187,7 @@ class Classifiers:
                 f"'.', '_' and '-', at most {_LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
             )
         model = source if isinstance(source, TaskResCLIPForImageClassification) else self._loaded(source)
+        model.classifier.check_can_say_no()
         model.train(False)
         key = _key_of(model)
         shared = next((base for _, base in self._served.values() if base.key == key), None)
@@ -245,6 +248,8 @@ class Classifiers:
             "recipe": training.get("recipe") or training.get("method"),
             "shots": (config.few_shot or {}).get("shots"),
             "strength": float(config.strength),
+            "several_labels": self.find(name)[0].classifier.several_labels,
+            "label_threshold": label_threshold(config.facts) if self.find(name)[0].classifier.several_labels else None,
         }
 
     def class_names(self, name: str) -> list[str]:

@@ -87,7 +87,8 @@ class TaskResTrainingArguments:
         save_total_limit: checkpoints kept; None, 0 or less for no limit, as in transformers.
         eval_strategy: `"epoch"` measures on the evaluation set after every epoch; `"no"` (default) does not.
         load_best_model_at_end: keep the residual of the best epoch on the evaluation set.
-        metric_for_best_model, greater_is_better: what best means; more is better unless the name ends in `loss`.
+        metric_for_best_model, greater_is_better: what best means; more is better unless the name ends in `loss`. Of
+            several labels per picture, `accuracy` means `map`.
         early_stopping_patience: stop after so many epochs without a better `metric_for_best_model` and keep the best
             residual; None (default) never stops early. Give a validation split: a split called test is refused.
         reject: also choose below which score a picture counts as one of no class, so that at most this share of

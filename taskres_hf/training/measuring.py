@@ -17,12 +17,18 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
-from ..data import LabelledImages, duplicates, shorten
+from ..data import LabelledImages, duplicates, folds_of_pictures, shorten
 from ..embedding.features import ImageFeatures, content_digest
 from ..errors import ConfigurationError, DataError
-from ..evaluation import accuracy, compare_with_zero_shot, metrics_from_logits
+from ..evaluation import (
+    accuracy,
+    compare_multi_label,
+    compare_with_zero_shot,
+    metrics_from_logits,
+    multi_label_metrics,
+)
 from ..rejection import Rejection, check_enough, choose, class_means, nearest_mean, usable_rejection
-from ..residual import TaskResClassifier
+from ..residual import TaskResClassifier, label_threshold
 
 Name = Callable[[int], str]  # a picture's position to what a person calls it
 
@@ -62,6 +68,7 @@ def remember_together(provenances: Sequence[Mapping[str, Any] | None]) -> dict[s
     stored = [one["train_pictures"] for one in known if isinstance(one.get("train_pictures"), Mapping)]
     packed = [base64.b64decode(str(one.get("sha256_prefixes", ""))) for one in stored]
     prefixes = sorted({part[start : start + _BYTES] for part in packed for start in range(0, len(part), _BYTES)})
+    data["train_images"] -= sum(len(part) // _BYTES for part in packed) - len(prefixes)  # counted in each
     unnamed = sum(
         max(0, int(one.get("count", 0)) - len(part) // _BYTES) for one, part in zip(stored, packed, strict=True)
     )
@@ -86,8 +93,8 @@ def goes_on_from(config: Any, head: TaskResClassifier, recipe: str, digest: str)
         warnings.warn(
             f"This classifier was trained before, on {data.get('train_images', 'other')} pictures. "
             f"{'Recipe auto fits' if recipe == 'auto' else 'What recipe auto fitted is not gone on from: this trains'} "
-            "from zero-shot, so those are forgotten. Give old and new pictures together, or bring both classifiers "
-            "together afterwards (taskres merge).",
+            "from zero-shot, so those are forgotten. Give old and new pictures together"
+            f"{'.' if head.several_labels else ', or bring both classifiers together afterwards (taskres merge).'}",
             stacklevel=3,
         )
         return None
@@ -145,12 +152,15 @@ def picture_names(images: LabelledImages | None) -> Name:
 
 def warn_of_conflicts(data: ImageFeatures, name: Name) -> int:
     """Name pictures that are there under several labels; their number."""
-    groups = duplicates(data.digests, data.labels.tolist()).conflicting if data.digests else []
+    labels, called = data.labels.tolist(), data.class_names
+    if data.labels.ndim == 2:  # each set of labels is one answer
+        rows = [tuple(row) for row in labels]
+        sets = list(dict.fromkeys(rows))
+        labels = [sets.index(row) for row in rows]
+        called = [" + ".join(c for c, x in zip(data.class_names, row, strict=True) if x) or "nothing" for row in sets]
+    groups = duplicates(data.digests, labels).conflicting if data.digests else []
     if groups:
-        listed = shorten(
-            " and ".join(f"{name(row)} as {data.class_names[int(data.labels[row])]!r}" for row in group)
-            for group in groups
-        )
+        listed = shorten(" and ".join(f"{name(row)} as {called[labels[row]]!r}" for row in group) for group in groups)
         warnings.warn(
             f"{len(groups)} pictures are there under more than one label: {listed}. Decide what each is, or leave it "
             "out; with both labels it only blurs the classes.",
@@ -175,20 +185,30 @@ def both_logits(head: TaskResClassifier, data: ImageFeatures) -> tuple[Tensor, T
 
 
 def full_metrics(
-    logits: Tensor, zero_shot: Tensor, labels: Tensor, class_names: list[str], compute: ComputeMetrics | None
+    logits: Tensor,
+    zero_shot: Tensor,
+    labels: Tensor,
+    class_names: list[str],
+    compute: ComputeMetrics | None,
+    threshold: float | Tensor = 0.5,
 ) -> Metrics:
-    """`compare_with_zero_shot`, and what the user's function computes."""
+    """`compare_with_zero_shot`, or `compare_multi_label` of labels [N, K], and what the user's function computes."""
+    if labels.ndim == 2:
+        found = compare_multi_label(logits, zero_shot, labels, class_names, threshold)
+        return _computed(logits, labels, compute) | found
     return _computed(logits, labels, compute) | compare_with_zero_shot(logits, zero_shot, labels, class_names)
 
 
 def epoch_metrics(head: TaskResClassifier, data: ImageFeatures, compute: ComputeMetrics | None) -> Metrics:
     """What an epoch logs, with the prefix `eval_`: metrics of the trained classifier alone."""
     logits, _ = both_logits(head, data)
-    return prefixed(own_metrics(logits, data.labels, compute))
+    return prefixed(own_metrics(logits, data.labels, compute, label_threshold(head.facts)))
 
 
-def own_metrics(logits: Tensor, labels: Tensor, compute: ComputeMetrics | None) -> Metrics:
+def own_metrics(logits: Tensor, labels: Tensor, compute: ComputeMetrics | None, threshold: float = 0.5) -> Metrics:
     """Metrics of one classifier, with what the user's function computes."""
+    if labels.ndim == 2:
+        return _computed(logits, labels, compute) | multi_label_metrics(logits, labels, threshold=threshold)
     return _computed(logits, labels, compute) | metrics_from_logits(logits, labels)
 
 
@@ -260,14 +280,15 @@ def split_name(dataset: Any) -> str | None:
 _ALWAYS_TRAINS = -1
 
 
-def fold_of_each_picture(labels: Sequence[int], digests: Sequence[str], folds: int, seed: int) -> list[int]:
+def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: int, seed: int) -> list[int]:
     """The fold in which each picture is tested, from 0; -1 for pictures that only ever train.
 
     Classes are spread evenly (scikit-learn's `StratifiedKFold`). Equal pictures are in the same fold, whatever their
     labels. A class with one picture cannot be tested: without it nothing would be known of the class.
 
     Args:
-        labels: N class ids. digests: N digests of the pictures, or none where they are not known.
+        labels: N class ids, or N lists of K numbers where pictures have several labels (`data.stratified`).
+        digests: N digests of the pictures, or none where they are not known.
 
     Raises:
         DataError: no class has two different pictures.
@@ -275,6 +296,8 @@ def fold_of_each_picture(labels: Sequence[int], digests: Sequence[str], folds: i
     from sklearn.model_selection import StratifiedKFold
 
     keys = list(digests) if digests else [str(row) for row in range(len(labels))]
+    if any(isinstance(label, list) for label in labels):
+        return folds_of_pictures(labels, keys, folds, seed)
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
         first.setdefault(key, row)
@@ -341,12 +364,14 @@ class OutOfFold(NamedTuple):
 
     Attributes:
         rows: M positions of the tested pictures. logits, zero_shot: [M, K]. folds: how many classifiers there were.
+        thresholds: [M, 1], the score from which on each picture's classifier gives one of several labels.
     """
 
     rows: list[int]
     logits: Tensor
     zero_shot: Tensor
     folds: int
+    thresholds: Tensor
 
 
 def out_of_fold(
@@ -375,6 +400,7 @@ def out_of_fold(
     logits: list[Tensor] = []
     zero_shot: list[Tensor] = []
     rows: list[int] = []
+    thresholds: list[Tensor] = []
     for fold in range(count):
         apart = copy.deepcopy(head)
         apart.reset()
@@ -383,7 +409,8 @@ def out_of_fold(
         for found, some in zip((logits, zero_shot), both_logits(apart, plain.select(held_out)), strict=True):
             found.append(some)
         rows += held_out
-    return OutOfFold(rows, torch.cat(logits), torch.cat(zero_shot), count)
+        thresholds.append(torch.full((len(held_out), 1), label_threshold(apart.facts), dtype=torch.float64))
+    return OutOfFold(rows, torch.cat(logits), torch.cat(zero_shot), count, torch.cat(thresholds))
 
 
 def cross_validated_metrics(found: OutOfFold, data: ImageFeatures, compute: ComputeMetrics | None = None) -> Metrics:
@@ -393,10 +420,12 @@ def cross_validated_metrics(found: OutOfFold, data: ImageFeatures, compute: Comp
         found: of `out_of_fold` on the N pictures of `data`. compute: further metrics, see `TaskResTrainer`.
 
     Returns:
-        Metrics, `folds`, and `untested_classes`: the names of those with a single picture.
+        Metrics, `folds`, and of one label per picture `untested_classes`: the names of those with a single picture.
     """
     labels = data.labels[found.rows]
-    metrics = full_metrics(found.logits, found.zero_shot, labels, data.class_names, compute)
+    metrics = full_metrics(found.logits, found.zero_shot, labels, data.class_names, compute, found.thresholds)
+    if labels.ndim == 2:
+        return metrics | {"folds": found.folds}
     single = sorted(set(data.labels.tolist()) - set(labels.tolist()))
     untested = [data.class_names[label] for label in single]
     if untested:

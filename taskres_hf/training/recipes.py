@@ -121,15 +121,15 @@ def recipe_for(args: TaskResTrainingArguments, head: TaskResClassifier, labels: 
     """The recipe of a run, with what the settings override.
 
     Args:
-        labels: [N] class ids of the training pictures. How many a class has decides; of those asked for, only
-            recipe `paper` knows, whose epochs go by the shots of its protocol.
+        labels: [N] class ids of the training pictures, or [N, K] of several labels each. How many pictures a class has
+            decides; of those asked for, only recipe `paper` knows, whose epochs go by the shots of its protocol.
         fit_buffer: keep a batch and its logits within `buffer_mb`, for embeddings read from disk.
     """
     classes, dim = head.base.shape
     if args.recipe == "paper":
-        shots: float = args.shots or int(torch.bincount(labels).max())
+        shots: float = args.shots or int(labels.sum(0).max() if labels.ndim == 2 else torch.bincount(labels).max())
     else:
-        shots = len(labels) / classes
+        shots = (float(labels.sum()) if labels.ndim == 2 else len(labels)) / classes
     name = args.recipe if args.recipe != "auto" or not why_epochs(args, head, fit_buffer) else "auto-v1"
     recipe = make_recipe(name, head, shots, len(labels), args.dataset_name)
     if recipe.name == "auto":
@@ -154,6 +154,19 @@ def why_epochs(args: TaskResTrainingArguments, head: TaskResClassifier, from_dis
     asked += ["alpha 0"] if head.alpha == 0 else []
     asked += ["embeddings on disk of so many classes"] if from_disk and len(head.base) ** 2 > MOST_LOGITS else []
     return ", ".join(asked)
+
+
+def check_supported(head: TaskResClassifier, args: TaskResTrainingArguments) -> None:
+    """Refuse what cannot be had with several labels per picture.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    if head.several_labels and args.enhanced_base:
+        raise ConfigurationError(
+            "enhanced_base (TaskRes*) tunes the text for one label per picture; with several labels per picture "
+            "(problem_type 'multi_label_classification') train without it."
+        )
 
 
 def ask_for_epochs(args: TaskResTrainingArguments) -> list[str]:

@@ -57,7 +57,7 @@ class BestResidual:
 
     def update(self, epoch: int, metrics: Mapping[str, Any], residual: Tensor) -> None:
         """Take an epoch's measurement into account; NaN is no gain. Without a choice only the score is kept."""
-        score = metrics.get(self.metric)
+        score = metrics.get("eval_map" if self.metric == "eval_accuracy" else self.metric, metrics.get(self.metric))
         if not isinstance(score, (int, float)):
             if not self.active:
                 return

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data import LabelledImages, class_counts
+from ..data import LabelledImages, MultiLabelImages, class_counts
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, crop_size, embed_images
 from ..errors import ConfigurationError, DataError, FewShotError
 from ..few_shot import few_shot_indices
@@ -68,15 +68,18 @@ class DatasetEmbeddings:
                     f"The embeddings have {len(dataset.class_names)} classes and length {length}; the model has "
                     f"{len(names)} and {dim}, or names or order differ."
                 )
+            self.model.classifier.check_labels(several=isinstance(dataset, ImageFeatures) and dataset.labels.ndim == 2)
             return dataset
         if not isinstance(dataset, LabelledImages):
-            dataset = LabelledImages(
+            several: Any = MultiLabelImages if self.model.classifier.several_labels else LabelledImages
+            dataset = several(
                 dataset,
                 image_column=self.args.image_column,
                 label_column=self.args.label_column,
                 default_names=names,
                 drop_unlabelled=self.args.drop_unlabelled,
             )
+        self.model.classifier.check_labels(several=isinstance(dataset, MultiLabelImages))
         aligned: LabelledImages = dataset.aligned(names, self.args.label_map)
         return aligned
 
@@ -191,8 +194,8 @@ def training_pictures(
     return TrainingPictures(data, images, online, few_shot, warn_of_conflicts(data, picture_names(images)))
 
 
-def check_classes(labels: Sequence[int], class_names: Sequence[str], on_short: str, which: str = "") -> None:
-    """Refuse a class without any picture, unless `on_short="ignore"`.
+def check_classes(labels: Sequence[Any], class_names: Sequence[str], on_short: str, which: str = "") -> None:
+    """Refuse a class without any picture, unless `on_short="ignore"`; name one that is on all of several labels.
 
     Raises:
         FewShotError: names the classes.
@@ -204,6 +207,15 @@ def check_classes(labels: Sequence[int], class_names: Sequence[str], on_short: s
             f"{len(absent)} of {len(class_names)} classes have no {kind}: {absent[:5]}. Add at least one each, "
             "leave the classes out of the model, or accept it with on_short='ignore'."
         )
+    if on_short != "ignore" and labels and isinstance(labels[0], (tuple, list)):
+        counts = class_counts(labels, class_names)
+        always = [name for name, count in counts.items() if count == len(labels)]
+        if always:
+            warnings.warn(
+                f"{len(always)} classes are on every training picture, which tells nothing of when they are not: "
+                f"{always[:5]}. Add pictures without them.",
+                stacklevel=4,
+            )
 
 
 def at_once(chosen: TrainingPictures) -> TrainingPictures:

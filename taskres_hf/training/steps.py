@@ -15,6 +15,7 @@ from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, augment, crop_size
 from ..embedding.engines.onednn import product
 from ..residual import AS_PUBLISHED, TaskResClassifier
+from .multi_label import fit_multi_label
 from .recipes import Recipe, epoch_batches, learning_rate
 from .whitened import fit_whitened
 
@@ -24,6 +25,18 @@ def penalty_factor(recipe: Recipe, head: TaskResClassifier) -> float:
     if not recipe.penalty:
         return 0.0
     return recipe.penalty * head.alpha**2 / float(head.base.pow(2).sum(dim=1).mean())
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many pictures get their label, or all of theirs and no other."""
+    return ((logits > 0) == (labels > 0)).all(1).sum() if labels.ndim == 2 else (logits.argmax(dim=1) == labels).sum()
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over pictures of the cross-entropy or, with labels [N, K], of the mean binary cross-entropy."""
+    if labels.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / labels.shape[1]
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 @torch.no_grad()
@@ -37,7 +50,9 @@ def loss_and_gradient(
     holds it to autograd.
 
     Args:
-        images: [B, D] embeddings of unit length. labels: [B]. penalty: see `penalty_factor`.
+        images: [B, D] embeddings of unit length. labels: [B], or [B, K] of 0 and 1 where pictures have several: then
+            the loss is binary cross-entropy, and it and the penalty are means over classes. penalty: see
+            `penalty_factor`.
 
     Returns:
         loss (scalar), correct (scalar, integer), gradient [K, D].
@@ -46,12 +61,19 @@ def loss_and_gradient(
     length = weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
     unit = weight.div_(length)
     logits = product(images, unit).mul_(head.logit_scale).add_(head.logit_bias)
-    correct = (logits.argmax(dim=1) == labels).sum()
-    log_probabilities = F.log_softmax(logits, dim=1)
-    rows = labels.unsqueeze(1)
-    loss = -log_probabilities.gather(1, rows).mean()
-    error = log_probabilities.exp_()
-    error.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=error.dtype))
+    if head.class_bias is not None:
+        logits.add_(head.class_bias)
+    correct = count_correct(logits, labels)
+    if labels.ndim == 2:  # the mean over classes, as transformers' BCEWithLogitsLoss
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        error = logits.sigmoid_().sub_(labels).div_(labels.shape[1])
+        penalty /= labels.shape[1]
+    else:
+        log_probabilities = F.log_softmax(logits, dim=1)
+        rows = labels.unsqueeze(1)
+        loss = -log_probabilities.gather(1, rows).mean()
+        error = log_probabilities.exp_()
+        error.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=error.dtype))
     gradient = product(error.T, images.T).mul_(head.logit_scale / len(labels))
     gradient.sub_(unit * (gradient * unit).sum(dim=1, keepdim=True)).mul_(head.alpha / length)
     if penalty:
@@ -189,7 +211,7 @@ def batches_whole(data: ImageFeatures, head: TaskResClassifier) -> Batches:
     def batches(epoch: int) -> Iterator[Batch]:
         count = data.image_embeds.shape[0]
         device = head.base.device
-        yield data.image_embeds.flatten(0, 1).to(device), data.labels.repeat(count).to(device), len(data)
+        yield data.image_embeds.flatten(0, 1).to(device), torch.cat([data.labels] * count).to(device), len(data)
 
     return batches
 
@@ -197,19 +219,21 @@ def batches_whole(data: ImageFeatures, head: TaskResClassifier) -> Batches:
 def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
     @torch.no_grad()
     def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
-        fitted = fit_whitened(images, labels, head.base, head.logit_scale, views)
+        several = labels.ndim == 2  # a picture may have several labels
+        fitted = (fit_multi_label if several else fit_whitened)(images, labels, head.base, head.logit_scale, views)
         weight, bias = fitted.weight.to(head.base), fitted.bias.to(head.base)
         if accelerator is not None and accelerator.num_processes > 1:  # the same numbers everywhere, to the last bit
             weight, bias = broadcast(weight), broadcast(bias)
         facts = {name: value for name, value in head.facts.items() if name not in AS_PUBLISHED}
+        bias = bias - head.logit_bias if several else bias
         head.set_weight(weight / head.logit_scale, class_bias=bias, normalize_weight=False)
         head.facts.update(facts)
-        if head.facts.get("training"):
-            head.facts["training"] = {**head.facts["training"], **fitted.chosen}
+        if head.facts.get("training") or several:
+            head.facts["training"] = {**(head.facts.get("training") or {}), **fitted.chosen}
         logits = head(images[: len(images) // views]).detach()
         truth = labels[: len(logits)]
-        correct = (logits.argmax(dim=1) == truth).sum()
-        return torch.tensor([float(F.cross_entropy(logits, truth)) * count, float(correct), count], dtype=torch.float64)
+        loss, correct = float(summed_loss(logits, truth)) / len(truth), count_correct(logits, truth)
+        return torch.tensor([loss * count, float(correct), count], dtype=torch.float64)
 
     return step
 
@@ -232,19 +256,37 @@ def _autograd_step(
     def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
         logits = forward(images)
         # Sums over the whole batch: gradients of the processes are averaged, whatever share each one has.
-        local = F.cross_entropy(logits, labels, reduction="sum")
-        regulariser = factor * head.residual.pow(2).sum()
+        local = summed_loss(logits, labels)
+        regulariser = factor / (labels.shape[1] if labels.ndim == 2 else 1) * head.residual.pow(2).sum()
         loss = local * (world / count) + regulariser
         loss.backward() if accelerator is None else accelerator.backward(loss)
         prepared.step()
         prepared.zero_grad()
-        correct = (logits.argmax(dim=1) == labels).sum()
+        correct = count_correct(logits, labels)
         sums = torch.stack([local.detach() + regulariser.detach() * len(labels), correct.to(local.dtype)])
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
         return torch.cat([sums.double().cpu(), torch.tensor([float(count)], dtype=torch.float64)])
 
     return step
+
+
+@torch.no_grad()
+def set_class_bias(head: TaskResClassifier, images: Tensor, labels: Tensor) -> None:
+    """Before training by epochs: a frozen bias per class under which the zero-shot classifier gives each class to about
+    as many of the shots as show it. Cosines of CLIP alone would give all classes to all pictures.
+
+    Args:
+        images: [N, D] embeddings. labels: [N, K].
+    """
+    logits = head.zero_shot_logits(images.to(head.base.device)).cpu().double()
+    share = ((labels.cpu().double().sum(0) + 0.5) / (len(labels) + 1.0)).clamp(0.01, 0.99)
+    low, high = torch.full_like(share, -2e5), torch.full_like(share, 2e5)
+    for _ in range(80):  # the sigmoid's mean grows with the bias
+        middle = 0.5 * (low + high)
+        more = torch.sigmoid(logits + middle).mean(0) > share
+        low, high = torch.where(more, low, middle), torch.where(more, middle, high)
+    head.class_bias = (0.5 * (low + high)).to(head.base)
 
 
 def fit(
@@ -265,6 +307,8 @@ def fit(
         whole = next(batches_whole(data, head)(0))
         make_step(head, None, recipe, views=data.image_embeds.shape[0])(*whole)
         return
+    if data.labels.ndim == 2:
+        set_class_bias(head, data.image_embeds[0], data.labels)
     optimizer = make_optimizer(head, recipe)
     batches, step = batches_in_memory(data, head, recipe, seed), make_step(head, optimizer, recipe, closed_form)
     for epoch in range(min(epochs or recipe.num_train_epochs, recipe.num_train_epochs)):

@@ -53,6 +53,20 @@ class WhitenedFit:
     chosen: dict[str, Any]
 
 
+def refuse_broken(images: Tensor) -> None:
+    """Refuse embeddings [N, D] that are not finite.
+
+    Raises:
+        ConfigurationError: says how many.
+    """
+    broken = int((~torch.isfinite(images)).any(1).sum())
+    if broken:
+        raise ConfigurationError(
+            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the "
+            "pictures and the base model's image tower. The model on disk is untouched."
+        )
+
+
 @torch.no_grad()
 def fit_whitened(
     images: Tensor, labels: Tensor, base: Tensor, logit_scale: float, views: int = 1, iterations: int = 8
@@ -70,12 +84,7 @@ def fit_whitened(
     Raises:
         ConfigurationError: an embedding is NaN or infinite.
     """
-    broken = int((~torch.isfinite(images)).any(1).sum())
-    if broken:
-        raise ConfigurationError(
-            f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the "
-            "pictures and the base model's image tower. The model on disk is untouched."
-        )
+    refuse_broken(images)
     large = len(images) * len(base) > _LARGE
     dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
     f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()

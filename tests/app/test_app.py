@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import tagger
 
-from taskres_hf import app
+from taskres_hf import TaskResCLIPForImageClassification, app
 from taskres_hf.errors import ConfigurationError, MissingExtraError
 
 
@@ -75,3 +76,10 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_others_can_reach_every_other_host(host: str, private: bool) -> None:
     assert app._is_loopback(host) == private
+
+
+def test_several_labels_per_picture_are_refused(base: str, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason='the app needs gradio: pip install "taskres_hf[app]"')
+    tagger(TaskResCLIPForImageClassification.from_base(base, ["cat", "dog"])).save_pretrained(tmp_path / "tagger")
+    with pytest.raises(ConfigurationError, match="gives several, or none"):
+        app.RunningApp(model=tmp_path / "tagger", only_try=True)

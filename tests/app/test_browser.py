@@ -69,7 +69,7 @@ class Visit:
     def see(self, place: str, text: str | re.Pattern[str]) -> Any:
         """Wait until a text is at a place."""
         found = self.page.locator(place, has_text=text).first
-        found.wait_for(timeout=60_000)
+        found.wait_for(timeout=120_000)
         return found
 
     def name(self, *names: str) -> None:
@@ -189,6 +189,8 @@ def test_pictures_come_from_the_clipboard_and_the_camera(visit: Visit) -> None:
     visit.see(".drop", "shoe (0)")
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    playing = "() => [...document.querySelectorAll('video')].some(v => v.readyState >= 3 && v.currentTime > 0)"
+    page.wait_for_function(playing, timeout=120_000)  # before that there is nothing to capture
     page.get_by_label("capture photo").click()
     visit.see("#answers", "shoe")
     visit.faults.clear()  # Gradio asks how far the upload from the camera is, which has no number

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import golden_v3, random_residual
+from support import golden_v3, random_residual, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.checking.verifying import DIFFERS, verify
@@ -338,3 +338,19 @@ def test_between_zero_shot_and_trained_old_answers_stay_or_it_is_refused(model: 
 def _zero_shot(model: Model, classes: int) -> torch.Tensor:
     logits: torch.Tensor = model.zero_shot_logits(image_embeds=_embeds(model))[:, :classes]
     return logits
+
+
+def test_of_several_labels_per_picture_the_other_scores_stay_and_classes_from_text_are_refused(
+    base: str, tmp_path: Path
+) -> None:
+    model = tagger(Model.from_base(base, ["cat", "dog", "bird"]))
+    before = _answers(model)
+    for refused in (lambda: model.add_classes(["fish"]), lambda: model.rename_classes({"cat": "kitten"}, reembed=True)):
+        with pytest.raises(ConfigurationError, match="gives several, or none"):
+            refused()
+    assert torch.equal(_answers(model), before)
+    model.rename_classes({"cat": "kitten"}).reorder_classes(["bird", "kitten", "dog"]).remove_classes(["dog"])
+    torch.testing.assert_close(_answers(model), before[:, [2, 0]], atol=1e-5, rtol=0)
+    again = _whole(model, tmp_path / "two")
+    assert again.classifier.several_labels
+    assert again.config.training["threshold"] == 0.4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_residual
+from support import random_residual, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.checking.verifying import DIFFERS, verify
@@ -199,3 +199,15 @@ def test_a_union_loses_no_residual_to_an_alpha_of_zero(make: Make) -> None:
 def test_weights_that_are_no_list(make: Make) -> None:
     with pytest.raises(ConfigurationError, match="`weights`"):
         merge_residuals([make(1), make(2)], 0.5)  # type: ignore[arg-type]
+
+
+def test_classifiers_of_several_labels_per_picture_are_not_brought_together(make: Make) -> None:
+    one, other = make(0), tagger(make(1))
+    apart = tagger(make(2, ["boat", "car"]))
+    for refused in (
+        lambda: merge_residuals([one, other]),
+        lambda: interpolate(other, other, 0.5),
+        lambda: unite([one, apart]),
+    ):
+        with pytest.raises(ConfigurationError, match="gives several, or none"):
+            refused()

@@ -143,9 +143,8 @@ def test_the_program_is_called_as_the_user_called_it() -> None:
 def test_every_option_that_a_message_names_exists() -> None:
     """Messages of the library give the option in brackets after the argument: `class_folder= (--class-folder)`."""
     package = Path(options.__file__).parents[1]
-    named = {
-        option for path in package.rglob("*.py") for option in re.findall(r"[(,] ?(--[a-z][a-z-]+)", path.read_text())
-    }
+    pattern = r"(?<!var)[(,] ?(--[a-z][a-z-]+)"  # CSS has var(--name)
+    named = {option for path in package.rglob("*.py") for option in re.findall(pattern, path.read_text())}
     parameters = [
         parameter for command in typer.main.get_command(make_app()).commands.values() for parameter in command.params
     ]

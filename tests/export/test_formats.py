@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import tagger
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.errors import ConfigurationError, MissingExtraError
@@ -137,6 +138,22 @@ def test_linear_script_gives_the_same_logits(tiny: Tiny, pictures: list[Any], tm
     torch.testing.assert_close(torch.tensor([row["logits"] for row in rows]), expected.detach(), atol=EXACT, rtol=0)
     assert [row["label"] for row in rows] == [model.class_names[int(row.argmax())] for row in expected]
     assert len((tmp_path / "plain" / "classify.py").read_text().splitlines()) <= 25
+
+
+def test_linear_script_gives_all_labels_from_the_threshold_on(tiny: Tiny, pictures: list[Any], tmp_path: Path) -> None:
+    model = tagger(tiny())
+    with pytest.raises(ConfigurationError, match="gives several, or none"):
+        export(model, tmp_path / "plain", "linear", dataset=tmp_path)
+    facts = export(model, tmp_path / "plain", "linear")
+    assert (facts["label_threshold"], facts["accuracy"]) == (0.4, None)
+    pictures[0].save(tmp_path / "0.png")
+    code = "import runpy\nscript = sys.argv.pop(1)\nrunpy.run_path(script, run_name='__main__')"
+    printed = without_the_library(code, tmp_path / "plain" / "classify.py", "0.png", cwd=tmp_path)
+    with torch.no_grad():
+        logits = model(model.image_processor(images=pictures[:1], return_tensors="pt")["pixel_values"]).logits[0]
+    expected = [name for name, score in zip(model.class_names, logits.sigmoid().tolist(), strict=True) if score >= 0.4]
+    assert json.loads(printed)["labels"] == expected
+    assert 0 < len(expected) < 3
 
 
 @pytest.mark.filterwarnings("ignore")

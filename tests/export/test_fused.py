@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import tagger
 
 from taskres_hf.encoders import FAMILIES
 from taskres_hf.errors import ConfigurationError
@@ -65,4 +66,18 @@ def test_what_cannot_be_exported_is_refused(tiny: Tiny) -> None:
     model = tiny()
     model.clip.visual_projection.to("meta")
     with pytest.raises(ConfigurationError, match="visual_projection"):
+        FusedClassifier(model)
+
+
+def test_several_labels_per_picture_have_a_probability_each(tiny: Tiny) -> None:
+    model, pixels = tagger(tiny(names=["a", "b", "c", "d"])), torch.randn(5, 3, 32, 32)
+    fused = FusedClassifier(model)
+    with torch.no_grad():
+        logits, probabilities = fused(pixels)
+        torch.testing.assert_close(probabilities, model(pixels).logits.sigmoid(), atol=1e-5, rtol=0)
+    given = fused.head.given(logits)
+    assert torch.equal(given, probabilities >= 0.4)
+    assert len(given.sum(dim=1).unique()) > 1 or int(given.sum()) not in (len(pixels), 0)
+    model.classifier.reset()
+    with pytest.raises(ConfigurationError, match="is not trained"):
         FusedClassifier(model)

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support import tagger
 
 from taskres_hf.errors import ArtifactError, ConfigurationError, MissingExtraError
 from taskres_hf.export import export, web
@@ -120,6 +121,24 @@ def test_the_browser_says_what_python_says(
         for name, probability in zip(full.class_names, expected.tolist(), strict=True):
             assert abs(found[name] - probability) <= SAME, (file.name, name)
     assert all(one.startswith((address, f"blob:{address[:20]}")) for one in asked)  # no CDN, nothing sent
+
+
+@pytest.mark.usefixtures("vendored")
+def test_several_labels_per_picture_have_a_probability_each(
+    browser: Any, serve: Any, tiny: Tiny, pictures: list[Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    model = tagger(tiny())
+    export(model, tmp_path / "page", "web", vendor=True)
+    page = browser.new_page()
+    page.goto(serve(tmp_path / "page"))
+    page.wait_for_selector("#status[data-state=ready], #status[data-state=error]")
+    pictures[0].save(tmp_path / "0.png")
+    found = _answer(page, tmp_path / "0.png")
+    with torch.no_grad():
+        logits = model(model.image_processor(images=pictures[0], return_tensors="pt")["pixel_values"]).logits[0]
+    assert found == pytest.approx(dict(zip(model.class_names, logits.sigmoid().tolist(), strict=True)), abs=SAME)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
 @pytest.mark.usefixtures("vendored")

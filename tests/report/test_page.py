@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import TASK
 from datasets import DatasetDict
-from support import forge, run
+from support import forge, run, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data import LabelledImages
@@ -287,3 +287,14 @@ def test_a_browser_loads_nothing_and_complains_of_nothing(
     link.click()
     assert tab.locator(f"id={target}").is_visible()
     tab.close()
+
+
+def test_several_labels_per_picture_are_refused(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tagger(TaskResCLIPForImageClassification.from_base(base, ["cat", "dog"]))
+    with pytest.raises(ConfigurationError, match="taskres evaluate"):
+        write_report(model, tmp_path / "out.html")
+    model.save_pretrained(tmp_path / "tagger")
+    code, _, error = run(capsys, "report", tmp_path / "tagger", "-o", tmp_path / "out.html")
+    assert code == 1
+    assert "gives several, or none" in error
+    assert not (tmp_path / "out.html").exists()

@@ -18,8 +18,9 @@ import pytest
 pytest.importorskip("fastapi_offline", reason="needs the serve extra")
 
 from starlette.testclient import TestClient
-from support import copied
+from support import copied, tagger
 from support import same_predictions as same
+from transformers import pipeline
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.embedding.engines.choose import ImageEngine
@@ -50,6 +51,23 @@ def _problem(reply: Any) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------- answers
+
+
+def test_several_labels_per_picture_have_a_score_each(base: str, pictures: list[bytes], tmp_path: Any) -> None:
+    untrained = TaskResCLIPForImageClassification.from_base(
+        base, ["cat", "dog", "bird"], problem_type="multi_label_classification"
+    )
+    with pytest.raises(ConfigurationError, match="is not trained"):
+        create_app({"tags": untrained})
+    tagger(untrained).save_pretrained(tmp_path / "tags")
+    with TestClient(create_app(tmp_path / "tags")) as client:
+        rows = client.post("/v1/models/tags/classify", files=_files(*pictures)).json()["results"]
+        told = client.get("/v1/models/tags").json()
+    stock = pipeline("image-classification", model=str(tmp_path / "tags"), top_k=3)
+    for row, content in zip(rows, pictures, strict=True):
+        assert same(row["predictions"], stock(read_image({"bytes": content})))
+        assert sum(top["score"] for top in row["predictions"]) > 1.1
+    assert (told["several_labels"], told["label_threshold"]) == (True, 0.4)
 
 
 def test_every_classifier_answers_as_pipeline_does(

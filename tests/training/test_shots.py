@@ -64,6 +64,7 @@ def test_a_drawn_picture_that_cannot_be_read_is_replaced(model: Model, splits: D
     TaskResTrainer(model, _arguments(shots=4), train).train()
     drawn = model.config.few_shot["indices"]
     broken = _with(train, dict.fromkeys(drawn[:2], BROKEN))
+    model.classifier.reset()
     with pytest.warns(UserWarning, match="2 drawn pictures cannot be read; others of their classes"):
         TaskResTrainer(model, _arguments(shots=4, on_error="skip"), broken).train()
     few_shot = model.config.few_shot

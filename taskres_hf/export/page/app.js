@@ -4,7 +4,7 @@ import { prepare } from "./pictures.js";
 const FIRST = 8; // classes shown before "show all"
 const $ = (id) => document.getElementById(id);
 const at = document.documentElement.dataset;
-let classify, RawImage, processor, latest = 0;
+let classify, RawImage, processor, several, latest = 0;
 
 // state: loading, ready, busy, done or error
 function say(state, text) {
@@ -25,6 +25,7 @@ async function load() {
   RawImage = library.RawImage;
   const config = await (await fetch("model/config.json")).json();
   classify = await pipeline("image-classification", "model", { device: "wasm", dtype: config["transformers.js_config"].dtype });
+  several = config.problem_type === "multi_label_classification";
   processor = classify.processor.image_processor ?? classify.processor;
   processor.plan = { ...(await (await fetch("model/preprocessor_config.json")).json()) };
   processor.do_resize = processor.do_center_crop = false; // pictures.js does both, as in training
@@ -33,7 +34,12 @@ async function load() {
 // Labels with probabilities of a picture file, most probable first.
 async function answers(blob) {
   const { pixels, width, height } = await prepare(blob, processor.plan);
-  return classify(new RawImage(pixels, width, height, 3), { top_k: null });
+  const image = new RawImage(pixels, width, height, 3);
+  if (!several) return classify(image, { top_k: null });
+  // The pipeline knows only softmax for pictures; of several labels each has a probability of its own.
+  const { logits } = await classify.model({ pixel_values: (await classify.processor([image])).pixel_values });
+  const rows = Array.from(logits.data, (logit, k) => ({ label: classify.model.config.id2label[k], score: 1 / (1 + Math.exp(-logit)) }));
+  return rows.sort((a, b) => b.score - a.score);
 }
 
 function show(rows, count) {
