@@ -49,6 +49,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 FIGURE = "accuracy.png"  # beside a card that shows it
+_SEVERAL = "multi_label_classification"
 
 
 def model_card(
@@ -62,36 +63,9 @@ def model_card(
         tags: further Hub tags.
         figure: show `accuracy.png`, which lies beside the card.
     """
-    base = config.get("base_model_name_or_path")
-    data = config.get("data") or {}
-    metrics = config.get("metrics") or {}
-    # A bare name is more likely a folder of somebody's machine than one of the few old ids without an owner.
-    name = str(data.get("id") or "")
-    dataset = name if "/" in name and is_hub_id(name) else None
-    several = config.get("problem_type") == "multi_label_classification"
-    measured = "map" if several else "accuracy"
-    fields: dict[str, Any] = {
-        "library_name": "taskres_hf",
-        "pipeline_tag": "image-classification",
-        "tags": sorted({"taskres", "clip", "few-shot", "image-classification", *(tags or [])}),
-        "metrics": ["map", "f1"] if several else ["accuracy"],
-    }
-    if is_hub_id(base):
-        fields |= {"base_model": base, "base_model_relation": "adapter"}
-    if dataset:
-        fields["datasets"] = [dataset]
-    if measured in metrics:
-        fields["model_name"] = repo_id or "TaskRes classifier"
-        fields["eval_results"] = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset or "custom",
-                dataset_name=data.get("name") or dataset or "custom",
-                metric_type=measured,
-                metric_name=f"{measured} ({metrics['method']})" if metrics.get("method") else None,
-                metric_value=round(float(metrics[measured]), 4),
-            )
-        ]
+    base, data, metrics = config.get("base_model_name_or_path"), config.get("data") or {}, config.get("metrics") or {}
+    several = config.get("problem_type") == _SEVERAL
+    fields = _metadata(config, repo_id, tags)
     names = {int(index): name for index, name in config["id2label"].items()}
     template = resources.files("taskres_hf").joinpath("card_template.md").read_text(encoding="utf-8")
     text = ModelCard.from_template(
@@ -121,6 +95,41 @@ def model_card(
     part, header = card.text.strip(), _dict(card)
     start = START.format(checksums=f"{_checksum(header)} {_checksum(part)}")
     return _put_together(header, f"{start}\n\n{part}\n\n{END}\n")
+
+
+def _metadata(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | None) -> dict[str, Any]:
+    """What the Hub reads of a card."""
+    base = config.get("base_model_name_or_path")
+    data = config.get("data") or {}
+    metrics = config.get("metrics") or {}
+    # A bare name is more likely a folder of somebody's machine than one of the few old ids without an owner.
+    name = str(data.get("id") or "")
+    dataset = name if "/" in name and is_hub_id(name) else None
+    several = config.get("problem_type") == _SEVERAL
+    measured = "map" if several else "accuracy"
+    fields: dict[str, Any] = {
+        "library_name": "taskres_hf",
+        "pipeline_tag": "image-classification",
+        "tags": sorted({"taskres", "clip", "few-shot", "image-classification", *(tags or [])}),
+        "metrics": ["map", "f1"] if several else ["accuracy"],
+    }
+    if is_hub_id(base):
+        fields |= {"base_model": base, "base_model_relation": "adapter"}
+    if dataset:
+        fields["datasets"] = [dataset]
+    if measured in metrics:
+        fields["model_name"] = repo_id or "TaskRes classifier"
+        fields["eval_results"] = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset or "custom",
+                dataset_name=data.get("name") or dataset or "custom",
+                metric_type=measured,
+                metric_name=f"{measured} ({metrics['method']})" if metrics.get("method") else None,
+                metric_value=round(float(metrics[measured]), 4),
+            )
+        ]
+    return fields
 
 
 def _interval(value: Any) -> list[float]:

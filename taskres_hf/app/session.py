@@ -452,11 +452,8 @@ class Session:
         folder = self.artifact
         try:
             with self._noting():
-                return str(
-                    push_folder(
-                        folder, repo_id.strip(), private=private or None, figure=figure_for_card(folder)
-                    ).repo_url
-                )
+                figure = figure_for_card(folder)
+                return str(push_folder(folder, repo_id.strip(), private=private or None, figure=figure).repo_url)
         except HubError as error:  # its advice names a folder that goes with this session
             why = str(error).partition(" The classifier is whole in ")[0]
             raise HubError(f"{why} The classifier is still here: download it, or try again.") from error
