@@ -165,6 +165,16 @@ class TaskResClassifier(nn.Module):
     def alpha(self, value: float) -> None:
         self.facts["alpha"] = checked_alpha(value)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch, but fp32 stays: `model.half()` and `.to(torch.bfloat16)` are for the base."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
+            return tensor.to(moved.device) if narrower and tensor.device.type != "meta" else moved
+
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+
     strength = setting("strength")
     logit_scale_factor = setting("logit_scale_factor")
     normalize_weight = setting("normalize_weight")

@@ -56,6 +56,21 @@ def test_bf16_images_do_not_round_the_head() -> None:
     assert head(torch.randn(2, 16).bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_keeps_its_head(dtype: torch.dtype) -> None:
+    """`model.half()` and `.to(dtype)` reach every module; the classifier must not be rounded with the base."""
+    head, images = _head(), torch.randn(4, 16)
+    with torch.no_grad():
+        head.residual.normal_()
+    head.class_bias = torch.randn(len(head.base))
+    before = head(images)
+    whole = torch.nn.Sequential(torch.nn.Linear(2, 2), head).to(dtype)
+    assert whole[0].weight.dtype == dtype
+    assert torch.equal(head(images), before)
+    assert {value.dtype for value in (head.base, head.class_bias, head.residual)} == {torch.float32}
+    assert head.double()(images).dtype == torch.float64
+
+
 def test_reset_goes_back_to_zero_shot() -> None:
     head, images = _head(), torch.randn(4, 16)
     with torch.no_grad():

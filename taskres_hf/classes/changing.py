@@ -16,6 +16,7 @@ from ..prompts import check_class_names, class_prompts
 from ..residual import AS_PUBLISHED, TaskResClassifier
 from . import merging
 from .rows import (
+    check_straight,
     empty_like,
     exchange,
     is_published,
@@ -64,15 +65,16 @@ class ChangesClasses:
                 classifier's own templates.
             dataset: labelled pictures, as for `TaskResTrainer`. Of the new classes only: recipe `auto` is fitted to
                 them among each other, and joined with the old rows as `unite` does. Of all classes: all is trained
-                anew, by the recipe that the classifier was trained by.
+                anew, without `args` by the recipe and settings that the classifier was trained by.
             class_bias: added to the logits of classes from text, in place of the calibrated gain; higher gives them
                 more pictures.
-            args: `TaskResTrainingArguments` for `dataset`: shots, seed, engine and so on.
+            args: `TaskResTrainingArguments` for `dataset`: shots, seed, engine and so on; their recipe trains all.
 
         Raises:
             ClassNamesError: a name is there already, twice (after NFC), or empty.
             ConfigurationError: prompts that cannot be made, a classifier whose rows have nothing of the text's, or one
-                of several labels per picture, whose biases per class pictures alone can give.
+                of several labels per picture, whose biases per class pictures alone can give;
+                or a strength between 0 and 1 at which the old rows could not be kept.
             BaseMismatchError: the base gives other text embeddings for the old classes than the classifier has.
             DataError: the pictures cannot be used.
         """
@@ -245,6 +247,7 @@ def fill_from_text(wider: TaskResClassifier, head: TaskResClassifier, bias: floa
     if is_published(head):
         wider.class_bias = biases.float() if offset else None
     elif head.normalize_weight:  # lengths that differ from now on
+        check_straight([head])
         facts, strength = dict(wider.facts), wider.strength
         new = F.normalize(wider.base[count:].double(), dim=1)
         wider.set_weight(torch.cat([rows.weight, scale * new]), class_bias=biases, normalize_weight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..prompts import check_class_names
 from ..residual import TaskResClassifier
 from .rows import (
     Rows,
+    check_straight,
     empty_like,
     exchange,
     fingerprint_of,
@@ -25,6 +26,7 @@ from .rows import (
     rows_of,
     with_prompts,
     with_rows,
+    write_published,
 )
 
 
@@ -43,7 +45,8 @@ def merge_residuals(models: Sequence[Any], weights: Sequence[float] | None = Non
 
     Raises:
         ClassNamesError: other classes, with those that only one has: see `unite`.
-        ConfigurationError: other bases by name or image tower, prompts, sides or strengths; says which.
+        ConfigurationError: other bases by name or image tower, prompts, sides or strengths; says which. A strength
+            between 0 and 1 where logits are averaged whose rows it moves in another way.
         BaseMismatchError: other text embeddings of the same prompts.
     """
     models = _several(models)
@@ -56,15 +59,13 @@ def merge_residuals(models: Sequence[Any], weights: Sequence[float] | None = Non
     rows = [rows_of(head) for head in heads]
     head = empty_like(first, first.base)
     if all(is_published(other) for other in heads):
-        with torch.no_grad():
-            parts = [w * other.alpha * other.residual.cpu() for w, other in zip(shares, heads, strict=True)]
-            if any(bool(part.any()) for part in parts) and first.alpha == 0:
-                raise ConfigurationError("The first classifier has alpha 0 and cannot hold a residual: set its alpha.")
-            head.residual.copy_(torch.stack(parts).sum(0) / (first.alpha or 1.0))
+        parts = [w * other.alpha * other.residual.detach().cpu() for w, other in zip(shares, heads, strict=True)]
+        write_published(head, torch.stack(parts).sum(0))
         if any(other.shift is not None for other in heads):
             shifts = [w * other.shift.cpu() for w, other in zip(shares, heads, strict=True) if other.shift is not None]
             head.shift = torch.stack(shifts).sum(0)
     else:
+        check_straight(heads)
         weight, bias = (sum(w * r[part] for w, r in zip(shares, rows, strict=True)) for part in (0, 1))
         head.set_weight(weight, class_bias=bias, normalize_weight=False)
     told = {"method": "average of residuals", "weights": shares, **_calibration(rows, shares)}
@@ -92,7 +93,8 @@ def unite(models: Sequence[Any]) -> Any:
         A new model over the base of the first.
 
     Raises:
-        ClassNamesError: a class is in two. ConfigurationError: other bases, sides, averages of prompts or strengths.
+        ClassNamesError: a class is in two. ConfigurationError: other bases, sides, averages of prompts or strengths; a
+            strength between 0 and 1 where only some have a bias or lengths of their own.
     """
     models = _several(models)
     first = models[0]
@@ -117,10 +119,13 @@ def unite(models: Sequence[Any]) -> Any:
     if first.classifier.side == "image":
         if any(bool(one.residual.any()) for one in heads):
             raise ConfigurationError("Residuals on the image side are one for all classes: they cannot be united.")
-    elif all(is_published(one) and one.shift is None for one in heads):
-        with torch.no_grad():
-            head.residual.copy_(torch.cat([one.alpha * one.residual.cpu() for one in heads]) / (head.alpha or 1.0))
+    elif all(is_published(one) for one in heads):
+        write_published(head, torch.cat([one.alpha * one.residual.detach().cpu() for one in heads]))
+        if any(one.shift is not None for one in heads):
+            shifts = [torch.zeros_like(one.base) if one.shift is None else one.shift for one in heads]
+            head.shift = torch.cat([shift.cpu() for shift in shifts])
     else:
+        check_straight(heads)
         joined = join_rows(rows)
         head.set_weight(joined.weight, class_bias=joined.bias, normalize_weight=False)
     return _new_model(models, config, head, {"method": "union of classifiers", **_calibration(rows[:1], [1.0])})
@@ -217,7 +222,7 @@ def _several(models: Any) -> list[Any]:
 
 def _shares(weights: Any, count: int) -> list[float]:
     """Weights of sum 1."""
-    values = [1.0] * count if weights is None else list(weights)
+    values = [1.0] * count if weights is None else list(weights) if isinstance(weights, Iterable) else [weights]
     good = all(number_within(value, 0.0, 1e9) is not None for value in values)
     if len(values) != count or not good or not sum(values):
         raise ConfigurationError(f"`weights` must be {count} numbers, 0 or more and not all 0; got {values!r:.80}.")

@@ -103,6 +103,34 @@ def is_published(head: TaskResClassifier) -> bool:
     return head.class_bias is None and not {"logit_scale_factor", "normalize_weight"} & set(head.facts)
 
 
+def check_straight(heads: Sequence[TaskResClassifier]) -> None:
+    """Refuse to write rows anew that answer otherwise afterwards: between zero-shot and trained they would go straight.
+
+    Raises:
+        ConfigurationError: a strength between 0 and 1, and rows that count by direction alone or have a factor.
+    """
+    for head in heads:
+        straight = not head.normalize_weight and head.logit_scale_factor == 1.0
+        if head.strength < 1.0 and not straight and not head.is_zero_shot:
+            raise ConfigurationError(
+                f"At strength {head.strength:g} these rows cannot be kept: between zero-shot and trained they go "
+                "another way than rows with lengths of their own. Set strength = 1.0 before (on all classifiers), and "
+                "the one you want afterwards."
+            )
+
+
+@torch.no_grad()
+def write_published(head: TaskResClassifier, learned: Tensor) -> None:
+    """`alpha x` [K, D] into a head of its own alpha.
+
+    Raises:
+        ConfigurationError: its alpha is 0, and there is something to hold.
+    """
+    if head.alpha == 0.0 and bool(learned.any()):
+        raise ConfigurationError("The first classifier has alpha 0 and cannot hold a residual: set its alpha.")
+    head.residual.copy_(learned / (head.alpha or 1.0))
+
+
 def number_within(value: Any, low: float, high: float) -> float | None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     return float(value) if good else None

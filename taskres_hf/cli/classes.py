@@ -196,12 +196,14 @@ def _add(classifier: Any, names: list[str], templates: Any, dataset: str | None,
         classifier.add_classes(names, read_templates(templates))
         return
     from ..data import load_training_data
-    from ..training import TaskResTrainingArguments
+    from ..training import recorded_arguments
 
     data = load_training_data(dataset, eval_split="none")
     if not quiet:
         say("\n".join(data.account.lines()))
-    arguments = TaskResTrainingArguments(**draw, disable_tqdm=quiet)
+    before = classifier.config
+    recorded = {"training": before.training, "enhanced_base": before.enhanced_base}
+    arguments = recorded_arguments(recorded, **draw, disable_tqdm=quiet)
     classifier.add_classes(names, read_templates(templates), data.train, args=arguments)
 
 
@@ -223,8 +225,10 @@ def _same_base(first: str, other: str) -> bool:
 def _save(model: Any, folder: Path) -> dict[str, Any]:
     """Save and read back; what is there now."""
     from ..description import told_changes
+    from .run_config import forget_run
 
     model.save_pretrained(folder)
+    forget_run(folder)
     type(model).from_pretrained(folder, base_model=model.clip)  # what does not load again is no result
     changes = told_changes(model.config.training or {})
     return {"output_dir": str(folder), "classes": model.class_names, "changes": changes}

@@ -231,3 +231,10 @@ def write_run(folder: Path, values: Mapping[str, Any], command: str = "train") -
     path = folder / RUN_FILE
     write_bytes(path, (head + text).encode("utf-8"))
     return path
+
+
+def forget_run(folder: Path) -> None:
+    """Take away the settings beside a classifier that no run of them gives any more; a file of the user's stays."""
+    path = folder / RUN_FILE
+    if path.is_file() and path.read_bytes().startswith(f"# The settings of {_WRITES['train']}".encode()):
+        path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -45,6 +46,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 # Largest difference of a logit, relative to the longest row of the fused classifier: 1 is a cosine's whole range.
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 5e-2}
 _INT8 = ("onnx", "web", "handler")
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_FULL_IN_WORDS = ("I/O error", "iostream error")  # of safetensors and OpenVINO, whose errors have no number
 _KIND = "taskres_hf export"
 _FACTS = "export.json"
 _PICTURES = 8  # shipped ones that every export is compared on
@@ -124,13 +127,21 @@ def _in_words(format: str, precision: str, model_type: str) -> Iterator[None]:
 
     Raises:
         ConfigurationError: instead of whatever a converter or runtime raises at an image tower it does not know.
+        ArtifactError: instead of a writer's own error where the disk is full.
     """
     try:
         yield
-    except (TaskResError, MemoryError, OSError):
+    except (TaskResError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or any(words in reason for words in _FULL_IN_WORDS):
+            raise ArtifactError(
+                f"Cannot write the export: {reason}. Nothing was kept; make room on the disk."
+            ) from error
+        if isinstance(error, OSError):
+            raise
         raise ConfigurationError(
             f"The image tower of {model_type!r} cannot be converted to {format} ({precision}): "
             f"{type(error).__name__}: {reason}. Nothing was kept; try another format or precision."

@@ -5,6 +5,7 @@ Conversions are those of torch, OpenVINO, ONNX and ONNX Runtime; nothing here kn
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -135,7 +136,9 @@ def to_torch(fused: FusedClassifier, folder: Path, precision: str) -> Run:
         program = torch.export.export(
             fused, (torch.zeros(2, 3, *picture_size(fused.base)),), dynamic_shapes=({0: batch},), strict=False
         )
-        torch.export.save(program, file)
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        write_bytes(file, content.getvalue())  # on a full disk torch's own writer ends the process
         loaded = torch.export.load(file).module()
 
     def run(pixels: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def _picture(item):
                 item = Image.open(io.BytesIO(item), formats=_FORMATS)
             if not isinstance(item, Image.Image):
                 raise TypeError(f"got a {type(item).__name__}")
+            if item.mode == "F":
+                raise TypeError("its pixels are floating-point numbers of unknown range")
             return load_image(item)
     except Exception as error:  # Pillow raises many types on what is no picture, or a damaged one
         raise ValueError(f"An input is no picture that can be read: {error}") from error

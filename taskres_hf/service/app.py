@@ -204,6 +204,8 @@ def _looking(service: Classifiers, metrics: Metrics) -> APIRouter:
 
 def _wanted(service: Classifiers, asked: Sequence[str] | None, upload: Upload) -> list[str]:
     """Classifiers that a request means: of its address, else of its body, else all."""
+    if asked and upload.models and checked_models(asked) != checked_models(upload.models):
+        raise RequestError(422, "contradiction", "The address and the body name different classifiers: leave one out.")
     names = checked_models(asked or upload.models or list(service))
     for name in names:
         service.find(name)  # raises where there is none

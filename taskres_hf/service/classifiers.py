@@ -181,10 +181,10 @@ class Classifiers:
             ConfigurationError: the name cannot be one, or the classifier gives several labels per picture and was never
                 trained. ArtifactError, BaseModelError, HubError: it cannot be loaded.
         """
-        if not name or name != _as_name(name):
+        if not isinstance(name, str) or not name or name != _as_name(name):
             raise ConfigurationError(
-                f"A classifier cannot be served as {visible(name[:_LONGEST_NAME])!r}: a name has letters, digits, '.', "
-                f"'_' and '-', at most {_LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
+                f"A classifier cannot be served as {visible(str(name)[:_LONGEST_NAME])!r}: a name has letters, digits, "
+                f"'.', '_' and '-', at most {_LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
             )
         model = source if isinstance(source, TaskResCLIPForImageClassification) else self._loaded(source)
         model.classifier.check_can_say_no()
@@ -343,6 +343,10 @@ def _as_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME]
 
 
+def _told(source: Any) -> str:
+    return "a loaded model" if isinstance(source, TaskResCLIPForImageClassification) else visible(os.fspath(source))
+
+
 def _named(models: Models) -> dict[str, Source]:
     """Classifiers by name; those without one are named after their folder or repository."""
     if isinstance(models, Mapping):
@@ -362,8 +366,8 @@ def _named(models: Models) -> dict[str, Source]:
             raise ConfigurationError(f"{visible(where)!r} gives no name to serve it by: say NAME={visible(where)}.")
         if name in found:
             raise ConfigurationError(
-                f"Two classifiers would be served as {name!r}: {found[name]} and {source}. Name them, as in "
-                f"{name}-2={source}."
+                f"Two classifiers would be served as {name!r}: {_told(found[name])} and {_told(source)}. Name them, as "
+                f"in {{{name!r}: ..., '{name}-2': ...}} or {name}-2=FOLDER."
             )
         found[name] = source  # type: ignore[assignment]
     return found

@@ -28,7 +28,7 @@ class ServiceSettings:
         max_wait_ms: how long the first picture of a batch waits for others, at most. One that comes alone, after one
             that came alone, does not wait.
         max_body_mb: size of a request's body, in units of 1,000,000 bytes.
-        max_pictures: pictures in one request.
+        max_pictures: pictures in one request; never more than `max_queue`.
         max_queue: pictures accepted and not answered yet, of all requests; beyond them the answer is 503. A request
             that is still being read counts as one. `max_queue * max_body_mb` bounds the memory that bodies take.
         timeout_s: seconds from the first byte of a request to its answer; then 408 (still being read) or 504.
@@ -70,6 +70,11 @@ class ServiceSettings:
     def max_body(self) -> int:
         """Bytes of a body."""
         return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def most_pictures(self) -> int:
+        """Pictures of one request: with more than the queue has room for, trying again would never help."""
+        return min(self.max_pictures, self.max_queue)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ServiceSettings:

@@ -23,6 +23,7 @@ from .settings import ServiceSettings
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _IMAGES = ("images", "image", "inputs")  # the last as in Hugging Face's inference API
 _KEYS = (*_IMAGES, "top_k", "models", "parameters")
+_PARAMETERS = ("top_k",)
 _LARGEST_FIELD = 64 * 1024  # bytes of a form's text
 _MOST_MODELS = 1000
 
@@ -85,7 +86,7 @@ async def read_upload(request: Any, settings: ServiceSettings, in_thread: Callab
         upload = Upload([lambda: body])
     if not upload.pictures:
         raise RequestError(400, "no_picture", "The request holds no picture.")
-    if len(upload.pictures) > settings.max_pictures:
+    if len(upload.pictures) > settings.most_pictures:
         raise _too_many(settings)
     return upload
 
@@ -114,7 +115,7 @@ async def _body(request: Any, settings: ServiceSettings) -> bytes:
 def _too_many(settings: ServiceSettings) -> RequestError:
     return RequestError(
         413, "too_many_pictures",
-        f"A request may hold {settings.max_pictures} pictures. Send the others in requests of their own.",
+        f"A request may hold {settings.most_pictures} pictures. Send the others in requests of their own.",
     )  # fmt: skip
 
 
@@ -122,12 +123,13 @@ def _too_many(settings: ServiceSettings) -> RequestError:
 
 
 async def _of_form(request: Any, body: bytes, settings: ServiceSettings) -> Upload:
+    from python_multipart.multipart import parse_options_header
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
-    most = settings.max_pictures
+    most = settings.most_pictures
     parser = MultiPartParser(
         request.headers, stream(), max_files=most, max_fields=_MOST_MODELS, max_part_size=_LARGEST_FIELD
     )
@@ -138,6 +140,9 @@ async def _of_form(request: Any, body: bytes, settings: ServiceSettings) -> Uplo
         if parser._current_files > most:
             raise _too_many(settings) from None
         raise RequestError(400, "malformed_form", f"The form cannot be read: {visible(error.message)[:200]}") from None
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+    if b"--" + boundary + b"--" not in body:  # the parser passes over a part that is cut off
+        raise RequestError(400, "malformed_form", "The form is cut short: its closing boundary is missing.")
     upload = Upload()
     for name, value in form.multi_items():
         if not isinstance(value, str):
@@ -187,6 +192,11 @@ def _of_json(body: bytes) -> Upload:
     parameters = value.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(422, "malformed_json", f"'parameters' must be an object; got {_kind(parameters)}.")
+    other = [key for key in parameters or {} if key not in _PARAMETERS]
+    if other:  # an answer without what was asked for would look like one with it
+        raise RequestError(
+            422, "unknown_field", f"'parameters' may hold {', '.join(_PARAMETERS)}; got {visible(other[0][:100])!r}."
+        )
     top_k = value.get("top_k", (parameters or {}).get("top_k"))
     if top_k is not None:
         upload.top_k = checked_top_k(top_k)
@@ -210,7 +220,7 @@ def checked_top_k(value: Any) -> int:
     Raises:
         RequestError: no whole number from 1.
     """
-    text = isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal()
+    text = isinstance(value, str) and len(value) <= 10 and value.isascii() and value.isdecimal()
     number = int(value) if text else value
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 1_000_000_000:
         raise RequestError(

@@ -6,10 +6,10 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from ..classes.rows import empty_like, join_rows, listed, rows_of
+from ..classes.rows import check_straight, empty_like, join_rows, listed, rows_of
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError
-from .arguments import TaskResTrainingArguments
+from .arguments import TaskResTrainingArguments, recorded_arguments
 from .measuring import remember, remember_together
 from .recipes import make_recipe
 from .steps import fit
@@ -29,7 +29,8 @@ def learn_new_classes(model: Any, before: tuple[Any, Any], dataset: Any, args: T
     Raises:
         DataError: a new class without a picture. ConfigurationError: a residual on the image side.
     """
-    args = args or TaskResTrainingArguments(disable_tqdm=True)
+    recorded = {"training": before[0].training, "enhanced_base": before[0].enhanced_base}
+    anew, args = args, args or TaskResTrainingArguments(disable_tqdm=True)
     names, old = model.class_names, len(before[1].base)
     if model.classifier.side == "image":
         raise ConfigurationError("A residual on the image side has no rows to fit to new classes: train on all.")
@@ -44,7 +45,7 @@ def learn_new_classes(model: Any, before: tuple[Any, Any], dataset: Any, args: T
         )
     if len(present) == len(names):
         model.classifier.reset()
-        TaskResTrainer(model, args, dataset).train()
+        TaskResTrainer(model, anew or recorded_arguments(recorded, disable_tqdm=True), dataset).train()
         return model
     if min(present) < old:
         warnings.warn(
@@ -69,6 +70,7 @@ def _join(model: Any, before: tuple[Any, Any], data: ImageFeatures, seed: int) -
     """Recipe `auto` on the new classes among each other, beside the old rows."""
     config, head = model.config, model.classifier
     old = len(before[1].base)
+    check_straight([before[1]])
     apart = empty_like(head, head.base[old:])
     apart.facts["training"] = {"recipe": "auto"}
     own = replace(data, labels=data.labels - old, class_names=data.class_names[old:])

@@ -84,9 +84,10 @@ class DatasetEmbeddings:
         return aligned
 
     def of(self, dataset: Any, views: int = 0) -> ImageFeatures:
-        """Embeddings of a dataset, made once as long as this object lives; see `TaskResTrainer.embed`."""
+        """Embeddings of a dataset, made once as long as the model has the same classes; see `TaskResTrainer.embed`."""
         made = self._made.get((id(dataset), views))
-        if made is None:  # the dataset is kept beside its embeddings, or its id could come back as another's
+        # The dataset is kept beside its embeddings, or its id could come back as another's.
+        if made is None or made[2].class_names != self.model.class_names:
             source = self.source(dataset)
             if isinstance(source, StoredFeatures):
                 raise DataError("Embeddings on disk are for training; measure on ImageFeatures or pictures.")

@@ -304,12 +304,12 @@ class TaskResTrainer(MeasuresClassifiers):
         return data
 
     def _training_pictures(self) -> TrainingPictures:
-        """The drawn pictures and their embeddings; drawn once for one dataset and draw."""
+        """The drawn pictures and their embeddings; drawn once for one dataset, draw and order of classes."""
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise DataError("There is nothing to train on: pass train_dataset to TaskResTrainer.")
         key = (id(dataset), args.shots, args.seed, args.views, args.augment_online, args.recipe, args.on_short)
-        if self._chosen is None or self._chosen[0] != key:
+        if self._chosen is None or self._chosen[0] != key or self._chosen[1].data.class_names != self.model.class_names:
             chosen = training_pictures(
                 self._embeddings.source(dataset), args, self.model.class_names, self._embeddings.of_pictures,
                 lambda: self.model.image_processor,

@@ -323,6 +323,23 @@ def test_golden_settings_survive(model: Model, tmp_path: Path) -> None:
     assert (model.strength, model.classifier.logit_scale_factor) == (0.625, 0.75)
 
 
+def test_between_zero_shot_and_trained_old_answers_stay_or_it_is_refused(model: Model) -> None:
+    """Rows that count by direction, or have a factor, go another way from zero-shot to trained than rewritten ones."""
+    _equally_long(model).strength = 0.5
+    before, names = _answers(model), model.class_names
+    with pytest.raises(ConfigurationError, match=r"Set strength = 1\.0 before"):
+        model.add_classes(["tractor"])
+    assert model.class_names == names
+    assert torch.equal(_answers(model), before)
+    model.strength = 0.0
+    torch.testing.assert_close(_answers(model.add_classes(["tractor"]))[:, : len(names)], _zero_shot(model, len(names)))
+
+
+def _zero_shot(model: Model, classes: int) -> torch.Tensor:
+    logits: torch.Tensor = model.zero_shot_logits(image_embeds=_embeds(model))[:, :classes]
+    return logits
+
+
 def test_of_several_labels_per_picture_the_other_scores_stay_and_classes_from_text_are_refused(
     base: str, tmp_path: Path
 ) -> None:

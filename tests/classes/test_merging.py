@@ -170,6 +170,37 @@ def test_shared_residuals_of_the_image_side(make: Make) -> None:
         unite([one, make(2, ["sun", "moon"], residual_side="image")])
 
 
+def test_a_strength_in_between_is_kept_or_refused(make: Make) -> None:
+    names = ["sun", "moon"]
+    one, two = make(1), make(2, names)
+    one.classifier.shift = 0.1 * torch.randn_like(one.classifier.base)
+    one.strength = two.strength = 0.5
+    both = _answers(unite([one, two]))
+    torch.testing.assert_close(both, torch.cat([_answers(one), _answers(two)], dim=1), atol=1e-4, rtol=1e-4)
+
+    one, same, auto = make(1), _like_auto(make(2), 2), _like_auto(make(2, names), 2)
+    for model in (one, same, auto):
+        model.strength = 0.5
+    for wrong in (
+        lambda: interpolate(one, same, 0.0),
+        lambda: merge_residuals([same, one]),
+        lambda: unite([one, auto]),
+    ):
+        with pytest.raises(ConfigurationError, match=r"Set strength = 1\.0 before"):
+            wrong()
+    torch.testing.assert_close(_answers(unite([same, auto]))[:, :4], _answers(same), atol=2e-4, rtol=1e-4)
+
+
+def test_a_union_loses_no_residual_to_an_alpha_of_zero(make: Make) -> None:
+    with pytest.raises(ConfigurationError, match="alpha 0"):
+        unite([make(1, alpha=0.0), make(2, ["sun", "moon"])])
+
+
+def test_weights_that_are_no_list(make: Make) -> None:
+    with pytest.raises(ConfigurationError, match="`weights`"):
+        merge_residuals([make(1), make(2)], 0.5)  # type: ignore[arg-type]
+
+
 def test_classifiers_of_several_labels_per_picture_are_not_brought_together(make: Make) -> None:
     one, other = make(0), tagger(make(1))
     apart = tagger(make(2, ["boat", "car"]))

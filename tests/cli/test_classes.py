@@ -10,6 +10,7 @@ import pytest
 from support import copied, run
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
+from taskres_hf.cli.run_config import RUN_FILE, write_run
 
 
 def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -92,6 +93,19 @@ def test_merging(capsys: pytest.CaptureFixture[str], trained: Path, spec: Any, t
     united = _json(capsys, "merge", *parts, "--union", "-o", tmp_path / "united")
     assert united["classes"] == [*names[4:], *names[:4]]
     assert run(capsys, "verify", tmp_path / "united")[0] == 0
+
+
+def test_settings_of_a_run_do_not_stay_beside_another_classifier(
+    capsys: pytest.CaptureFixture[str], trained: Path, spec: Any, tmp_path: Path
+) -> None:
+    """`taskres train --config` with them would give the classifier of before."""
+    own = copied(trained, tmp_path / "own")
+    write_run(own, {"dataset": "photos", "shots": 4})
+    _json(capsys, "classes", own, "--remove", spec["classes"][0], "--overwrite")
+    assert not (own / RUN_FILE).exists()
+    (own / RUN_FILE).write_text("dataset: of mine\n")
+    _json(capsys, "merge", own, own, "-o", own, "--overwrite")
+    assert (own / RUN_FILE).read_text() == "dataset: of mine\n"
 
 
 @pytest.mark.filterwarnings("ignore")

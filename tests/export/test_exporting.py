@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,32 @@ def test_accuracy_before_and_after(trained: Path, splits: Any, tmp_path: Path) -
 def rest(seen: list[int]) -> list[int]:
     """Two rows of the training split that are not among those."""
     return [row for row in range(179) if row not in seen][:2]
+
+
+_FULL = """
+import resource, signal, sys
+from taskres_hf import TaskResCLIPForImageClassification as Model
+from taskres_hf.errors import ArtifactError
+from taskres_hf.export import export
+model = Model.from_pretrained(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+for format in sys.argv[3:]:
+    try:
+        export(model, sys.argv[2] + "/" + format, format)
+    except ArtifactError as error:
+        print(format, error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX does")
+def test_a_full_disk_is_an_error_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch's writer ends the process."""
+    formats = ["torch", "linear"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FULL, str(trained), str(tmp_path), *formats],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == formats
+    assert not list(tmp_path.iterdir())

@@ -203,6 +203,7 @@ answers = {kind: answer(data) for kind, data in kinds.items()}
 bad = {
     "no inputs": {"data": text}, "address": {"inputs": "https://example.com/a.png"}, "path": {"inputs": "0.png"},
     "text": {"inputs": base64.b64encode(b"no picture").decode()}, "number": {"inputs": 7},
+    "floats": {"inputs": Image.open("0.png").convert("F")},
     "top_k": {"inputs": text, "parameters": {"top_k": 0}}, "unknown": {"inputs": text, "parameters": {"topk": 1}},
 }
 refused = {}
@@ -227,7 +228,8 @@ def test_handler_answers_what_endpoints_send(full: Any, pictures: list[Any], val
             best = expected[number].argsort(descending=True)[: 2 if kind == "top" else 5]
             assert [row["label"] for row in rows] == [full.class_names[int(index)] for index in best], kind
             np.testing.assert_allclose([row["score"] for row in rows], expected[number][best], atol=EXACT)
-    assert len(refused) == 7
+    assert len(refused) == 8
+    assert "unknown range" in refused["floats"]
     assert "base64" in refused["address"]
     assert "base64" in refused["path"]
     assert "top_k" in refused["unknown"]

@@ -265,6 +265,8 @@ def test_nothing_is_fetched_or_opened_for_a_client(
         (422, "malformed_top_k", {"json": {"images": ["x"], "top_k": 1e9}}),
         (422, "malformed_top_k", {"content": b"x", "headers": PNG, "params": {"top_k": "9" * 5000}}),
         (422, "malformed_top_k", {"content": b"x", "headers": PNG, "params": {"top_k": "-1"}}),
+        (422, "unknown_field", {"json": {"inputs": "x", "parameters": {"function_to_apply": "none"}}}),
+        (422, "contradiction", {"json": {"image": "x", "models": ["food"]}, "params": {"models": "signs"}}),
         (404, "unknown_model", {"content": b"x", "headers": PNG, "params": {"models": "cats"}}),
         (404, "unknown_model", {"content": b"x", "headers": PNG, "params": {"models": HOSTILE}}),
         (415, "unsupported_media_type", {"content": b"x", "headers": {"Content-Type": "text/html"}}),
@@ -288,6 +290,25 @@ def test_a_wrong_request_is_told_what_is_wrong(client: Any, status: int, code: s
     assert (reply.status_code, _problem(reply)["code"]) == (status, code)
     assert len(reply.content) < 2000
     assert b"\x1b" not in reply.content
+
+
+def test_a_form_that_is_cut_off_is_not_answered_in_part(client: Any, pictures: list[bytes]) -> None:
+    part = b'--a\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n%s\r\n'
+    whole = part % pictures[1] + part % pictures[3] + b"--a--\r\n"
+    headers = {"Content-Type": FORM}
+    assert len(client.post("/v1/classify", content=whole, headers=headers).json()["results"]) == 2
+    for cut in (len(whole) - 8, len(whole) - 200):
+        reply = client.post("/v1/classify", content=whole[:cut], headers=headers)
+        assert (reply.status_code, _problem(reply)["code"]) == (400, "malformed_form")
+
+
+def test_more_pictures_than_the_queue_has_room_for(artifacts: dict[str, str], pictures: list[bytes]) -> None:
+    """Trying again, as a 503 says, would never help."""
+    with TestClient(create_app(artifacts["food"], max_queue=2)) as client:
+        for body in ({"files": _files(*pictures[:3])}, {"json": {"images": ["x"] * 3}}):
+            reply = client.post("/v1/classify", **body)
+            assert (reply.status_code, _problem(reply)["code"]) == (413, "too_many_pictures")
+            assert "hold 2 pictures" in reply.text
 
 
 def test_a_body_that_does_not_say_how_long_it_is_ends_at_the_limit(client: Any) -> None:
@@ -428,8 +449,6 @@ def test_more_than_it_takes_is_refused_at_once_and_told_when_to_come_back(
     app = create_app(artifacts["food"], max_queue=3, timeout_s=60)
     service, done = app.state.service, []
     with TestClient(app) as client:
-        reply = client.post("/v1/classify", files=_files(*pictures[:4]))
-        assert (reply.status_code, _problem(reply)["code"], reply.headers["retry-after"]) == (503, "busy", "1")
         with service._turn:  # the tower is busy
             asking = threading.Thread(
                 target=lambda: done.append(client.post("/v1/classify", files=_files(*pictures[:3])))
@@ -437,7 +456,8 @@ def test_more_than_it_takes_is_refused_at_once_and_told_when_to_come_back(
             asking.start()
             while service.occupied < 3:
                 asking.join(0.01)
-            assert client.post("/v1/classify", content=pictures[1], headers=PNG).status_code == 503
+            reply = client.post("/v1/classify", content=pictures[1], headers=PNG)
+            assert (reply.status_code, _problem(reply)["code"], reply.headers["retry-after"]) == (503, "busy", "1")
             assert client.get("/health").status_code == client.get("/ready").status_code == 200
         asking.join(60)
         assert done[0].status_code == 200
@@ -538,8 +558,9 @@ def test_names_come_from_folders_or_from_you(artifacts: dict[str, str], tmp_path
     assert list(app.state.service) == ["my-food", "signs"]
     with pytest.raises(ConfigurationError, match="Two classifiers would be served as 'food'"):
         create_app([artifacts["food"], artifacts["food"]])
-    with pytest.raises(ConfigurationError, match="cannot be served as"):
-        create_app({"a/b": artifacts["food"]})
+    for name in ("a/b", 7):
+        with pytest.raises(ConfigurationError, match="cannot be served as"):
+            create_app({name: artifacts["food"]})  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="no classifier to serve"):
         create_app([])
     with pytest.raises(ArtifactError, match="no folder"):

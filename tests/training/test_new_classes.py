@@ -135,3 +135,32 @@ def test_epochs_go_on_and_remember_both(recipe: str, model: Model, parts: Any, t
         TaskResTrainer(loaded, _arguments(), eval_dataset=first).evaluate()
     with pytest.warns(UserWarning, match="went on from another"):
         assert trainer.measure() == {}
+
+
+def test_all_is_trained_anew_by_the_recipe_of_before_unless_told(base: str, spec: Any, parts: Any) -> None:
+    for args, recipe in ((None, "auto-v1"), (_arguments(), "auto")):
+        model = Model.from_base(base, spec["classes"][:OLD], spec["template"])
+        few = _part(parts[0], spec["classes"][:OLD], list(range(OLD)))
+        TaskResTrainer(model, _arguments(recipe="auto-v1", num_train_epochs=2, learning_rate=3e-3), few).train()
+        model.add_classes(spec["classes"][OLD:], dataset=parts[0], args=args)
+        assert model.config.training["recipe"] == recipe
+        assert args is not None or model.config.training["learning_rate"] == 3e-3
+
+
+def test_a_trainer_follows_a_change_of_classes(model: Model, splits: Any) -> None:
+    """Labels of what it has embedded already are those of the old order."""
+    names = model.class_names
+    trainer = TaskResTrainer(model, _arguments(shots=4), splits["train"], splits["test"])
+    trainer.train()
+    before, embedded = trainer.evaluate()["accuracy"], trainer.embed(splits["test"])
+    assert trainer.embed(splits["test"]) is embedded
+    model.reorder_classes(names[::-1])
+    assert trainer.evaluate()["accuracy"] == pytest.approx(before)
+    trainer.train()
+    assert trainer.evaluate()["accuracy"] == pytest.approx(before)
+    assert trainer.embed(splits["test"]).labels.tolist() == [
+        len(names) - 1 - label for label in splits["test"]["label"]
+    ]
+    model.remove_classes(names[:1])
+    with pytest.raises(DataError, match=names[0]):
+        trainer.evaluate()
