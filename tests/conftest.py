@@ -37,10 +37,10 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+from support import TASK  # noqa: E402
+
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments  # noqa: E402
 from taskres_hf.demo import demo_dataset, demo_model, demo_tasks  # noqa: E402
-
-TASK = "animals-plants"
 
 
 @pytest.fixture(autouse=True)

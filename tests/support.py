@@ -18,6 +18,8 @@ from taskres_hf.artifact import whole, with_checksums
 from taskres_hf.cli import main
 from taskres_hf.storage import read_stored, write_tensors
 
+TASK = "animals-plants"  # the one that most tests use
+
 
 def random_residual(model: TaskResCLIPForImageClassification, seed: int = 0) -> TaskResCLIPForImageClassification:
     """The same model with a residual that matters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def _imports(module: str, path: Path) -> set[str]:
             inner = {".".join([name, alias.name]).strip(".") for alias in node.names}
             found |= inner & set(FILES) or {name}
     return found
+
+
+def test_no_test_imports_the_conftest() -> None:
+    """pytest loads it under another name: a second copy would start a second Hub, and tests would speak to both."""
+    files = Path(__file__).parent.rglob("*.py")
+    pattern = re.compile(r"^\s*(?:from|import) (?:tests\.)?conftest\b", re.MULTILINE)
+    assert not [file.name for file in files if pattern.search(file.read_text())]
 
 
 def test_every_module_has_its_place() -> None:

@@ -14,8 +14,8 @@ labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
 processor = AutoImageProcessor.from_pretrained(here, backend="pil")
 tower = CLIPVisionModelWithProjection.from_pretrained(here).eval()
 head = load_file(here / "head.safetensors")
-formats = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-pictures = [ImageOps.exif_transpose(Image.open(name, formats=formats)).convert("RGB") for name in sys.argv[1:]]
+known = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+pictures = [ImageOps.exif_transpose(Image.open(name, formats=known)).convert("RGB") for name in sys.argv[1:]]
 pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     embeds = tower(pixels.to(tower.dtype)).image_embeds.float() + head.get("offset", 0.0)

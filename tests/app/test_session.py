@@ -17,7 +17,6 @@ import PIL.Image
 import pyarrow
 import pytest
 import torch
-from conftest import TASK
 from hub_server import HubServer
 from pyarrow import parquet
 
@@ -335,7 +334,6 @@ def test_a_session_can_begin_with_a_classifier(
     assert answer.classes[0][0] == row["predictions"][0]["label"]
     with pytest.raises(DataError, match="Nothing was trained"):
         _ = session.archive
-    assert TASK == "animals-plants"
 
 
 def test_upload_with_the_login_of_the_machine(ready: Session, session: Session, hub: HubServer) -> None:

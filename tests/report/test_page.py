@@ -15,9 +15,8 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from conftest import TASK
 from datasets import DatasetDict
-from support import forge, run, tagger
+from support import TASK, forge, run, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data import LabelledImages, load_training_data
