@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from ..tables import visible
+from ..tables import percent, visible
 from .session import Added, Answer, Guess, Outcome, Picture, Session
 
 _MOST_NOTES = 12
@@ -72,11 +72,6 @@ input.addEventListener('change', async () => {
 def safe(text: object) -> str:
     """Text that neither HTML nor a template nor a terminal obeys."""
     return html.escape(visible(str(text))).translate(_SIGNS)
-
-
-def percent(share: float) -> str:
-    """0.415 as `41.5 %`."""
-    return f"{100 * share:.1f} %"
 
 
 def step(number: int, title: str, text: str) -> str:

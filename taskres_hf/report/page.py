@@ -13,7 +13,7 @@ from ..description import measured_on
 from ..errors import ConfigurationError
 from ..residual import MULTI_LABEL
 from ..storage import check_can_write, write_bytes
-from ..tables import visible
+from ..tables import percent, visible
 from . import figures, findings
 from .gathering import Evidence, Measured, Pictures, Subject, gather, read_subject
 from .thumbnails import Thumbnails
@@ -407,7 +407,7 @@ def _shown(value: Any) -> Any:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None else percent(share)
 
 
 def _points(gain: float | None) -> str:
