@@ -9,11 +9,10 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
-from .values import check_device, label_options, one_dataset, read_label_map, resolve_base, use_device
+from .values import check_device, label_options, one_dataset, resolve_base
 
 if TYPE_CHECKING:
     from ..data import LabelledImages
-    from ..training import TaskResTrainingArguments
 
 
 def evaluate(
@@ -58,7 +57,7 @@ def evaluate(
     when_interrupted(lambda: "Embeddings of the pictures read so far are in the cache; the same command starts there.")
     quiet_libraries(quiet or as_json, collect=as_json)
     source = one_dataset(context, dataset, dataset_option)
-    arguments = _arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
+    arguments = opt.measuring_arguments(context, check_device(device, use_cpu), label_map, quiet or as_json)
     _check_report(report)
     from ..data import load_evaluation_data
     from ..training import TaskResTrainer
@@ -112,18 +111,6 @@ def _write_report(report: Path | None, classifier: Any, source: str, options: di
     from ..report import write_report
 
     return {"report": write_report(classifier, report, source, **options)["output"]}
-
-
-def _arguments(
-    context: typer.Context, device: str | None, label_map: str | None, quiet: bool
-) -> TaskResTrainingArguments:
-    from ..training import TaskResTrainingArguments
-    from .run_config import read_run, training_only
-
-    use_device(device)
-    values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map)}
-    values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
-    return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
 
 def _show(metrics: dict[str, Any]) -> None:

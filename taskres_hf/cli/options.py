@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -460,3 +460,21 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Also write a report as one HTML page.", rich_help_panel=OUTPUT),
 ]
+
+
+def measuring_arguments(
+    context: typer.Context, device: str | None, label_map: str | None, quiet: bool, **others: Any
+) -> Any:
+    """The options of a command that embeds and measures, for the trainer; torch's device is chosen on the way.
+
+    Args:
+        device: checked, see `values.check_device`. others: settings that the command decides by itself.
+    """
+    from ..training import TaskResTrainingArguments
+    from .run_config import read_run, training_only
+    from .values import read_label_map, use_device
+
+    use_device(device)
+    values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map), **others}
+    values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet}
+    return TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, say, say_loading, when_interrupted
-from .values import check_device, read_label_map, resolve_base, use_device
+from .values import check_device, resolve_base
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .html file to write.")]
 Figures = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the figures there, as PNG and SVG.")]
@@ -60,15 +60,10 @@ def report(
     when_interrupted(lambda: f"Nothing was written to {output}.")
     quiet_libraries(quiet or as_json, collect=as_json)
     device = check_device(device)
-    use_device(device)
     from ..report import check_report_output, write_report
-    from ..training import TaskResTrainingArguments
-    from .run_config import read_run, training_only
 
     check_report_output(output, figures)
-    values = training_only(read_run(context, None)) | {"label_map": read_label_map(label_map), "on_error": "skip"}
-    values |= {"use_cpu": device == "cpu", "disable_tqdm": quiet or as_json}
-    arguments = TaskResTrainingArguments(**{name: value for name, value in values.items() if value is not None})
+    arguments = opt.measuring_arguments(context, device, label_map, quiet or as_json, on_error="skip")
     say_loading(model, quiet or as_json)
     result = write_report(
         model, output, dataset, split=split, folds=folds, thumbnails=thumbnails, figures_dir=figures, args=arguments,
