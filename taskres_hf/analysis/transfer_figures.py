@@ -1,0 +1,137 @@
+"""Figures of magnitude against difficulty: a point a task, each with its name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..paper.figures import can_draw as can_draw
+from ..storage import write_bytes
+from ..tables import visible
+from .magnitude import DIFFICULTIES, MAGNITUDES, rank_correlation
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
+_MARKERS = "os^D"
+# The published pair, and the pair that depends on neither the number of classes nor on lengths.
+_PANELS = (("rtd", "mean_abs"), ("normalised_error", "turn_apart"))
+
+
+def write_transfer_figure(
+    rows: Sequence[Mapping[str, Any]], folder: Path, name: str = "transfer", groups: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write magnitude against difficulty at the most shots, as PNG and SVG: a row of panels a recipe.
+
+    Args:
+        rows: of `transfer.task_rows`. groups: dataset to what it is of, such as its kind, which colours its point.
+
+    Returns:
+        The files written; none without matplotlib or rows.
+    """
+    most = max((row["shots"] for row in rows), default=0)
+    chosen = [row for row in rows if row["shots"] == most and row["rtd"] is not None]
+    if not can_draw() or not chosen:
+        return []
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    recipes = list(dict.fromkeys(row["recipe"] for row in chosen))
+    with matplotlib.rc_context(_OPTIONS):
+        figure = Figure(figsize=(9.6, 3.9 * len(recipes)), layout="constrained")
+        all_axes = figure.subplots(len(recipes), len(_PANELS), squeeze=False)
+        for line, recipe in zip(all_axes, recipes, strict=True):
+            own = [row for row in chosen if row["recipe"] == recipe]
+            for axes, (difficulty, measure) in zip(line, _PANELS, strict=True):
+                points = [(row["dataset"], row[difficulty], row[measure]) for row in own]
+                axes.set_title(f"recipe {recipe}, {most} shots", fontsize=9, loc="left")
+                _scatter(axes, points, groups or {})
+                axes.set_xlabel(DIFFICULTIES[difficulty] + (" (as published)" if difficulty == "rtd" else ""))
+                axes.set_ylabel(MAGNITUDES[measure] + (" (as published)" if measure == "mean_abs" else ""))
+        return _saved(figure, folder, name)
+
+
+_OPTIONS: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
+
+
+def scatter_figure(
+    panels: Sequence[tuple[str, str, str, Sequence[tuple[str, float, float]]]],
+    folder: Path,
+    name: str,
+    groups: Mapping[str, str] | None = None,
+    named: bool = True,
+) -> list[Path]:
+    """Write panels side by side, as PNG and SVG.
+
+    Args:
+        panels: title, what goes across and up, and points (name, across, up). groups: name to a group that colours it.
+        named: whether each point has its name beside it.
+    """
+    if not can_draw():
+        return []
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_OPTIONS):
+        figure = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
+        for axes, (title, across, up, points) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            axes.set_title(title, fontsize=9, loc="left")
+            _scatter(axes, points, groups or {}, named)
+            axes.set_xlabel(across)
+            axes.set_ylabel(up)
+        return _saved(figure, folder, name)
+
+
+def _saved(figure: Any, folder: Path, name: str) -> list[Path]:
+    files = []
+    for ending in ("png", "svg"):
+        stream = io.BytesIO()
+        about = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
+        figure.savefig(stream, format=ending, **about)
+        write_bytes(folder / f"{name}.{ending}", stream.getvalue())
+        files.append(folder / f"{name}.{ending}")
+    return files
+
+
+def _scatter(
+    axes: Any, points: Sequence[tuple[str, float, float]], groups: Mapping[str, str], named: bool = True
+) -> None:
+    """Points with their names, coloured by group, and the rank correlation of all of them."""
+    found = [(name, x, y) for name, x, y in points if math.isfinite(x) and math.isfinite(y)]
+    kinds = list(dict.fromkeys(groups.get(name, "") for name, _, _ in found))
+    for number, kind in enumerate(kinds):
+        own = [(x, y) for name, x, y in found if groups.get(name, "") == kind]
+        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.scatter(*zip(*own, strict=True), s=22, label=kind or None, zorder=3, **style)
+    axes.margins(0.14)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if named:
+        _name(axes, found)
+    if any(kinds):
+        axes.legend(frameon=False, fontsize=8, loc="best")
+    told = rank_correlation([x for _, x, _ in found], [y for _, _, y in found])
+    axes.set_title(f"{axes.get_title(loc='left')}\nrank correlation {told}", fontsize=9, loc="left")
+
+
+def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, above or below where another point is close at the right."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    placed: list[tuple[float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: (point[2], point[1])):
+        across, up = (x - left) / (right - left), (y - bottom) / (top - bottom)
+        # Past the middle the name stands at the left, so that it does not leave the panel.
+        side = 1 if across < 0.6 else -1
+        height = up
+        while any(abs(height - other) < 0.045 and abs(across - place) < 0.35 for place, other in placed):
+            height += 0.015
+        placed.append((across, height))
+        axes.annotate(
+            visible(name).replace("$", r"\$"), (x, y), xytext=(across + 0.02 * side, height),
+            textcoords="axes fraction", fontsize=7, ha="left" if side > 0 else "right", va="center", color="#333333",
+        )  # fmt: skip
