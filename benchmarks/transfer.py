@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taskres_hf.analysis.magnitude import rank_correlation, rank_correlation_within
-from taskres_hf.analysis.transfer import (
+from taskres_hf.analysis.analyzing import (
     class_correlation_table,
     class_correlations,
     class_rows,
@@ -37,10 +36,12 @@ from taskres_hf.analysis.transfer import (
     task_table,
     trained_head,
 )
-from taskres_hf.analysis.transfer_figures import scatter_figure, write_transfer_figure
+from taskres_hf.analysis.magnitude import rank_correlation, rank_correlation_within
+from taskres_hf.analysis.showing import draw_scatter, draw_transfer
 from taskres_hf.demo import demo_dataset
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.residual import TaskResClassifier
+from taskres_hf.storage import write_bytes
 from taskres_hf.tables import Table
 from taskres_hf.training import TaskResTrainingArguments
 from taskres_hf.training.recipes import epoch_batches, learning_rate, recipe_for
@@ -149,7 +150,8 @@ def print_transfer(found: Found, shots: Sequence[int], seeds: Sequence[int], fig
             _print(correlation_table(own, shots if by is None else [max(shots)], f"{title}, recipe {recipe}"))
     _print(class_correlation_table(class_correlations(classes), [min(shots), max(shots)]))
     if figures is not None:
-        write_transfer_figure([row for row in rows if row["recipe"] != "auto-v1"], figures, "transfer", kinds)
+        chosen = [row for row in rows if row["recipe"] != "auto-v1"]
+        _write(draw_transfer(chosen, "transfer", kinds), figures)
 
 
 def _all(found: Found) -> dict[str, Task]:
@@ -158,6 +160,12 @@ def _all(found: Found) -> dict[str, Task]:
 
 def _kinds(found: Found) -> dict[str, str]:
     return {name: kind for kind, some in found.items() for name in some}
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_bytes(folder / name, content)
 
 
 def _print(table: Table) -> None:
@@ -247,7 +255,7 @@ def _frequency_figure(rows: Sequence[Mapping[str, Any]], figures: Path) -> None:
     ):
         points = [(f"{row['dataset']}: {row['class']}", float(row["frequency"]), factor * row[key]) for row in chosen]
         panels.append((title, "things of the class seen in pretraining", up, points))
-    scatter_figure(panels, figures, "frequency", groups, named=False)
+    _write(draw_scatter(panels, "frequency", groups, named=False), figures)
 
 
 # ---------------------------------------------------------------------- negative transfer

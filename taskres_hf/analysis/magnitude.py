@@ -38,6 +38,8 @@ MAGNITUDES = {
     "turn": "turn (degrees)",
     "turn_apart": "turn among classes (degrees)",
 }
+# Beside the magnitudes: what of the answers changed, whatever the recipe.
+MEASURES = {**MAGNITUDES, "changed": "answers changed"}
 LEAST = 4  # tasks or classes below which no correlation is given
 _EXACT = 7  # up to so many, all orders are tried
 _PIECE = 1000  # resamples at a time

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError
 from . import options as opt
 from .compare import (
     AllowOtherSplit,
@@ -18,13 +17,14 @@ from .compare import (
     Root,
     Seeds,
     Shots,
+    grid_of,
     portable,
     sources_of,
     task_options,
 )
 from .run_config import read_run, write_run
-from .screen import console, emit, quiet_libraries, say, say_loading, warn, when_interrupted
-from .values import check_device, public_name, read_numbers, resolve_base, use_device, without_base
+from .screen import console, emit, quiet_libraries, say, say_loading, show_table, warn, when_interrupted
+from .values import check_device, public_name, resolve_base, use_device, without_base
 
 
 class Kind(opt.Choice):
@@ -116,64 +116,9 @@ def analyze(
 
 
 def _kind(texts: list[str]) -> Kind:
-    """Whether these are a trained classifier or data.
+    from ..analysis.analyzing import kind_of
 
-    Raises:
-        ConfigurationError: it can be either, or both are named.
-    """
-    kinds = {text: _kind_of(text) for text in dict.fromkeys(texts)}
-    if len(set(kinds.values())) > 1:
-        model = next(text for text, kind in kinds.items() if kind is Kind.MODEL)
-        raise ConfigurationError(f"{model} is a trained classifier and the rest is data: analyze one or the other.")
-    return next(iter(kinds.values()))
-
-
-def _kind_of(text: str) -> Kind:
-    from ..paper.datasets import suite_datasets
-    from ..paper.tasks import named_sources
-    from ..storage import is_path
-
-    path = Path(text).expanduser()
-    if path.is_dir() and _is_artifact(path):
-        if _has_pictures_below(path):
-            _either(text, "holds a trained classifier and folders of pictures")
-        return Kind.MODEL
-    if is_path(text) or "=" in text or text in suite_datasets() or named_sources(text) != [(None, text)]:
-        return Kind.DATA
-    from huggingface_hub import HfApi
-
-    try:
-        found = [kind for kind, name in ((Kind.MODEL, "model"), (Kind.DATA, "dataset"))
-                 if HfApi().repo_exists(text, repo_type=name)]  # fmt: skip
-    except Exception as error:  # the client's errors of the network have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _either(text, f"is no path here, and the Hub could not be asked ({reason})")
-    if len(found) > 1:
-        _either(text, "is a model and a dataset on the Hub")
-    return found[0] if found else Kind.DATA
-
-
-def _either(text: str, why: str) -> NoReturn:
-    raise ConfigurationError(f"{text} {why}: say which is meant, with --kind model or --kind data.")
-
-
-def _is_artifact(folder: Path) -> bool:
-    from ..artifact import CONFIG, WEIGHTS
-    from ..errors import ArtifactError
-    from ..storage import read_json
-
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        return False
-    try:
-        return read_json(folder / CONFIG).get("model_type") == "taskres"
-    except ArtifactError:
-        return True  # a damaged one; loading it says what is wrong
-
-
-def _has_pictures_below(folder: Path) -> bool:
-    from ..pictures import find_images, is_ignored
-
-    return any(find_images([entry]) for entry in folder.iterdir() if entry.is_dir() and not is_ignored(entry.name))
+    return Kind(kind_of(texts))
 
 
 def _refuse_others(context: typer.Context, kind: Kind) -> None:
@@ -197,28 +142,18 @@ def _refuse_others(context: typer.Context, kind: Kind) -> None:
 
 def _analyze_model(name: str, run: dict[str, Any], quiet: bool, as_json: bool) -> None:
     use_device(check_device(run["device"]))
-    from ..analysis.magnitude import describe_residual
-    from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..analysis import analyzing, magnitude
 
     when_interrupted(lambda: "Nothing was changed.")
     say_loading(name, quiet)
     base = run["base_model"] and resolve_base(run["base_model"])
-    model = TaskResCLIPForImageClassification.from_pretrained(name, revision=run["revision"], base_model=base)
-    model.classifier.check_one_label("The analysis")
-    facts = describe_residual(model.classifier, model.class_names, model.config.metrics)
-    measured_on = (model.config.metrics or {}).get("method"), (model.config.metrics or {}).get("split")
-    about = {
-        "artifact": name, "recipe": (model.config.training or {}).get("recipe"), "alpha": model.config.alpha,
-        "strength": model.strength, "measured_by": measured_on[0], "split": measured_on[1],
-    }  # fmt: skip
+    facts = analyzing.analyse_model(name, revision=run["revision"], base_model=base)
     told = {key: vars(value) for key, value in facts["correlations"].items()}
-    emit(as_json, {**about, **facts, "correlations": told}, lambda: _show_model(about, facts))
+    value = {**facts, "difficulty": analyzing.finite(facts["difficulty"]), "correlations": told}
+    emit(as_json, value, lambda: _show_model(facts, magnitude.DIFFICULTIES, magnitude.MAGNITUDES))
 
 
-def _show_model(about: dict[str, Any], facts: dict[str, Any]) -> None:
-    from ..analysis.magnitude import DIFFICULTIES, MAGNITUDES
-    from ..tables import Table
-
+def _show_model(facts: dict[str, Any], difficulties: dict[str, str], magnitudes: dict[str, str]) -> None:
     def share(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
@@ -228,19 +163,19 @@ def _show_model(about: dict[str, Any], facts: dict[str, Any]) -> None:
          *(f"{row[key]:.3f}" if place < 2 else f"{row[key]:.1f}" for place, key in enumerate(said))]
         for row in facts["classes"]
     ]  # fmt: skip
-    columns = ["class", "pictures", "zero-shot", "accuracy", *(MAGNITUDES[key] for key in said)]
-    title = f"{about['artifact']}: how far the residual of each class went, accuracies in percent"
-    console().print(Table(columns, cells, title).rich())
+    columns = ["class", "pictures", "zero-shot", "accuracy", *(magnitudes[key] for key in said)]
+    title = f"{facts['artifact']}: how far the residual of each class went, accuracies in percent"
+    show_table(columns, cells, title=title)
     say("")
     if facts["difficulty"] is None:
         say("Difficulty: not told, because no zero-shot accuracy is recorded; see taskres evaluate.")
     else:
-        names = "; ".join(f"{DIFFICULTIES[key]} {value:.3f}" for key, value in facts["difficulty"].items())
+        names = "; ".join(f"{difficulties[key]} {value:.3f}" for key, value in facts["difficulty"].items())
         say(f"Difficulty: {names} (zero-shot accuracy {share(facts['zero_shot_accuracy'])} %)")
-    say("Magnitude: " + "; ".join(f"{MAGNITUDES[key]} {value:.3f}" for key, value in facts["magnitude"].items()))
+    say("Magnitude: " + "; ".join(f"{magnitudes[key]} {value:.3f}" for key, value in facts["magnitude"].items()))
     for key in ("relative_length", "turn_apart"):
         told = facts["correlations"][key]
-        say(f"Rank correlation over {told.count} classes of zero-shot error with {MAGNITUDES[key]}: {told}")
+        say(f"Rank correlation over {told.count} classes of zero-shot error with {magnitudes[key]}: {told}")
 
 
 # ---------------------------------------------------------------------------------------------------- many tasks
@@ -248,29 +183,26 @@ def _show_model(about: dict[str, Any], facts: dict[str, Any]) -> None:
 
 def _analyze_data(context: typer.Context, run: dict[str, Any], texts: list[str], quiet: bool, as_json: bool) -> None:
     sources = sources_of(context, texts)
-    counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
-    folder = Path(run["output_dir"])
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    counts, draws, folder = grid_of(run)
     use_device(check_device(run["device"]))
-    from ..analysis import transfer
+    from ..analysis import analyzing
 
     recipes = [name.strip() for name in run["recipes"].split(",") if name.strip()]
-    transfer.check_recipes(recipes)
+    analyzing.check_recipes(recipes)
     when_interrupted(lambda: f"Finished runs are kept in {folder}: the same command goes on from there.")
     results = _train(run, sources, folder, quiet, recipes=recipes, shots=counts, seeds=draws)
     name = public_name(run["base_model"] or opt.default_base_model())
-    files = transfer.write_transfer(results, folder, name)
+    files = analyzing.write_transfer(results, folder, name)
     write_run(folder, {**run, "data": [f"{key}={source}" for key, source in portable(sources)]}, "analyze")
 
     def show() -> None:
-        for table in transfer.shown_tables(results, [max(counts)]):
+        for table in analyzing.shown_tables(results, [max(counts)]):
             console().print(table.rich())
             say("")
-        say("\n".join([f"Base model {name}", *transfer.notes(results)]))
+        say("\n".join([f"Base model {name}", *analyzing.notes(results)]))
         say("Written: " + ", ".join(map(str, files)))
 
-    emit(as_json, {**transfer.summary(results, name), "files": [str(file) for file in files]}, show)
+    emit(as_json, {**analyzing.summary(results, name), "files": [str(file) for file in files]}, show)
     failed = [result for result in results if "error" in result]
     for reason in dict.fromkeys(f"{result['recipe']}: {result['error']}" for result in failed):
         warn(f"No result: {reason}")
@@ -282,7 +214,7 @@ def _analyze_data(context: typer.Context, run: dict[str, Any], texts: list[str],
 def _train(run: dict[str, Any], sources: Any, folder: Path, quiet: bool, **grid: Any) -> list[dict[str, Any]]:
     from tqdm.auto import tqdm
 
-    from ..analysis.transfer import analyse_transfer
+    from ..analysis import analyzing
 
     name = run["base_model"] or opt.default_base_model()
     say_loading(f"the base model {name}", quiet)
@@ -293,7 +225,7 @@ def _train(run: dict[str, Any], sources: Any, folder: Path, quiet: bool, **grid:
             bar.update()
 
         try:
-            return analyse_transfer(
+            return analyzing.analyse_transfer(
                 resolve_base(name), sources, folder, on_cell=show, on_start=lambda total: bar.reset(total),
                 **grid, **task_options(run, quiet),
             )  # fmt: skip

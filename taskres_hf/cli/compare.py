@@ -137,10 +137,7 @@ def compare(
     run = read_run(context, config, training=False)
     given = [*(data or []), *(data_option or [])] or run["data"] or []
     sources = sources_of(context, [given] if isinstance(given, str) else given)
-    counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
-    folder = Path(run["output_dir"])
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    counts, draws, folder = grid_of(run)
     use_device(check_device(run["device"]))
     from ..paper.compare import choose_methods
 
@@ -149,6 +146,19 @@ def compare(
     results = _run(run, sources, folder, chosen, counts, draws, quiet or as_json)
     write_run(folder, {**run, "data": [f"{name}={source}" for name, source in portable(sources)]}, "compare")
     _report(results, folder, run["base_model"] or opt.default_base_model(), as_json)
+
+
+def grid_of(run: dict[str, Any]) -> tuple[list[int], list[int], Path]:
+    """Shots, seeds, and the folder to write.
+
+    Raises:
+        ConfigurationError: that is a file.
+    """
+    counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
+    folder = Path(run["output_dir"])
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    return counts, draws, folder
 
 
 def sources_of(context: typer.Context, texts: list[str]) -> dict[str, str] | list[str]:

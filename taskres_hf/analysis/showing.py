@@ -1,4 +1,4 @@
-"""Figures of magnitude against difficulty: a point a task, each with its name."""
+"""Tables and figures of magnitude against difficulty: a row or a point a task, each with its name."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..paper.figures import can_draw as can_draw
-from ..storage import write_bytes
-from ..tables import visible
-from .magnitude import DIFFICULTIES, MAGNITUDES, rank_correlation
+from ..tables import Table, visible
+from .magnitude import DIFFICULTIES, MAGNITUDES, MEASURES, RankCorrelation, rank_correlation
+
+SHOWN = ("mean_abs", "relative_length", "turn", "turn_apart", "changed", "gain")  # measures in tables
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 _MARKERS = "os^D"
@@ -20,21 +20,98 @@ _MARKERS = "os^D"
 _PANELS = (("rtd", "mean_abs"), ("normalised_error", "turn_apart"))
 
 
-def write_transfer_figure(
-    rows: Sequence[Mapping[str, Any]], folder: Path, name: str = "transfer", groups: Mapping[str, str] | None = None
-) -> list[Path]:
-    """Write magnitude against difficulty at the most shots, as PNG and SVG: a row of panels a recipe.
+# ---------------------------------------------------------------------- tables
+
+
+def measure_name(key: str) -> str:
+    """A measure in the words of tables."""
+    return "gain over zero-shot" if key == "gain" else MEASURES[key]
+
+
+def task_table(rows: Sequence[Mapping[str, Any]], recipe: str, shots: int) -> Table:
+    """Difficulty and magnitude of each task, the hardest first."""
+    chosen = [row for row in rows if (row["recipe"], row["shots"]) == (recipe, shots)]
+    chosen.sort(key=lambda row: -(row["zero_shot_error"] or 0.0))
+    columns = ["task", "K", "zero-shot", "accuracy", "RTD", "error / chance's"]
+    columns += [MEASURES[name] for name in SHOWN if name != "gain"]
+    cells = [
+        [
+            row["dataset"], row["num_classes"], 100 * row["zero_shot_accuracy"], 100 * row["accuracy"],
+            _number(row["rtd"]), _number(row["normalised_error"]), f"{row['mean_abs']:.3f}",
+            f"{row['relative_length']:.3f}", f"{row['turn']:.1f}", f"{row['turn_apart']:.1f}",
+            f"{100 * row['changed']:.1f}",
+        ]
+        for row in chosen
+    ]  # fmt: skip
+    seeds = max((row["seeds"] for row in chosen), default=0)
+    title = f"Recipe {recipe}, {shots} shot{'s' * (shots > 1)}, mean over {seeds} seed{'s' * (seeds > 1)}"
+    caption = "RTD: (1 / K) / zero-shot accuracy, as published. Accuracies and answers changed in percent."
+    return Table(columns, cells, title, caption)
+
+
+def correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[int], title: str = "") -> Table:
+    """Rank correlations over tasks: a row a recipe, number of shots and measure, a column a difficulty."""
+    places: dict[tuple[Any, ...], dict[str, RankCorrelation]] = {}
+    for row in found:
+        if row["shots"] in shots and row["measure"] in SHOWN:
+            place = places.setdefault((row["recipe"], row["shots"], row["measure"]), {})
+            place[row["difficulty"]] = row["correlation"]
+    cells = [
+        [recipe, count, measure_name(measure), *(str(place[name]) for name in DIFFICULTIES)]
+        for (recipe, count, measure), place in places.items()
+    ]
+    caption = (
+        "Spearman, 95 % interval by resampling the tasks, p by permuting them; "
+        f"{len(cells) * len(DIFFICULTIES)} correlations, for which p is not corrected."
+    )
+    return Table(["recipe", "shots", "with", *DIFFICULTIES.values()], cells, title or _OVER_TASKS, caption)
+
+
+_OVER_TASKS = "Rank correlation over tasks of difficulty with magnitude and gain"
+
+
+def class_correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[int], title: str = "") -> Table:
+    """Rank correlations over the classes within each task: a column a recipe."""
+    chosen = [row for row in found if row["shots"] in shots and row["measure"] in SHOWN]
+    recipes = list(dict.fromkeys(row["recipe"] for row in chosen))
+    places: dict[tuple[int, str], dict[str, str]] = {}
+    for row in chosen:
+        places.setdefault((row["shots"], row["measure"]), {})[row["recipe"]] = str(row["correlation"])
+    cells = [
+        [count, measure_name(measure), *(place.get(recipe, "") for recipe in recipes)]
+        for (count, measure), place in places.items()
+    ]
+    caption = "Mean over tasks of Spearman within each; 95 % interval by resampling tasks, p by permuting classes."
+    return Table(
+        ["shots", "with", *recipes],
+        cells,
+        title or "Rank correlation over classes, within each task, of zero-shot error with magnitude and gain",
+        caption,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "infinite" if math.isinf(value) else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def draw_transfer(
+    rows: Sequence[Mapping[str, Any]], name: str = "transfer", groups: Mapping[str, str] | None = None
+) -> dict[str, bytes]:
+    """Magnitude against difficulty at the most shots, as PNG and SVG: a row of panels a recipe.
 
     Args:
-        rows: of `transfer.task_rows`. groups: dataset to what it is of, such as its kind, which colours its point.
+        rows: of `analyzing.task_rows`. groups: dataset to what it is of, such as its kind, which colours its point.
 
     Returns:
-        The files written; none without matplotlib or rows.
+        Names of files to their content; none without matplotlib or rows.
     """
     most = max((row["shots"] for row in rows), default=0)
     chosen = [row for row in rows if row["shots"] == most and row["rtd"] is not None]
     if not can_draw() or not chosen:
-        return []
+        return {}
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -50,27 +127,26 @@ def write_transfer_figure(
                 _scatter(axes, points, groups or {})
                 axes.set_xlabel(DIFFICULTIES[difficulty] + (" (as published)" if difficulty == "rtd" else ""))
                 axes.set_ylabel(MAGNITUDES[measure] + (" (as published)" if measure == "mean_abs" else ""))
-        return _saved(figure, folder, name)
+        return _saved(figure, name)
 
 
 _OPTIONS: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
 
 
-def scatter_figure(
+def draw_scatter(
     panels: Sequence[tuple[str, str, str, Sequence[tuple[str, float, float]]]],
-    folder: Path,
     name: str,
     groups: Mapping[str, str] | None = None,
     named: bool = True,
-) -> list[Path]:
-    """Write panels side by side, as PNG and SVG.
+) -> dict[str, bytes]:
+    """Panels side by side, as PNG and SVG; nothing without matplotlib.
 
     Args:
         panels: title, what goes across and up, and points (name, across, up). groups: name to a group that colours it.
         named: whether each point has its name beside it.
     """
     if not can_draw():
-        return []
+        return {}
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -83,17 +159,16 @@ def scatter_figure(
             _scatter(axes, points, groups or {}, named)
             axes.set_xlabel(across)
             axes.set_ylabel(up)
-        return _saved(figure, folder, name)
+        return _saved(figure, name)
 
 
-def _saved(figure: Any, folder: Path, name: str) -> list[Path]:
-    files = []
+def _saved(figure: Any, name: str) -> dict[str, bytes]:
+    files = {}
     for ending in ("png", "svg"):
         stream = io.BytesIO()
         about = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
         figure.savefig(stream, format=ending, **about)
-        write_bytes(folder / f"{name}.{ending}", stream.getvalue())
-        files.append(folder / f"{name}.{ending}")
+        files[f"{name}.{ending}"] = stream.getvalue()
     return files
 
 

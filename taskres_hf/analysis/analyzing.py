@@ -15,38 +15,32 @@ from typing import Any
 
 import torch
 
-from ..embedding.features import ImageFeatures
-from ..errors import ConfigurationError
+from ..embedding import ImageFeatures
+from ..errors import ArtifactError, ConfigurationError
 from ..evaluation import compare_with_zero_shot
-from ..paper.cells import CHANGE_NOTHING, plain, run_cells
-from ..paper.compare import MethodCell, TaskRun
-from ..paper.comparison import failures, finished
-from ..paper.tasks import open_tasks
+from ..paper import cells, compare, comparison, datasets, tasks
 from ..residual import TaskResClassifier
-from ..storage import json_bytes, write_bytes
+from ..storage import is_path, json_bytes, read_json, write_bytes
 from ..tables import Table, markdown_text
-from ..training.arguments import TaskResTrainingArguments
-from ..training.recipes import recipe_for
-from ..training.steps import fit
+from ..training import TaskResTrainingArguments, recipes, steps
 from .magnitude import (
     DIFFICULTIES,
+    LEAST,
     MAGNITUDES,
+    MEASURES,
     PUBLISHED_DIFFICULTY,
     PUBLISHED_MAGNITUDE,
-    RankCorrelation,
     changed_answers,
+    describe_residual,
     difficulties,
     magnitudes,
     rank_correlation,
     rank_correlation_within,
 )
-from .transfer_figures import can_draw, write_transfer_figure
+from .showing import can_draw, class_correlation_table, correlation_table, draw_transfer, task_table
 
 RECIPES = ("paper", "auto")
 KNOWN_RECIPES = ("paper", "auto", "auto-v1")
-# Beside the magnitudes: what of the classifier's answers changed, whatever the recipe.
-MEASURES = {**MAGNITUDES, "changed": "answers changed"}
-SHOWN = ("mean_abs", "relative_length", "turn", "turn_apart", "changed", "gain")  # of them in tables; all are in files
 _PER_CLASS = ("zero_shot_accuracy", "accuracy", *MAGNITUDES)
 Result = Mapping[str, Any]
 
@@ -67,7 +61,7 @@ def trained_head(
     if alpha is not None:
         made.alpha = alpha
     arguments = TaskResTrainingArguments(recipe=recipe, shots=shots)  # type: ignore[arg-type]
-    fit(made, train, recipe_for(arguments, made, train.labels, False), seed)
+    steps.fit(made, train, recipes.recipe_for(arguments, made, train.labels, False), seed)
     return made
 
 
@@ -101,10 +95,10 @@ def measure_transfer(trained: TaskResClassifier, test: ImageFeatures) -> dict[st
 # ---------------------------------------------------------------------- many runs
 
 
-class _Run(TaskRun):
+class _Run(compare.TaskRun):
     """The runs on one task; a cell's method is the recipe."""
 
-    def _measured(self, cell: MethodCell, train: ImageFeatures, test: ImageFeatures) -> dict[str, Any]:
+    def _measured(self, cell: compare.MethodCell, train: ImageFeatures, test: ImageFeatures) -> dict[str, Any]:
         trained = trained_head(self.model.classifier, train, cell.method, shots=cell.shots, seed=cell.seed)
         return {"recipe": cell.method, **measure_transfer(trained, test)}
 
@@ -126,7 +120,7 @@ def analyse_transfer(
     views: int = 0,
     arguments: Mapping[str, Any] | None = None,
     on_start: Callable[[int], None] | None = None,
-    on_cell: Callable[[MethodCell, dict[str, Any], bool], None] | None = None,
+    on_cell: Callable[[compare.MethodCell, dict[str, Any], bool], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train and measure every recipe x dataset x shots x seed; what is finished is not run again.
 
@@ -145,24 +139,26 @@ def analyse_transfer(
             pictures, base or engine.
     """
     check_recipes(recipes)
-    tasks = open_tasks(
+    opened = tasks.open_tasks(
         data, root=root, allow_other_split=allow_other_split, templates=templates, holdout=holdout, reading=reading
     )
     options = dict(arguments or {})
-    settings = plain({
+    settings = cells.plain({
         "base_model": str(base_model), "revision": revision, "views": views, "analysis": "transfer",
-        "arguments": {key: value for key, value in options.items() if key not in CHANGE_NOTHING},
+        "arguments": {key: value for key, value in options.items() if key not in cells.CHANGE_NOTHING},
     })  # fmt: skip
     folder = None if output_dir is None else Path(output_dir)
     results: list[dict[str, Any]] = []
     shared = None
     if on_start is not None:
-        on_start(len(tasks) * len(shots) * len(seeds) * len(recipes))
-    for task in tasks:
+        on_start(len(opened) * len(shots) * len(seeds) * len(recipes))
+    for task in opened:
         run = _Run(task, settings, options, shots, seeds, shared)
         shared = run.model
-        cells = [MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in recipes]
-        for cell, result, was_done in run_cells(cells, folder, run.stored, run.cell):
+        grid = [
+            compare.MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in recipes
+        ]
+        for cell, result, was_done in cells.run_cells(grid, folder, run.stored, run.cell):
             results.append(result)
             if on_cell is not None:
                 on_cell(cell, result, was_done)
@@ -264,83 +260,9 @@ def class_correlations(rows: Sequence[Mapping[str, Any]], against: str = "zero_s
 def _grouped(rows: Sequence[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
     """Finished rows by the values of some keys, in the order in which they come."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in finished(rows):
+    for row in comparison.finished(rows):
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
-
-
-# ---------------------------------------------------------------------- tables
-
-
-def measure_name(key: str) -> str:
-    """A measure in the words of tables."""
-    return "gain over zero-shot" if key == "gain" else MEASURES[key]
-
-
-def task_table(rows: Sequence[Mapping[str, Any]], recipe: str, shots: int) -> Table:
-    """Difficulty and magnitude of each task, the hardest first."""
-    chosen = [row for row in rows if (row["recipe"], row["shots"]) == (recipe, shots)]
-    chosen.sort(key=lambda row: -(row["zero_shot_error"] or 0.0))
-    columns = ["task", "K", "zero-shot", "accuracy", "RTD", "error / chance's"]
-    columns += [MEASURES[name] for name in SHOWN if name != "gain"]
-    cells = [
-        [
-            row["dataset"], row["num_classes"], 100 * row["zero_shot_accuracy"], 100 * row["accuracy"],
-            _number(row["rtd"]), _number(row["normalised_error"]), f"{row['mean_abs']:.3f}",
-            f"{row['relative_length']:.3f}", f"{row['turn']:.1f}", f"{row['turn_apart']:.1f}",
-            f"{100 * row['changed']:.1f}",
-        ]
-        for row in chosen
-    ]  # fmt: skip
-    seeds = max((row["seeds"] for row in chosen), default=0)
-    title = f"Recipe {recipe}, {shots} shot{'s' * (shots > 1)}, mean over {seeds} seed{'s' * (seeds > 1)}"
-    caption = "RTD: (1 / K) / zero-shot accuracy, as published. Accuracies and answers changed in percent."
-    return Table(columns, cells, title, caption)
-
-
-def correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[int], title: str = "") -> Table:
-    """Rank correlations over tasks: a row a recipe, number of shots and measure, a column a difficulty."""
-    places: dict[tuple[Any, ...], dict[str, RankCorrelation]] = {}
-    for row in found:
-        if row["shots"] in shots and row["measure"] in SHOWN:
-            place = places.setdefault((row["recipe"], row["shots"], row["measure"]), {})
-            place[row["difficulty"]] = row["correlation"]
-    cells = [
-        [recipe, count, measure_name(measure), *(str(place[name]) for name in DIFFICULTIES)]
-        for (recipe, count, measure), place in places.items()
-    ]
-    caption = (
-        "Spearman, 95 % interval by resampling the tasks, p by permuting them; "
-        f"{len(cells) * len(DIFFICULTIES)} correlations, for which p is not corrected."
-    )
-    return Table(["recipe", "shots", "with", *DIFFICULTIES.values()], cells, title or _OVER_TASKS, caption)
-
-
-_OVER_TASKS = "Rank correlation over tasks of difficulty with magnitude and gain"
-
-
-def class_correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[int], title: str = "") -> Table:
-    """Rank correlations over the classes within each task: a column a recipe."""
-    chosen = [row for row in found if row["shots"] in shots and row["measure"] in SHOWN]
-    recipes = list(dict.fromkeys(row["recipe"] for row in chosen))
-    places: dict[tuple[int, str], dict[str, str]] = {}
-    for row in chosen:
-        places.setdefault((row["shots"], row["measure"]), {})[row["recipe"]] = str(row["correlation"])
-    cells = [
-        [count, measure_name(measure), *(place.get(recipe, "") for recipe in recipes)]
-        for (count, measure), place in places.items()
-    ]
-    caption = "Mean over tasks of Spearman within each; 95 % interval by resampling tasks, p by permuting classes."
-    return Table(
-        ["shots", "with", *recipes],
-        cells,
-        title or "Rank correlation over classes, within each task, of zero-shot error with magnitude and gain",
-        caption,
-    )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else "infinite" if math.isinf(value) else f"{value:.3f}"
 
 
 # ---------------------------------------------------------------------- files
@@ -364,11 +286,11 @@ def write_transfer(results: Sequence[Result], folder: Path, base_model: str) -> 
     parts = {"tasks": rows, "classes": value["classes"], "correlations": _flat(value["correlations"])}
     files = []
     for name, part in parts.items():
-        table = Table(list(part[0]), [[_finite(cell) for cell in row.values()] for row in part]) if part else None
+        table = Table(list(part[0]), [[finite(cell) for cell in row.values()] for row in part]) if part else None
         if table is not None:
             files.append(_written(folder / f"{name}.csv", table.csv().encode("utf-8")))
     files.append(_written(folder / "transfer.json", json_bytes(value)))
-    files += write_transfer_figure(rows, folder)
+    files += [_written(folder / name, content) for name, content in draw_transfer(rows).items()]
     figures = [file.name for file in files if file.suffix == ".png"]
     files.append(_written(folder / "report.md", _markdown(results, rows, base_model, figures).encode("utf-8")))
     return files
@@ -383,7 +305,10 @@ def _flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**{k: v for k, v in row.items() if k != "correlation"}, **row["correlation"]} for row in rows]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value as JSON has it: what is infinite as None, also within a dict."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -396,9 +321,9 @@ def summary(results: Sequence[Result], base_model: str) -> dict[str, Any]:
 
     return {
         "base_model": base_model,
-        "tasks": [{key: _finite(value) for key, value in row.items()} for row in rows],
+        "tasks": [finite(row) for row in rows],
         "correlations": told(correlations(rows)), "classes": classes,
-        "class_correlations": told(class_correlations(classes)), "failures": failures(results),
+        "class_correlations": told(class_correlations(classes)), "failures": comparison.failures(results),
         "notes": notes(results),
     }  # fmt: skip
 
@@ -411,9 +336,9 @@ def notes(results: Sequence[Result]) -> list[str]:
     ]
     for name, own in _grouped(results, "dataset").items():
         lines += [f"{name[0]}: {note}" for note in own[0].get("notes") or []]
-    count = len({result["dataset"] for result in finished(results)})
-    if count < 4:
-        lines.append(f"{count} task{'s' * (count != 1)}: no correlation over tasks is given below 4.")
+    count = len({result["dataset"] for result in comparison.finished(results)})
+    if count < LEAST:
+        lines.append(f"{count} task{'s' * (count != 1)}: no correlation over tasks is given below {LEAST}.")
     if not can_draw():
         lines.append('No figure without matplotlib: pip install "taskres_hf[plots]", then run again.')
     return lines
@@ -424,7 +349,7 @@ def shown_tables(results: Sequence[Result], shots: Sequence[int]) -> list[Table]
     rows, classes = task_rows(results), class_rows(results)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     tables = [task_table(rows, recipe, count) for count in shots for recipe in recipes]
-    if len({row["dataset"] for row in rows}) >= 4:
+    if len({row["dataset"] for row in rows}) >= LEAST:
         tables.append(correlation_table(correlations(rows), shots))
     return [*tables, class_correlation_table(class_correlations(classes), shots)]
 
@@ -433,8 +358,94 @@ def _markdown(
     results: Sequence[Result], rows: Sequence[Mapping[str, Any]], base_model: str, figures: Sequence[str]
 ) -> str:
     lines = [f"Base model {base_model}", *notes(results)]
-    lines += [f"{row['method']} has no result in {row['count']} runs: {row['reason']}" for row in failures(results)]
+    lines += [
+        f"{row['method']} has no result in {row['count']} runs: {row['reason']}" for row in comparison.failures(results)
+    ]
     parts = ["# Residual magnitude against transfer difficulty", "\n".join(f"- {markdown_text(x)}" for x in lines)]
     parts += [f"![{name}]({name})" for name in figures]
     counts = sorted({row["shots"] for row in rows}, reverse=True)
     return "\n\n".join([*parts, *(table.markdown() for table in shown_tables(results, counts))]) + "\n"
+
+
+# ---------------------------------------------------------------------- one classifier, or data
+
+
+def analyse_model(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, base_model: str | None = None
+) -> dict[str, Any]:
+    """Difficulty and magnitude of a saved classifier, from what is recorded in it.
+
+    Args:
+        name_or_path: folder or Hub id. revision: branch, tag or commit of it. base_model: another place of its base.
+
+    Returns:
+        `artifact`, `recipe`, `alpha`, `strength`, `measured_by` and `split` (what the recorded accuracies are of), and
+        what `magnitude.describe_residual` gives.
+
+    Raises:
+        ArtifactError, HubError, BaseMismatchError: it cannot be loaded. ConfigurationError: its residual is on the
+            image side, or its pictures have several labels each.
+    """
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    model = TaskResCLIPForImageClassification.from_pretrained(name_or_path, revision=revision, base_model=base_model)
+    model.classifier.check_one_label("The analysis")
+    metrics = model.config.metrics or {}
+    return {
+        "artifact": os.fspath(name_or_path), "recipe": (model.config.training or {}).get("recipe"),
+        "alpha": model.config.alpha, "strength": model.strength, "measured_by": metrics.get("method"),
+        "split": metrics.get("split"), **describe_residual(model.classifier, model.class_names, metrics),
+    }  # fmt: skip
+
+
+def kind_of(sources: Sequence[str]) -> str:
+    """Whether sources are a trained classifier (`"model"`) or something to train on (`"data"`).
+
+    Raises:
+        ConfigurationError: one can be either, or is a Hub id and the Hub could not be asked; or both are named.
+    """
+    kinds = {source: _kind_of(source) for source in dict.fromkeys(sources)}
+    if len(set(kinds.values())) > 1:
+        model = next(source for source, kind in kinds.items() if kind == "model")
+        raise ConfigurationError(f"{model} is a trained classifier and the rest is data: analyze one or the other.")
+    return next(iter(kinds.values()))
+
+
+def _kind_of(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir() and _is_artifact(path):
+        if _has_pictures_below(path):
+            raise _either(f"{source} holds a trained classifier and folders of pictures")
+        return "model"
+    described = source in datasets.suite_datasets() or tasks.named_sources(source) != [(None, source)]
+    if is_path(source) or "=" in source or described:
+        return "data"
+    from huggingface_hub import HfApi
+
+    try:
+        found = [kind for kind in ("model", "dataset") if HfApi().repo_exists(source, repo_type=kind)]
+    except Exception as error:  # the client's errors of the network have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _either(f"{source} is no path here, and the Hub could not be asked ({reason})") from error
+    if len(found) > 1:
+        raise _either(f"{source} is a model and a dataset on the Hub")
+    return "model" if found == ["model"] else "data"
+
+
+def _either(why: str) -> ConfigurationError:
+    return ConfigurationError(f"{why}: say which is meant, with --kind model or --kind data.")
+
+
+def _is_artifact(folder: Path) -> bool:
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        return False
+    try:
+        return read_json(folder / "config.json").get("model_type") == "taskres"
+    except ArtifactError:
+        return True  # a damaged one; loading it says what is wrong
+
+
+def _has_pictures_below(folder: Path) -> bool:
+    from ..pictures import find_images, is_ignored
+
+    return any(find_images([entry]) for entry in folder.iterdir() if entry.is_dir() and not is_ignored(entry.name))
