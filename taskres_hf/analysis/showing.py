@@ -10,12 +10,12 @@ from typing import Any
 
 from ..paper.figures import can_draw as can_draw
 from ..tables import Table, visible
-from .magnitude import DIFFICULTIES, MAGNITUDES, MEASURES, RankCorrelation, rank_correlation
+from .magnitude import DIFFICULTIES, MAGNITUDES, MEASURES, RankCorrelation, rank_correlation, rank_correlation_within
 
 SHOWN = ("mean_abs", "relative_length", "turn", "turn_apart", "changed", "gain")  # measures in tables
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
-_MARKERS = "os^D"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")  # Okabe and Ito's
+_MARKERS = "os^DvP*"
 # The published pair, and the pair that depends on neither the number of classes nor on lengths.
 _PANELS = (("rtd", "mean_abs"), ("normalised_error", "turn_apart"))
 
@@ -143,7 +143,7 @@ def draw_scatter(
 
     Args:
         panels: title, what goes across and up, and points (name, across, up). groups: name to a group that colours it.
-        named: whether each point has its name beside it.
+        named: whether each point has its name beside it; else the correlation shown is that within groups.
     """
     if not can_draw():
         return {}
@@ -175,7 +175,7 @@ def _saved(figure: Any, name: str) -> dict[str, bytes]:
 def _scatter(
     axes: Any, points: Sequence[tuple[str, float, float]], groups: Mapping[str, str], named: bool = True
 ) -> None:
-    """Points with their names, coloured by group, and the rank correlation of all of them."""
+    """Points, coloured by group, and their rank correlation: of all with names, else within groups."""
     found = [(name, x, y) for name, x, y in points if math.isfinite(x) and math.isfinite(y)]
     kinds = list(dict.fromkeys(groups.get(name, "") for name, _, _ in found))
     for number, kind in enumerate(kinds):
@@ -190,7 +190,8 @@ def _scatter(
         _name(axes, found)
     if any(kinds):
         axes.legend(frameon=False, fontsize=8, loc="best")
-    told = rank_correlation([x for _, x, _ in found], [y for _, _, y in found])
+    x, y = [across for _, across, _ in found], [up for _, _, up in found]
+    told = rank_correlation(x, y) if named else rank_correlation_within(x, y, [groups.get(name) for name, *_ in found])
     axes.set_title(f"{axes.get_title(loc='left')}\nrank correlation {told}", fontsize=9, loc="left")
 
 
