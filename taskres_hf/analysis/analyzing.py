@@ -11,15 +11,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..embedding import ImageFeatures
 from ..errors import ArtifactError, ConfigurationError
 from ..evaluation import compare_with_zero_shot
 from ..paper import cells, compare, comparison, datasets, tasks
-from ..residual import TaskResClassifier
 from ..storage import is_path, json_bytes, read_json, write_bytes
 from ..tables import Table, markdown_text
 from ..training import TaskResTrainingArguments, recipes, steps
@@ -38,6 +36,10 @@ from .magnitude import (
     rank_correlation_within,
 )
 from .showing import can_draw, class_correlation_table, correlation_table, draw_transfer, task_table
+
+if TYPE_CHECKING:
+    from ..embedding import ImageFeatures
+    from ..residual import TaskResClassifier
 
 RECIPES = ("paper", "auto")
 KNOWN_RECIPES = ("paper", "auto", "auto-v1")

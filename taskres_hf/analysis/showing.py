@@ -189,25 +189,39 @@ def _scatter(
     if named:
         _name(axes, found)
     if any(kinds):
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.legend(fontsize=8, loc="best", framealpha=0.7, edgecolor="none")
     x, y = [across for _, across, _ in found], [up for _, _, up in found]
     told = rank_correlation(x, y) if named else rank_correlation_within(x, y, [groups.get(name) for name, *_ in found])
     axes.set_title(f"{axes.get_title(loc='left')}\nrank correlation {told}", fontsize=9, loc="left")
 
 
+# Of a name's middle from its point, in parts of its width and height: beside it first, farther off where that is taken.
+_PLACES = [(0.6, 0), (-0.6, 0), (0.5, 1), (-0.5, 1), (0.5, -1), (-0.5, -1), (0, 1.3), (0, -1.3)]
+_PLACES += [(0.6 * side, step) for step in (1.9, -1.9, 2.8, -2.8, 3.7, -3.7) for side in (1, -1)]
+
+
 def _name(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside points, above or below where another point is close at the right."""
+    """Names beside points, where they cover neither a point nor another name, with a thin line to those farther off."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    placed: list[tuple[float, float]] = []
-    for name, x, y in sorted(points, key=lambda point: (point[2], point[1])):
-        across, up = (x - left) / (right - left), (y - bottom) / (top - bottom)
-        # Past the middle the name stands at the left, so that it does not leave the panel.
-        side = 1 if across < 0.6 else -1
-        height = up
-        while any(abs(height - other) < 0.045 and abs(across - place) < 0.35 for place, other in placed):
-            height += 0.015
-        placed.append((across, height))
+    where = {name: ((x - left) / (right - left), (y - bottom) / (top - bottom)) for name, x, y in points}
+    taken = [(x, y, 0.02, 0.03) for x, y in where.values()]  # middle, width and height, in parts of the panel
+    for name, (x, y) in sorted(where.items(), key=lambda entry: entry[1]):
+        width, height = 0.015 * len(name) + 0.02, 0.045
+        tried = [(x + width * across, y + height * up, width, height) for across, up in _PLACES]
+        free = [box for box in tried if _inside(box) and not any(_overlap(box, other) for other in taken)]
+        box = (free or tried)[0]
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
-            visible(name).replace("$", r"\$"), (x, y), xytext=(across + 0.02 * side, height),
-            textcoords="axes fraction", fontsize=7, ha="left" if side > 0 else "right", va="center", color="#333333",
+            visible(name).replace("$", r"\$"), (x, y), xytext=box[:2], xycoords="axes fraction",
+            textcoords="axes fraction", fontsize=7, ha="center", va="center", color="#333333",
+            arrowprops=line if abs(box[1] - y) > 1.5 * height else None,
         )  # fmt: skip
+
+
+def _inside(box: tuple[float, ...]) -> bool:
+    return all(box[k] - box[k + 2] / 2 >= 0.0 and box[k] + box[k + 2] / 2 <= 1.0 for k in (0, 1))
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(abs(one[k] - other[k]) < (one[k + 2] + other[k + 2]) / 2 for k in (0, 1))

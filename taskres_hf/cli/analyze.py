@@ -190,7 +190,9 @@ def _analyze_data(context: typer.Context, run: dict[str, Any], texts: list[str],
     recipes = [name.strip() for name in run["recipes"].split(",") if name.strip()]
     analyzing.check_recipes(recipes)
     when_interrupted(lambda: f"Finished runs are kept in {folder}: the same command goes on from there.")
-    results = _train(run, sources, folder, quiet, recipes=recipes, shots=counts, seeds=draws)
+    results = _train(
+        analyzing.analyse_transfer, run, sources, folder, quiet, recipes=recipes, shots=counts, seeds=draws
+    )
     name = public_name(run["base_model"] or opt.default_base_model())
     files = analyzing.write_transfer(results, folder, name)
     write_run(folder, {**run, "data": [f"{key}={source}" for key, source in portable(sources)]}, "analyze")
@@ -211,10 +213,10 @@ def _analyze_data(context: typer.Context, run: dict[str, Any], texts: list[str],
         raise typer.Exit(1)
 
 
-def _train(run: dict[str, Any], sources: Any, folder: Path, quiet: bool, **grid: Any) -> list[dict[str, Any]]:
+def _train(
+    analyse: Any, run: dict[str, Any], sources: Any, folder: Path, quiet: bool, **grid: Any
+) -> list[dict[str, Any]]:
     from tqdm.auto import tqdm
-
-    from ..analysis import analyzing
 
     name = run["base_model"] or opt.default_base_model()
     say_loading(f"the base model {name}", quiet)
@@ -225,9 +227,10 @@ def _train(run: dict[str, Any], sources: Any, folder: Path, quiet: bool, **grid:
             bar.update()
 
         try:
-            return analyzing.analyse_transfer(
+            results: list[dict[str, Any]] = analyse(
                 resolve_base(name), sources, folder, on_cell=show, on_start=lambda total: bar.reset(total),
                 **grid, **task_options(run, quiet),
             )  # fmt: skip
+            return results
         except OSError as error:
             raise without_base(name, error) from error
