@@ -322,7 +322,7 @@ _SETS: dict[str, dict[str, list[str]]] = {
         "zero-shot and classes": ["zero_shot_accuracy", _K],
         "as recipe auto sees it": ["text_information", "means_information", _K],
         "cross-validated, zero-shot": ["cross_validated", "zero_shot_accuracy", _K],
-        "the same and both informations": [
+        "the same, text and means": [
             "cross_validated", "zero_shot_accuracy", "class_means", "text_information", "means_information", _K,
         ],
         "the same, sure and of all classes": [
@@ -528,8 +528,9 @@ def fitted(rows: Sequence[Row], mode: str, target: str, odds: bool, names: Seque
         "seen": {name: [_short(v.min()), _short(v.max())] for name, v in values.items()},
         "spread": {name: _short(v.std()) for name, v in values.items()},
         "halves": {
-            f"{level:g}": {cell: _short(width) for cell, width in fitting.half_widths(told, fitting.every, level).items()}
+            f"{level:g}": {cell: _short(width) for cell, width in widths.items()}
             for level in LEVELS
+            for widths in [fitting.half_widths(told, fitting.every, level)]
         },
         "coverage": held,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Before and after training: how hard a task is, what a residual learned, how many pictures, and which to label next."""
+"""Before and after training: how hard a task is, what a residual learned, how many pictures, which to label next."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def prompt_agreement(images: Tensor, prompts: Tensor) -> float:
     Args:
         images: [N, D]. prompts: [P, K, D], a base classifier each, P at least 2.
     """
-    answers = torch.einsum("nd,pkd->pnk", unit(images), unit(prompts)).argmax(2)
+    answers = torch.einsum("id,pkd->pik", unit(images), unit(prompts)).argmax(2)
     count = len(answers)
     same = sum(float((answers[one] == answers[other]).double().mean()) for one in range(count) for other in range(one))
     return 2.0 * same / (count * (count - 1))
@@ -147,7 +147,8 @@ def fisher_ratio(images: Tensor, labels: Tensor) -> float:
 
 
 def _places(labels: Tensor) -> Tensor:
-    return torch.unique(labels, return_inverse=True)[1]
+    places: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return places
 
 
 def _means(f: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def class_values(measures: Mapping[str, Tensor], task: Mapping[str, float]) -> l
 
 
 def cell_of(values: Mapping[str, float], shots: int) -> str:
-    """Whose errors say how far to trust a line: pictures a class given and shots, each the nearest of 1, 2, 4, 8, 16."""
+    """Whose errors say how far to trust a line: pictures a class given, and shots, each one of 1, 2, 4, 8, 16."""
     given = min(max(round(values["log_given"]), 0), 4)
     return f"{2**given} given, {2 ** round(math.log2(shots))} shots"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from .values import (
 if TYPE_CHECKING:
     from ..analysis import TransferDifficulty
 
+_READING = ("train_split", "drop_unlabelled", "image_column", "label_column", "config_name")
 _Shots = Annotated[str, typer.Option(metavar="LIST", help="Pictures per class to train on, a comma list.")]
 _At = Annotated[int, typer.Option(min=1, max=16, metavar="N", help="Pictures per class that classes are listed for.")]
 _Level = Annotated[
@@ -74,38 +75,41 @@ def difficulty(
     # `shots` here says what is asked about, not what is drawn.
     arguments = opt.measuring_arguments(context, check_device(device), None, quiet or as_json, shots=None)
     from ..analysis.transfer import read_pictures, transfer_difficulty
-    from ..modeling_taskres import TaskResCLIPForImageClassification
 
-    reading = {
-        "train_split": train_split, "drop_unlabelled": drop_unlabelled, "image_column": image_column,
-        "label_column": label_column, "class_folder": class_folder and class_folder.value, "config_name": config_name,
-        "revision": dataset_revision,
-    }  # fmt: skip
-    names = read_class_names(class_names)
-    pictures, labelled = read_pictures(source, names, False if unlabelled else None, reading)
+    reading = {name: context.params[name] for name in _READING if context.params[name] is not None}
+    reading |= {"revision": dataset_revision, "class_folder": class_folder and class_folder.value}
+    pictures, labelled = read_pictures(source, read_class_names(class_names), False if unlabelled else None, reading)
     if pictures.account and not as_json:
         say("\n".join(pictures.account.lines()))
-    base = resolve_base(base_model or opt.default_base_model())
-    say_loading(base, quiet or as_json)
-    try:
-        model = TaskResCLIPForImageClassification.from_base(
-            base, pictures.class_names, read_templates(templates), revision=base_revision
-        )
-    except OSError as error:
-        raise without_base(base, error) from error
+    model = _model(base_model, base_revision, pictures.class_names, templates, quiet or as_json)
     told = transfer_difficulty(
         model, pictures, labelled=labelled, shots=wanted, at=at, level=level, seed=seed, arguments=arguments
     )
     emit(as_json, told.as_dict(), lambda: _show(told))
 
 
+def _model(name: str | None, revision: str | None, classes: list[str], templates: list[str] | None, quiet: bool) -> Any:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    base = resolve_base(name or opt.default_base_model())
+    say_loading(base, quiet)
+    try:
+        return TaskResCLIPForImageClassification.from_base(base, classes, read_templates(templates), revision=revision)
+    except OSError as error:
+        raise without_base(base, error) from error
+
+
 def _show(told: TransferDifficulty) -> None:
-    made = told.made_from
-    say(f"Difficulty {told.difficulty:.2f} at {told.shots} pictures a class (0: no mistakes left, 1: as many as chance), "
-        f"{100 * told.level:.0f} % interval {told.difficulty_interval[0]:.2f} to {told.difficulty_interval[1]:.2f}; "
-        f"from {made['pictures']} pictures, {made['mode']}.")  # fmt: skip
+    made, (low, high) = told.made_from, told.difficulty_interval
+    say(
+        f"Difficulty at {told.shots} pictures a class: {told.difficulty:.2f}, {100 * told.level:.0f} % interval "
+        f"{low:.2f} to {high:.2f}\n(0: no mistakes left, 1: as many as chance). From {made['pictures']} pictures, "
+        f"{made['mode']}."
+    )
     for table in (told.table(), told.class_table()):
         console().print(table.rich())
     held = {name: percent(share["task"]) for name, share in told.coverage.items()}
-    say("Tasks left out of what this comes from (13 of photographs and emoji, two small encoders): intervals held\n"
-        f"{held['accuracy']} of accuracies, {held['gain']} of gains and {held['class_accuracy']} of classes.")  # fmt: skip
+    say(
+        "On tasks left out of what this comes from (13 of photographs and emoji, two small\nencoders) intervals held "
+        f"{held['accuracy']} of accuracies, {held['gain']} of gains, {held['class_accuracy']} of classes."
+    )
