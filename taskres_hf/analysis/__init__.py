@@ -1,4 +1,4 @@
-"""Before and after training: how hard a task is, what a residual learned, how many pictures, which to label next."""
+"""Before and after training: how hard a task is, what was learned, how many pictures, and which to label next."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Public name -> module, imported when the name is used.
-_PUBLIC = {"TransferDifficulty": "transfer", "transfer_difficulty": "transfer"}
+_PUBLIC = {
+    "TransferDifficulty": "transfer",
+    "transfer_difficulty": "transfer",
+    "what_it_learned": "learned",
+}
 
 if TYPE_CHECKING:
+    from .learned import what_it_learned as what_it_learned
     from .transfer import TransferDifficulty as TransferDifficulty
     from .transfer import transfer_difficulty as transfer_difficulty
 
