@@ -20,6 +20,7 @@ _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and sh
 # Name: module, function, heading.
 COMMANDS = {
     "train": ("train", "train", _USE),
+    "plan": ("plan", "plan", _USE),
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
