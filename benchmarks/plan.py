@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from scipy.optimize import curve_fit
 from torch import Tensor
 
-from taskres_hf.analysis.learning_curve import LearningCurve, Prior, Growth, measure_growth
+from taskres_hf.analysis.learning_curve import Growth, LearningCurve, Prior, measure_growth
 from taskres_hf.analysis.planning import plan_from
 from taskres_hf.tables import Table
 from taskres_hf.training.whitened import fit_whitened

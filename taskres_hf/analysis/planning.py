@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, DataError, MissingExtraError
 from ..residual import TaskResClassifier
 from ..storage import write_bytes
 from ..tables import Table, percent, visible
-from .learning_curve import LearningCurve, Growth, measure_growth
+from .learning_curve import Growth, LearningCurve, measure_growth
 
 BEYOND = 8.0  # times the pictures at hand, past which nothing is foretold
 METRICS = ("accuracy", "balanced")

@@ -14,7 +14,7 @@ from support import tagger
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.analysis import planning
-from taskres_hf.analysis.learning_curve import LearningCurve, Growth, measure_growth
+from taskres_hf.analysis.learning_curve import Growth, LearningCurve, measure_growth
 from taskres_hf.analysis.planning import Plan, plan_from, plan_pictures, write_figure
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.errors import ConfigurationError, DataError, MissingExtraError
