@@ -48,7 +48,8 @@ class ClassPlan:
         pictures: at hand. tested: pictures of it that were classified without having been trained on.
         accuracy: share of those that were right, drawn towards what the curve says of such a number of pictures.
         more: pictures to label until it has as many as planned; None where there is no number.
-        gain: what that number (or twice the pictures, where there is none) is expected to add to the metric.
+        gain: what that number (or twice the pictures, where there is none) would add to the metric if it fell with the
+            curve; the order of the classes, and no more than that.
     """
 
     name: str
@@ -78,7 +79,8 @@ class Plan:
             8 times the pictures at hand do not reach it.
         level: what endless pictures would reach: expected, and the 80 % interval.
         label_first: of `"unknown"`, pictures a class to label before asking again.
-        classes: see `ClassPlan`; those that gain most first.
+        classes: see `ClassPlan`; those first that are weak, or have few pictures. To label more of them than of
+            others gained nothing over labelling all alike (`docs/plan.md`).
         notes: what to know when reading this.
     """
 
@@ -132,10 +134,10 @@ class Plan:
             least = "" if self.optimistic is None else f", at the very best {self.optimistic} a class"
             return (
                 f"{goal} takes more than {BEYOND:g} times the pictures at hand{least} ({now}); how many cannot be told "
-                f"from these. {self._most()}"
+                f"from these. {self._weakest()}"
             )
         least, most = self._around()
-        return f"{self._amount()} would reach {goal} (between {least} and {most}; {now}). {self._most()}"
+        return f"{self._amount()} would reach {goal} (between {least} and {most}; {now}). {self._weakest()}"
 
     def _amount(self) -> str:
         counts = {row.pictures for row in self.classes}
@@ -153,11 +155,11 @@ class Plan:
             return least, f"more than {self.most - have}{tail}"
         return least, f"{max(0, self.pessimistic - have)}{tail}"
 
-    def _most(self) -> str:
+    def _weakest(self) -> str:
         rows = [row for row in self.classes if row.more != 0][:_NAMED]
         if len(self.classes) <= 2 or not rows:
             return ""
-        return f"Most needed, if not all can be had: {', '.join(visible(row.name) for row in rows)}."
+        return f"Weakest so far: {', '.join(visible(row.name) for row in rows)}."
 
     def table(self) -> Table:
         """The forecasts, from the pictures at hand."""
@@ -169,7 +171,7 @@ class Plan:
         return Table(["pictures a class", "expected", "80 % interval", "95 % interval"], rows)
 
     def class_table(self, most: int | None = None) -> Table:
-        """The classes, those that gain most first."""
+        """The classes, the weak and small first."""
         rows = [
             [row.name, row.pictures, percent(row.accuracy) if row.tested else "not tested", row.more]
             for row in self.classes[:most]
@@ -366,8 +368,8 @@ def _notes(tested: Growth, counts: Any, names: Sequence[str]) -> list[str]:
         )
     if counts.max() > 4 * max(1, counts.min()):
         notes.append(
-            f"Classes have between {counts.min()} and {counts.max()} pictures: those with few are needed more than a "
-            "number for all classes says."
+            f"Classes have between {counts.min()} and {counts.max()} pictures: the table counts them by the geometric "
+            "mean, and the plan fills every class up to the same number."
         )
     return notes
 

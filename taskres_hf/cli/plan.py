@@ -80,7 +80,7 @@ def plan(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """How many more labelled pictures a target takes, and of which classes, foretold from those at hand.
+    """How many more labelled pictures a target takes, foretold from those at hand; which classes are weakest.
 
     Trains on growing parts of them, tests on others, and draws the curve on, with its uncertainty.
 
