@@ -28,6 +28,7 @@ from ..training.whitened import fit_whitened, refuse_broken
 Floats = NDArray[np.float64]
 
 _NUMBER = 20_000  # curves drawn
+_LEAST = 100.0  # curves that count, at least
 _DRAW = 0.05  # spread of the accuracy that a draw of one picture a class makes; falls with the root of the number
 _MISFIT = 0.03  # by which no curve of two forms is expected to be nearer to the truth
 _LIKE = 10.0  # pictures that the usual covariance of measurements on the same pictures counts as
@@ -194,8 +195,7 @@ class LearningCurve:
         self._curves = _Curves(prior or Prior())
         away = self._curves.at(self.shots) - self.accuracy[:, None]
         log = -0.5 * np.einsum("sm,sm->m", away, np.linalg.solve(self.covariance, away))
-        likely = np.exp(log - log.max())
-        self._weight: Floats = likely / likely.sum()
+        self._weight: Floats = _weights(log - log.max())
 
     def _covariance(self, weight: Floats, share: Floats, draws: list[int]) -> Floats:
         """Of pictures: measured, and what is usual, as if of a few more pictures. Of draws; of the forms."""
@@ -231,6 +231,16 @@ class LearningCurve:
         places = np.searchsorted(np.cumsum(self._weight[order]), [(1 - coverage) / 2, (1 + coverage) / 2])
         low, high = np.clip(values[order][np.minimum(places, len(values) - 1)], 0.0, 1.0).tolist()
         return low, high
+
+
+def _weights(log: Floats) -> Floats:
+    """Weights of the curves, flattened until many count: where none fits well, the best few would look too sure."""
+    while True:
+        likely = np.exp(log)
+        weights: Floats = likely / likely.sum()
+        if 1.0 / (weights**2).sum() >= _LEAST:
+            return weights
+        log = 0.8 * log
 
 
 def _draw_spread(shots: Floats) -> Floats:

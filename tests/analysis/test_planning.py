@@ -221,3 +221,12 @@ def test_names_of_classes_are_shown_and_not_obeyed() -> None:
     assert "\x1b" not in plan.sentence()
     assert "<script>" not in plan.class_table().html()
     assert "'=cmd()" in plan.class_table().csv()
+
+
+def test_a_curve_unlike_all_others_is_not_taken_for_sure() -> None:
+    """From chance to the level with the first picture: hardly any curve does that, and the best few would rule."""
+    curve = LearningCurve(on_curve([1, 2, 4, 8, 16, 32], [0.05, 0.86, 0.86, 0.87, 0.87, 0.87, 0.87], 200))
+    (low, high), (lowest, highest) = curve.interval(32), curve.level()[1:]
+    assert low < curve.expected(32) < high
+    assert lowest < curve.level()[0] < highest
+    assert low < 0.87 < high
