@@ -21,6 +21,7 @@ _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and sh
 COMMANDS = {
     "train": ("train", "train", _USE),
     "difficulty": ("difficulty", "difficulty", _USE),
+    "plan": ("plan", "plan", _USE),
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
