@@ -31,6 +31,7 @@ ORDER = [
     "prediction_files", "predicting", "demo", "checking.signing", "checking.verifying", "checking",
     "paper.datasets", "paper.cells", "paper.reports", "paper.runner", "paper.tasks", "paper.memory",
     "paper.figures", "paper.comparison", "paper.compare", "paper.checkpoints", "paper",
+    "analysis.labelling", "analysis.suggesting",
     "analysis",
     "report.gathering", "report.findings", "report.figures", "report.thumbnails", "report.page", "report",
     "export.fused", "export.formats", "export.web", "export.exporting", "export",
@@ -39,7 +40,8 @@ ORDER = [
     "features", "suite", "benchmarking", "importing",
     "app.looking", "app.session", "app.registry", "app.showing", "app.layout", "app",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.report", "cli.train", "cli.compare",
-    "cli.evaluate", "cli.predict", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export", "cli.paper",
+    "cli.evaluate", "cli.predict", "cli.suggest", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export",
+    "cli.paper",
     "cli.demo", "cli.browser", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
