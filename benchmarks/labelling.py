@@ -8,7 +8,7 @@ well have none. Accuracy is that on the test pictures, all of them.
 `random` is a plain draw. `stratified` draws as many of each class, which needs the labels: nobody can do that, it is
 here to compare with. "times" is how many times the labels of `random` at the same accuracy: its curve of accuracy
 against the logarithm of labels is interpolated, from curves that are means over tasks and seeds. Intervals are 95 % of
-2,000 bootstrap draws of tasks and of seeds within them.
+2,000 bootstrap draws of tasks and of seeds within them. No more labels can be read off than the last budget.
 
     python -m benchmarks.labelling --tail       # pools in which the most frequent class has ten times the rarest
     python -m benchmarks.labelling --classes    # whether the classes said to need pictures are those with errors
@@ -16,8 +16,11 @@ against the logarithm of labels is interpolated, from curves that are means over
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,6 +102,24 @@ def simulate(task: Task, name: str, budgets: Sequence[int], seed: int, tail: boo
     return found
 
 
+def measured(kind: str, material: Mapping[str, Task], name: str, options: argparse.Namespace) -> np.ndarray:
+    """[T, S, B, 4] of one strategy; with a folder, what was finished there is taken from it."""
+    rows = []
+    for task, one in material.items():
+        file = None
+        if options.output_dir:
+            tail = "-tail" if options.tail else ""
+            file = options.output_dir / f"{kind}{tail}-{name}-{task}-{options.shots}-{len(options.seeds)}.json"
+        if file is None or not file.exists():
+            values = [simulate(one, name, options.shots, seed, options.tail).tolist() for seed in options.seeds]
+            if file is not None:
+                file.write_text(json.dumps({"rounds": values}))
+        else:
+            values = json.loads(file.read_text())["rounds"]
+        rows.append(values)
+    return np.array(rows, dtype=float)
+
+
 # ---------------------------------------------------------------------- what the rounds say
 
 
@@ -174,19 +195,16 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=[*STRATEGIES, ORACLE], help="default: all")
     parser.add_argument("--tail", action="store_true", help="pools with a long tail")
     parser.add_argument("--classes", action="store_true", help="also which classes were said to need pictures")
+    parser.add_argument("--output-dir", type=Path, help="keep finished rounds here, and take them again")
     options = opt.read(parser)
+    if options.output_dir:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([PLAIN, *options.strategies]))
     if unknown := sorted(set(names) - {*STRATEGIES, ORACLE}):
         parser.error(f"no such strategies: {', '.join(unknown)}")
     for kind in opt.kinds(options):
         material = tasks(kind)
-        found = {
-            name: np.array([
-                [simulate(task, name, options.shots, seed, options.tail) for seed in options.seeds]
-                for task in material.values()
-            ])
-            for name in names
-        }  # fmt: skip
+        found = {name: measured(kind, material, name, options) for name in names}
         pool = "pools with a long tail" if options.tail else "pools as they are"
         title = f"{kind}: {len(material)} tasks, {len(options.seeds)} seeds, {pool}"
         print(saved_table(found, options.shots, title).markdown(), "\n", flush=True)

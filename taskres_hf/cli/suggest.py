@@ -109,7 +109,8 @@ def suggest(
     arguments = opt.measuring_arguments(context, device, label_map, quiet or as_json, on_error="skip")
     found = suggest_pictures(
         model, inputs[class_names is None :], count, labelled=labelled, strategy=strategy.value, seed=seed,
-        args=arguments, class_folder=class_folder and class_folder.value, image_column=image_column, label_column=label_column,
+        args=arguments, class_folder=class_folder and class_folder.value, image_column=image_column,
+        label_column=label_column,
     )  # fmt: skip
     for note in [*found.notes, *(f"Skipped: {problem}" for problem in found.skipped)]:
         warn(note)

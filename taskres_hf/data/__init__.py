@@ -9,6 +9,6 @@ from .training_data import TrainingData, load_evaluation_data, load_training_dat
 
 __all__ = [
     "LABEL_NAMES", "Account", "FileCells", "LabelledImages", "MultiLabelImages", "TrainingData", "class_counts",
-    "column_values", "duplicates", "few_shot_rows", "find_column", "finder", "folds_of_pictures", "is_missing", "load_evaluation_data",
-    "load_splits", "load_training_data", "shorten",
+    "column_values", "duplicates", "few_shot_rows", "find_column", "finder", "folds_of_pictures", "is_missing",
+    "load_evaluation_data", "load_splits", "load_training_data", "shorten",
 ]  # fmt: skip
