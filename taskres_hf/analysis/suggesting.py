@@ -21,8 +21,7 @@ from ..pictures import is_address, list_images
 from ..prediction_files import as_utf8, check_output
 from ..storage import write_bytes
 from ..tables import Table, json_text, percent, visible
-from ..training import TaskResTrainer, TaskResTrainingArguments
-from ..training.measuring import known_digests
+from ..training import TaskResTrainer, TaskResTrainingArguments, measuring
 from .labelling import DEFAULT, Pool, check_choice, choose, expected_misses, make_pool, margins
 
 COLUMNS = ("file", "label", "rank", "suggested", "probability", "margin", "reason")
@@ -179,7 +178,7 @@ def suggest_pictures(
     trainer = TaskResTrainer(model, args or TaskResTrainingArguments(on_error="skip", disable_tqdm=True))
     given, rows = _read_labelled(trainer, labelled, data_options)
     data, files, skipped = _read_pool(trainer, files)
-    trained, _ = known_digests(data.digests, model.config.data)
+    trained, _ = measuring.known_digests(data.digests, model.config.data)
     theirs = set(given.digests) if given is not None else set()
     known = {*trained, *(row for row, digest in enumerate(data.digests) if digest in theirs)}
     rest = [row for row in range(len(data)) if row not in known]

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, say, say_loading, when_interrupted
-from .values import check_device, resolve_base
+from .values import check_device, read_words, resolve_base
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .html file to write.")]
 Figures = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the figures there, as PNG and SVG.")]
@@ -18,6 +18,12 @@ Thumbnails = Annotated[
 ]
 Folds = Annotated[
     int, typer.Option(min=0, metavar="N", help="Folds of the cross-validation on the training pictures; 0: none.")
+]
+Words = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Words to tell what was learned in, one a line or with commas between; '' for none."
+    ),
 ]
 
 
@@ -32,6 +38,7 @@ def report(
     figures: Figures = None,
     thumbnails: Thumbnails = 8,
     folds: Folds = 5,
+    words: Words = None,
     device: opt.Device = None,
     label_map: opt.LabelMap = None,
     drop_unlabelled: opt.DropUnlabelled = False,
@@ -53,7 +60,8 @@ def report(
     debug: opt.Debug = False,
 ) -> None:
     """Write one HTML page that shows what a classifier does: accuracy, confusions with their pictures, calibration,
-    mistakes, suspicious labels, duplicates, and how it was trained. It needs no network and no other file.
+    mistakes, suspicious labels, duplicates, what it learned, and how it was trained. It needs no network and no
+    other file.
 
     Example:  taskres report my-classifier --dataset photos/ -o report.html
     """
@@ -63,13 +71,14 @@ def report(
     from ..report import check_report_output, write_report
 
     check_report_output(output, figures)
+    told_in = read_words(words)
     arguments = opt.measuring_arguments(context, device, label_map, quiet or as_json, on_error="skip")
     say_loading(model, quiet or as_json)
     result = write_report(
         model, output, dataset, split=split, folds=folds, thumbnails=thumbnails, figures_dir=figures, args=arguments,
         revision=revision, base_model=base_model and resolve_base(base_model), strength=strength,
         config_name=config_name, image_column=image_column, label_column=label_column,
-        class_folder=class_folder and class_folder.value, dataset_revision=dataset_revision,
+        class_folder=class_folder and class_folder.value, dataset_revision=dataset_revision, words=told_in,
     )  # fmt: skip
     emit(as_json, result, lambda: _show(result))
 

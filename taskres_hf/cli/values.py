@@ -52,7 +52,23 @@ def check_output_folder(folder: Path, replace: bool) -> None:
     check_can_write(folder)
 
 
-def _listed_names(option: str) -> Any:
+def read_words(option: str | None) -> list[str] | None:
+    """Words of `--words`: a text file with one a line, or a comma list; an empty text is no words.
+
+    Raises:
+        ConfigurationError: a file that does not exist, cannot be read, or holds no words.
+    """
+    if not option:
+        return None if option is None else []
+    words = _listed_names(option, "--words", "red,made of wood,in the dark")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        raise ConfigurationError(
+            f"--words: {option!r} holds no list of words. Give one a line, or with commas between."
+        )
+    return words
+
+
+def _listed_names(option: str, flag: str = "--class-names", example: str = "tabby cat,beagle") -> Any:
     path = Path(option).expanduser()
     if path.suffix.lower() == ".json":
         return read_json_option(path)
@@ -60,14 +76,14 @@ def _listed_names(option: str) -> Any:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"--class-names: {path} cannot be read as UTF-8 text: {error}") from error
+            raise ConfigurationError(f"{flag}: {path} cannot be read as UTF-8 text: {error}") from error
         return [line.strip() for line in lines if line.strip()]
     names = [part.strip() for part in option.split(",")]
     like_a_file = len(names) == 1 or (path.suffix and path.parent != Path(".") and path.parent.is_dir())
     if like_a_file:
         raise ConfigurationError(
-            f"--class-names: there is no file {option!r}{_nearest_file(path)}. Give a .txt file with one name a line, "
-            "a .json file, or names separated by commas, such as 'tabby cat,beagle'."
+            f"{flag}: there is no file {option!r}{_nearest_file(path)}. Give a .txt file with one name a line, "
+            f"a .json file, or names separated by commas, such as {example!r}."
         )
     return names
 

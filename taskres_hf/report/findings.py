@@ -1,4 +1,4 @@
-"""From answers to what is worth looking at: pure functions over logits, labels and the classifier's rows."""
+"""From answers to what is worth looking at: pure functions over logits and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..evaluation import expected_calibration_error, share_interval
-from ..residual import TaskResClassifier
 from .gathering import Measured, Pictures
 
 Row = dict[str, Any]
@@ -210,55 +209,3 @@ def equal_pictures(splits: Sequence[Pictures]) -> list[list[tuple[int, int]]]:
         return len({number for number, _ in group}) > 1 or len(labels) > 1
 
     return [group for group in places.values() if len(group) > 1 and matters(group)]
-
-
-# ---------------------------------------------------------------------- the residual
-
-
-@torch.no_grad()
-def residual_moves(head: TaskResClassifier, class_names: Sequence[str], nearest: int = 3) -> list[Row]:
-    """What each class's residual moved towards, the longest first.
-
-    `t_k` is the text embedding of class k, `w_k` its row in the classifier, and both are compared with the text
-    embeddings of the other classes by the cosine.
-
-    Returns:
-        `name`; `length`: |w_k - t_k| / |t_k|; `turn`: degrees between t_k and w_k; `before`, `after`: names of the
-        classes whose text is nearest to t_k and to w_k; `towards`, `away`: (name, cosine) of the other classes that
-        w_k - t_k points to and away from most, by their texts without the mean of all texts, which they share;
-        `bias`: the class's bias or None. Of a residual on the image side, which all classes share, only `name`,
-        `towards` and `length` (of alpha times the residual) in a single row.
-    """
-    names, texts = list(class_names), F.normalize(head.base.cpu().double(), dim=1)
-    own = F.normalize(texts - texts.mean(dim=0), dim=1)  # what tells a class from the others
-    if head.side == "image":
-        shared = head.strength * head.alpha * head.residual[0].cpu().double()
-        pull = own @ F.normalize(shared, dim=0)
-        order = pull.argsort(descending=True)[:nearest].tolist()
-        towards = [(names[k], float(pull[k])) for k in order if pull[k] > 0]
-        return [{"name": "", "length": float(shared.norm()), "towards": towards}]
-    base, weight = head.base.cpu().double(), head.weight().cpu().double()
-    was, now = texts @ texts.T, F.normalize(weight, dim=1) @ texts.T
-    change = F.normalize(weight - base, dim=1) @ own.T
-    lengths = (weight - base).norm(dim=1) / base.norm(dim=1).clamp_min(1e-12)
-    turns = now.diagonal().clamp(-1, 1).arccos().rad2deg()
-    bias = None if head.class_bias is None else (head.strength * head.class_bias).tolist()
-    count = min(nearest, len(names) - 1)
-    rows = []
-    for k, name in enumerate(names):
-        others = torch.ones(len(names), dtype=torch.bool)
-        others[k] = False
-
-        def best(values: Tensor, others: Tensor = others, sign: int = 1) -> list[int]:
-            ranked = (sign * values).masked_fill(~others, -torch.inf).topk(count).indices
-            return [int(place) for place in ranked]
-
-        moved = [(names[j], float(change[k, j])) for j in best(change[k])]
-        fled = [(names[j], float(change[k, j])) for j in best(change[k], sign=-1)]
-        rows.append({
-            "name": name, "length": float(lengths[k]), "turn": float(turns[k]),
-            "before": [names[j] for j in best(was[k])], "after": [names[j] for j in best(now[k])],
-            "towards": [entry for entry in moved if entry[1] > 0], "away": [entry for entry in fled if entry[1] < 0],
-            "bias": None if bias is None else bias[k],
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: -row["length"])

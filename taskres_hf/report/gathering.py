@@ -72,6 +72,7 @@ class Measured:
         class_names: K names. metrics: as of `TaskResTrainer.evaluate` or `cross_validate`.
         pictures, places: the pictures, and where in them each of the N lies; None and empty where only embeddings were
             given.
+        image_embeds: of the pictures [N, D], or None.
     """
 
     logits: Tensor
@@ -81,6 +82,7 @@ class Measured:
     metrics: Mapping[str, Any]
     pictures: Pictures | None = None
     places: Sequence[int] = ()
+    image_embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -309,7 +311,10 @@ def _measure(
     metrics |= {"method": "validation" if chose else "held-out", "split": pictures.split}
     if model.classifier.strength != 1.0:
         metrics["strength"] = model.classifier.strength
-    return Measured(logits, zero_shot, data.labels, model.class_names, metrics, pictures, [places[row] for row in rows])
+    return Measured(
+        logits, zero_shot, data.labels, model.class_names, metrics, pictures, [places[row] for row in rows],
+        data.image_embeds[0],
+    )  # fmt: skip
 
 
 def _readable(found: Evidence, pictures: Pictures, skipped: Sequence[int]) -> list[int]:
@@ -361,7 +366,8 @@ def _cross_validate(
     labels = data.labels[torch.tensor(outcome.rows)]
     tested = zip(outcome.rows, labels.tolist(), strict=True)  # a picture may be there under two labels
     places = [place_of[data.digests[row], label] for row, label in tested]
-    return Measured(outcome.logits, outcome.zero_shot, labels, model.class_names, metrics, pictures, places)
+    embeds = data.image_embeds[0][torch.tensor(outcome.rows)]
+    return Measured(outcome.logits, outcome.zero_shot, labels, model.class_names, metrics, pictures, places, embeds)
 
 
 def _as_drawn(pictures: Pictures, rows: list[int], few_shot: Mapping[str, Any] | None) -> list[int]:

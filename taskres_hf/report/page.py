@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ..storage import check_can_write, write_bytes
 from ..tables import percent, visible
 from . import figures, findings
 from .gathering import Evidence, Measured, Pictures, Subject, gather, read_subject
+from .learning import Learning
 from .thumbnails import Thumbnails
 
 if TYPE_CHECKING:
@@ -45,14 +46,15 @@ def write_report(
     strength: float | None = None,
     name: str | None = None,
     dataset_revision: str | None = None,
+    words: Sequence[str] | None = None,
     **data_options: Any,
 ) -> dict[str, Any]:
     """Write one HTML page that shows what a classifier does, for people who have never seen it.
 
     Accuracy beside zero-shot, gain and loss per class, confusions with their pictures, calibration, mistakes, labels
-    that are likely wrong, pictures that lie in several splits, what each residual moved towards, how it was trained
-    and how to use it. Every number is of pictures that the classifier which answered was not trained on. The page
-    loads nothing and runs nothing.
+    that are likely wrong, pictures that lie in several splits, what it learned beyond the text of its classes, how it
+    was trained and how to use it. Every number is of pictures that the classifier which answered was not trained on.
+    The page loads nothing and runs nothing.
 
     Args:
         model: folder or Hub id of a classifier, or the model itself.
@@ -69,12 +71,12 @@ def write_report(
             from 0 (zero-shot) to 1 (as trained), instead of the stored one. All three for a `model` that is loaded.
         name: what the page calls the classifier, and its snippets load; by default the folder or Hub id.
         dataset_revision: branch, tag or commit of a Hub dataset.
+        words: to tell what was learned in; by default colours, shapes, materials and the like, an empty list for none.
         **data_options: `config_name`, `image_column` and so on, of `load_evaluation_data`.
 
     Returns:
         For machines: `output`, `bytes`, `figures` (files), `metrics` (shown first) and what they were `measured_on`,
-        `cross_validated`, `label_issues`,
-        `equal_pictures`, `unreadable`, `notes`.
+        `cross_validated`, `label_issues`, `equal_pictures`, `unreadable`, `learned`, `notes`.
 
     Raises:
         ConfigurationError: `output` is no .html file, a number is out of range, or the classifier gives several labels
@@ -98,7 +100,7 @@ def write_report(
         found = gather(subject.model, dataset, args, split=split, folds=folds, **options)
         found.notes[:0] = evidence.notes
         evidence = found
-    writer = _Page(subject, evidence, thumbnails, dataset is not None)
+    writer = _Page(subject, evidence, thumbnails, dataset is not None, words)
     content = writer.html().encode("utf-8", "backslashreplace")
     files = [] if folder is None else writer.write_figures(folder)
     write_bytes(output, content)
@@ -143,7 +145,9 @@ def check_report_output(output: Path, figures_dir: Path | None = None) -> None:
 class _Page:
     """What the template shows, piece by piece."""
 
-    def __init__(self, subject: Subject, evidence: Evidence, per_cell: int, with_data: bool) -> None:
+    def __init__(
+        self, subject: Subject, evidence: Evidence, per_cell: int, with_data: bool, words: Sequence[str] | None = None
+    ) -> None:
         self.subject, self.evidence, self.per_cell, self.with_data = subject, evidence, per_cell, with_data
         self.measured: Measured | None = evidence.held_out or evidence.cross_validated
         recorded = subject.config.get("metrics") or {}
@@ -151,6 +155,8 @@ class _Page:
         names = {int(index): label for index, label in subject.config["id2label"].items()}
         self.class_names = [names[index] for index in sorted(names)]
         self.thumbnails = Thumbnails()
+        self.learning = Learning(subject, self.class_names, self.measured, words)
+        evidence.notes += self.learning.notes
         self.equal = findings.equal_pictures(evidence.splits)
         self.issues = self._issues()
         self.calibrations = (
@@ -170,6 +176,7 @@ class _Page:
         # The lists of pictures come first: where the bound on thumbnails is met, confusions go without.
         mistakes, uncertain = self._list("confident_mistakes"), self._list("least_certain")
         issues, equal = self._issue_pictures(), self._equal_pictures()
+        learned, pairs = self.learning.classes(self._pictures), self.learning.pairs(self._pictures)
         confusions, drawn = self._confusions(), self._drawn("svg")
         return environment.get_template("page.html").render(
             subject=self.subject, evidence=self.evidence, with_data=self.with_data, metrics=self.metrics,
@@ -177,12 +184,14 @@ class _Page:
             rows=findings.class_rows(self.metrics)[:_MOST_ROWS], mistakes=mistakes, uncertain=uncertain,
             issues=issues, issue_count=len(self.issues or ()), judged=self.issues is not None, equal=equal,
             equal_count=len(self.equal), confusions=confusions, calibrations=self.calibrations,
-            moves=self._moves(), origin=self._origin(), attention=self._attention(),
+            learning=self.learning, learned=learned, pairs=pairs, apart=self.learning.turned_apart(),
+            most_rows=_MOST_ROWS,
+            origin=self._origin(), attention=self._attention(),
             figures={name: Markup(_inline(image, name)) for name, image in drawn.items()},
             versus=findings.paired(self.measured) if self.measured else None,
             linked={(cell["label"], cell["predicted"]) for cell in confusions["cells"] if cell["pictures"]}
             if confusions else set(),
-            left_out=self.thumbnails.left_out, most_rows=_MOST_ROWS,
+            left_out=self.thumbnails.left_out,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -204,7 +213,7 @@ class _Page:
             "metrics": dict(self.metrics) or None, "measured_on": self._measured_on(),
             "cross_validated": dict(crossed.metrics) if crossed else None,
             "label_issues": issues if self.issues is not None else None, "equal_pictures": equal,
-            "unreadable": unreadable, "notes": self.evidence.notes,
+            "unreadable": unreadable, "learned": self.learning.facts(), "notes": self.evidence.notes,
         }  # fmt: skip
 
     def write_figures(self, folder: Path) -> list[Path]:
@@ -293,21 +302,6 @@ class _Page:
             for a in range(len(counts))
         ] if whole else None  # fmt: skip
         return {"matrix": matrix, "cells": cells, "pairs": shown, "all_pairs": len(pairs), "wrong": wrong}
-
-    def _moves(self) -> Row:
-        head = self.subject.model.classifier if self.subject.model is not None else None
-        side = self.subject.config.get("residual_side", "text")
-        if head is not None:
-            rows = findings.residual_moves(head, self.class_names)
-        elif side == "image":
-            rows = [{"name": "", "length": self.subject.lengths[0], "towards": []}]
-        else:
-            rows = [
-                {"name": name, "length": length}
-                for name, length in zip(self.class_names, self.subject.lengths, strict=True)
-            ]
-            rows.sort(key=lambda row: -row["length"])
-        return {"side": side, "rows": rows[:_MOST_ROWS], "directions": head is not None, "total": len(rows)}
 
     # ------------------------------------------------------------------ pictures
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.evaluation import compare_with_zero_shot
 from taskres_hf.report import findings
 from taskres_hf.report.gathering import Measured
-from taskres_hf.residual import TaskResClassifier
 
 NAMES = ["a", "b", "c"]
 
@@ -71,27 +69,5 @@ def test_wrong_labels_are_the_most_suspicious() -> None:
     assert findings.suspicious_labels(Measured(logits, logits, torch.zeros(300).long(), NAMES, {})) == []
 
 
-def test_a_residual_that_points_at_a_class_moves_towards_it() -> None:
-    base = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    head = TaskResClassifier(base, alpha=0.5)
-    with torch.no_grad():
-        head.residual[0] = 4 * base[2]
-    first, *rest = findings.residual_moves(head, NAMES)
-    assert first["name"] == "a"
-    assert first["towards"][0][0] == "c"
-    assert first["after"][0] == "c"
-    assert first["length"] == pytest.approx(2.0)
-    assert all(row["length"] == 0.0 and row["turn"] == pytest.approx(0.0, abs=1e-5) for row in rest)
-    image = TaskResClassifier(base, side="image")
-    with torch.no_grad():
-        image.residual.copy_(base[1:2])
-    assert findings.residual_moves(image, NAMES)[0]["towards"][0][0] == "b"
-
-
-def test_one_class_and_no_residual(base: str) -> None:
-    model = TaskResCLIPForImageClassification.from_base(base, ["cat", "dog"])
-    rows = findings.residual_moves(model.classifier, model.class_names)
-    assert [row["after"] for row in rows] == [["dog"], ["cat"]]
-    single = findings.residual_moves(TaskResClassifier(torch.ones(1, 4)), ["only"])
-    assert single[0]["before"] == []
+def test_least_certain_of_one_class() -> None:
     assert findings.least_certain(Measured(*[torch.ones(2, 1)] * 2, torch.zeros(2).long(), ["only"], {}), 5) == []
