@@ -151,6 +151,14 @@ def resampled(tasks_: int, seeds: int) -> Sequence[tuple[np.ndarray, np.ndarray]
     ]
 
 
+def _cell(value: float, digits: int) -> str:
+    return "" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _spread(value: float, low: float, high: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
 def saved_table(found: Mapping[str, np.ndarray], budgets: Sequence[int], title: str) -> Table:
     """Accuracy at each budget, and labels of `random` for the same.
 
@@ -160,13 +168,13 @@ def saved_table(found: Mapping[str, np.ndarray], budgets: Sequence[int], title: 
     plain, rows = found[PLAIN], []
     samples = resampled(*plain.shape[:2])
     for name, values in found.items():
-        cells = [f"{100 * one:.1f}" for one in np.nanmean(values[..., 1], (0, 1))]
+        cells = [_cell(100 * one, 1) for one in np.nanmean(values[..., 1], (0, 1))]
         made = times(values[..., 0], values[..., 1], plain[..., 0], plain[..., 1])
         drawn = np.array([
             times(values[one][..., 0], values[one][..., 1], plain[one][..., 0], plain[one][..., 1]) for one in samples
         ])  # fmt: skip
         low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-        more = [f"{t:.2f} ({a:.2f} to {b:.2f})" for t, a, b in zip(made, low, high, strict=True)]
+        more = [_spread(*cell) for cell in zip(made, low, high, strict=True)]
         rows.append(
             [f"{name}, an oracle" if name == ORACLE else name, *cells, *(more if name != PLAIN else "1" * len(more))]
         )
@@ -178,9 +186,9 @@ def class_table(found: Mapping[str, np.ndarray], budgets: Sequence[int], title: 
     """Share of classes with a label, and how well expected misses rank the errors of classes."""
     rows = []
     for name, values in found.items():
-        shares = [f"{100 * one:.0f}" for one in np.nanmean(values[..., 2], (0, 1))]
+        shares = [_cell(100 * one, 0) for one in np.nanmean(values[..., 2], (0, 1))]
         samples = [np.nanmean(values[one][..., 3], (0, 1)) for one in resampled(*values.shape[:2])]
-        low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+        low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
         ranks = [
             f"{a:.2f} ({b:.2f} to {c:.2f})"
             for a, b, c in zip(np.nanmean(values[..., 3], (0, 1)), low, high, strict=True)
@@ -206,7 +214,10 @@ def main() -> None:
         material = tasks(kind)
         found = {name: measured(kind, material, name, options) for name in names}
         pool = "pools with a long tail" if options.tail else "pools as they are"
-        title = f"{kind}: {len(material)} tasks, {len(options.seeds)} seeds, {pool}"
+        having = (~np.isnan(found[PLAIN][..., 1]).any(1)).sum(0).tolist()
+        title = (
+            f"{kind}, {len(options.seeds)} seeds, {pool}; tasks that have each budget: {', '.join(map(str, having))}"
+        )
         print(saved_table(found, options.shots, title).markdown(), "\n", flush=True)
         if options.classes:
             print(class_table(found, options.shots, title).markdown(), "\n", flush=True)

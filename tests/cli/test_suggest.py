@@ -129,7 +129,7 @@ def test_other_formats_hold_the_same(here: Path, capsys: pytest.CaptureFixture[s
 def test_what_is_wrong_is_said_before_any_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, message in (
         (["pool", "-q"], 2, "give a classifier and pictures"),
-        (["c", "pool", "--template", "a {}"], 2, "with --class-names"),
+        (["c", "pool", "--template", "a {}"], 2, "has its own"),
         (["pool", *COLD, "-o", "t.xlsx"], 1, "end its name in"),
         (["nowhere", *COLD], 1, "nowhere"),
         (["pool", *COLD, "-n", "0"], 2, "-n"),
