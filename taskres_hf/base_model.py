@@ -17,9 +17,33 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import extract_commit_hash
 
-from .encoders import FAMILIES, BaseSource, check_model_type, config_file, family_of, score_parameters, why_not
-from .errors import BaseModelError, ConfigurationError, MissingExtraError, TextTowerNotLoadedError
+from .encoders import (
+    FAMILIES,
+    OPEN_CLIP,
+    BaseSource,
+    config_file,
+    content_of,
+    family_of,
+    other_format,
+    read_config,
+    score_parameters,
+)
+from .errors import (
+    BaseModelError,
+    ConfigurationError,
+    MissingExtraError,
+    TextTowerNotLoadedError,
+)
 
+# What has both towers and still is no base, by `model_type`.
+_NO_SINGLE_EMBEDDING = {
+    "blip-2": "Its score of a picture is the best of 32 embeddings, so no row of a linear classifier gives it.",
+}
+_OWN_CODE = (
+    "has code of its own (auto_map in its config.json), which runs only if you say so. If you trust it, pass "
+    "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
+)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +68,7 @@ def load_base(
     """
     path = config_file(source)
     commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
-    check_model_type(source.name, path, source.trust_remote_code)
+    _check_model_type(source, path)
     options = {**source.hub, "revision": commit or source.revision}  # every further file comes from the same commit
     options["trust_remote_code"] = source.trust_remote_code
     try:
@@ -56,7 +80,7 @@ def load_base(
     except ImportError as error:
         raise MissingExtraError(f"The base model {source.name!r} cannot be loaded this way: {error}") from error
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts a device
-        reason = why_not(source, error)
+        reason = _why_not(source, error)
         if reason is None:
             raise
         raise BaseModelError(reason) from error
@@ -328,3 +352,65 @@ def torch_dtype(dtype: Any) -> torch.dtype:
             f"`dtype` must be torch.float32, torch.bfloat16, torch.float16 or 'auto'; got {dtype!r}."
         )
     return known  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------- what it is, and what is none
+
+
+def _check_model_type(source: BaseSource, path: str) -> None:
+    """Say what a model is that is no dual encoder, or one with code of its own that nobody said to trust.
+
+    Raises:
+        BaseModelError: with what it is and what to give instead.
+    """
+    name, config = source.name, read_config(source, path)
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        if "auto_map" in config and not source.trust_remote_code:
+            raise BaseModelError(f"The base model {name!r} {_OWN_CODE}")
+        return
+    advice = "Give the whole model, with both towers."
+    if kind in _NO_SINGLE_EMBEDDING:
+        what, advice = "a model of images and text", _NO_SINGLE_EMBEDDING[kind]
+    elif kind == "taskres":
+        what, advice = "a saved TaskRes classifier", "Load it with from_pretrained, or give its own base model."
+    elif "model_cfg" in config:
+        what, advice = "an open_clip checkpoint", OPEN_CLIP
+    elif "_class_name" in config or "_diffusers_version" in config:
+        what = "a part of a diffusers pipeline"
+    elif kind is None:
+        what = "a timm model" if "pretrained_cfg" in config else "of no known kind: its config.json has no model_type"
+    elif {"vision_config", "text_config"} <= set(config):
+        what, advice = "a model of images and text of another family", "To add it: taskres_hf.encoders.register_family."
+    elif "vision" in str(kind) or {"image_size", "num_channels", "patch_size"} & set(config):
+        what = "an image model alone"
+    elif "text" in str(kind) or "vocab_size" in config:
+        what = "a text-only model"
+    else:
+        what = "another kind of model"
+    raise BaseModelError(
+        f"The base model {name!r} is {what} (model_type {kind!r}); needed is a dual encoder, images and text in one "
+        f"space. {advice} Supported model types: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def _why_not(source: BaseSource, error: Exception) -> str | None:
+    """What to say instead of an error of transformers; None where that error says it best."""
+    if isinstance(error, BaseModelError | torch.OutOfMemoryError):
+        return None
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if isinstance(error, OSError) and all(source.file(file) is None for file in weights):
+        pickle = next((file for file in _PICKLES if source.file(file) is not None), None)
+        if pickle is not None:
+            return (
+                f"The base model {source.name!r} has its weights in {pickle} only, which can run code when opened and "
+                "is not read here. If you trust it, convert it once: AutoModel.from_pretrained(NAME).save_pretrained("
+                "FOLDER) with transformers, copy the tokenizer and image processor files, and give that folder."
+            )
+        other = other_format(source)
+        if other is not None or os.path.isdir(source.name):
+            return other or f"The base model {source.name!r} has no model.safetensors; {content_of(source)}."
+        return None
+    if isinstance(error, OSError) and not os.path.isdir(source.name):
+        return None
+    return f"The base model {source.name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -24,9 +24,11 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.import_utils import is_torchvision_available
 
-from .errors import ArtifactError, BaseModelError, asking_for, else_cached, warn_if_moved
+from .errors import ArtifactError, BaseModelError, ConfigurationError, asking_for, else_cached, warn_if_moved
 from .storage import is_path, read_json, write_json
 
+_PADDINGS = ("longest", "max_length")
+_SCORES = ("exp_scale", "exp_scale_clamped", "exp_scale_bias", "temperature")
 # Text towers that count positions from after the padding index, by their own `model_type`.
 POSITIONS_AFTER_PADDING = ("xlm-roberta", "altclip_text_model")
 
@@ -38,8 +40,9 @@ class EncoderFamily:
     Attributes:
         padding: `"longest"`, or `"max_length"` where padding changes the answer and must be as in pretraining.
         attention_mask: whether the text tower is given the mask.
-        score: `"exp_scale"` (cosine times exp of a learned scale), `"exp_scale_bias"` (plus a learned bias) or
-            `"temperature"` (cosine divided by a learned temperature).
+        score: `"exp_scale"` (cosine times exp of a learned scale), `"exp_scale_clamped"` (of a scale between 0 and the
+            model's `max_log_logit_scale`), `"exp_scale_bias"` (plus a learned bias) or `"temperature"` (cosine divided
+            by a learned temperature).
         text_length: fixed number of tokens, or None for the text tower's own maximum.
         text_projection: path of the linear module that gives the text embedding.
         text_modules: attributes of the text side, left out where the image tower is loaded alone; none where the two
@@ -75,10 +78,45 @@ FAMILIES: dict[str, EncoderFamily] = {
     "chinese_clip": EncoderFamily(clip_layers=True, reads_first_token=True),
     "blip": EncoderFamily(),
     "vision-text-dual-encoder": EncoderFamily(),
+    "clipseg": EncoderFamily(text_modules=_CLIP_TEXT),
+    "groupvit": EncoderFamily(),
+    "owlvit": EncoderFamily(text_modules=_CLIP_TEXT),
+    "owlv2": EncoderFamily(text_modules=_CLIP_TEXT),
+    # Without padding transformers hands SDPA no mask, and the text tower attends to what comes after.
+    "aimv2": EncoderFamily(padding="max_length", score="exp_scale_clamped", text_modules=_CLIP_TEXT),
+    "flava": EncoderFamily(),
+    "tipsv2": EncoderFamily(score="temperature"),
+    "jina_clip": EncoderFamily(),  # code of its own: runs only where trust_remote_code allows it
     "align": EncoderFamily(score="temperature"),
     "siglip": EncoderFamily(**_SIGLIP, text_modules=("text_model",), clip_layers=True),
     "siglip2": EncoderFamily(**_SIGLIP, image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes")),
 }
+
+
+def register_family(model_type: str, family: EncoderFamily) -> None:
+    """Make a dual encoder of your own, or one that this library does not know, a base model.
+
+    Its model must be what `AutoModel` loads for the `model_type`, and have `get_image_features(pixel_values)`,
+    `get_text_features(input_ids, ...)` and the learned scale that `family.score` reads. Register it before a base or an
+    artifact on it is loaded, in every process.
+
+    Raises:
+        ConfigurationError: the name is taken by another row, or a field has a value that nothing reads.
+    """
+    if not isinstance(model_type, str) or not model_type:
+        raise ConfigurationError(f"`model_type` must be a name, as in config.json; got {model_type!r}.")
+    if not isinstance(family, EncoderFamily):
+        raise ConfigurationError(f"`family` must be an EncoderFamily; got a {type(family).__name__}.")
+    for name, known in (("padding", _PADDINGS), ("score", _SCORES)):
+        if getattr(family, name) not in known:
+            raise ConfigurationError(
+                f"`{name}` of a family must be one of {', '.join(known)}; got {getattr(family, name)!r}."
+            )
+    if FAMILIES.get(model_type, family) != family:
+        raise ConfigurationError(
+            f"The family {model_type!r} is known already, with other facts. Give your model another model_type."
+        )
+    FAMILIES[model_type] = family
 
 
 def family_of(model_or_config: Any) -> EncoderFamily:
@@ -98,26 +136,6 @@ def family_of(model_or_config: Any) -> EncoderFamily:
         f"The base model must be a dual encoder (images and text in one space); {model_type!r} is not one this "
         f"library knows.{hint} Supported model types: {', '.join(sorted(FAMILIES))}."
     )
-
-
-# A file that tells what a folder or repository is instead, and what to do then.
-_OTHER_FORMATS = {
-    "model_index.json": ("a diffusers pipeline", "Give a CLIP model that has both towers, not a pipeline."),
-    "open_clip_config.json": ("an open_clip checkpoint", "{open_clip}"),
-    "open_clip_model.safetensors": ("an open_clip checkpoint", "{open_clip}"),
-    "open_clip_pytorch_model.bin": ("an open_clip checkpoint", "{open_clip}"),
-    "adapter_config.json": ("a PEFT adapter", "Merge it into its base model, save that, and give that folder."),
-    "modules.json": ("a sentence-transformers model", "Give the CLIP model inside it, such as its folder 0_CLIPModel."),
-}
-_OPEN_CLIP = (
-    "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
-    "convert_clip_original_pytorch_to_hf.py of transformers."
-)
-_OWN_CODE = (
-    "has code of its own (auto_map in its config.json), which runs only if you say so. If you trust it, pass "
-    "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
-)
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
 class HubOptions(dict[str, Any]):
@@ -179,6 +197,21 @@ class BaseSource:
         return (extract_commit_hash(path, None) if path else None) or self.revision
 
 
+# A file that tells what a folder or repository is instead, and what to do then.
+_OTHER_FORMATS = {
+    "model_index.json": ("a diffusers pipeline", "Give a CLIP model that has both towers, not a pipeline."),
+    "open_clip_config.json": ("an open_clip checkpoint", "{open_clip}"),
+    "open_clip_model.safetensors": ("an open_clip checkpoint", "{open_clip}"),
+    "open_clip_pytorch_model.bin": ("an open_clip checkpoint", "{open_clip}"),
+    "adapter_config.json": ("a PEFT adapter", "Merge it into its base model, save that, and give that folder."),
+    "modules.json": ("a sentence-transformers model", "Give the CLIP model inside it, such as its folder 0_CLIPModel."),
+}
+OPEN_CLIP = (
+    "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
+    "convert_clip_original_pytorch_to_hf.py of transformers."
+)
+
+
 def config_file(source: BaseSource) -> str:
     """The base's config.json."""
     name = source.name
@@ -204,20 +237,22 @@ def config_file(source: BaseSource) -> str:
             if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
                 raise
     raise BaseModelError(
-        _other_format(source)
-        or f"The base model {name!r} has no config.json; {_content(source)}. Give a model in "
+        other_format(source)
+        or f"The base model {name!r} has no config.json; {content_of(source)}. Give a model in "
         "transformers' format: config.json, model.safetensors, tokenizer and image processor."
     )
 
 
-def _other_format(source: BaseSource) -> str | None:
+def other_format(source: BaseSource) -> str | None:
+    """What a folder or repository without a config.json of transformers is, and what to do then; None if unknown."""
     for file, (what, advice) in _OTHER_FORMATS.items():
         if source.file(file) is not None:
-            return f"The base model {source.name!r} is {what} ({file}). {advice.format(open_clip=_OPEN_CLIP)}"
+            return f"The base model {source.name!r} is {what} ({file}). {advice.format(open_clip=OPEN_CLIP)}"
     return None
 
 
-def _content(source: BaseSource) -> str:
+def content_of(source: BaseSource) -> str:
+    """What lies there, in a few words."""
     if not os.path.isdir(source.name):
         return "the repository holds something else"
     folder = Path(source.name, source.hub.get("subfolder") or "")
@@ -227,64 +262,16 @@ def _content(source: BaseSource) -> str:
     return f"the folder holds {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else "it is empty"
 
 
-def check_model_type(name: str, path: str, trusted: bool = False) -> None:
-    """Say what a model is that is no dual encoder, or one with code of its own that nobody said to trust.
+def read_config(source: BaseSource, path: str) -> dict[str, Any]:
+    """The base's config.json, read.
 
     Raises:
-        BaseModelError: with what it is and what to give instead.
+        BaseModelError: it is damaged.
     """
     try:
-        config = read_json(path)
+        return read_json(path)
     except ArtifactError as error:
-        raise BaseModelError(f"The config.json of the base model {name!r} is damaged: {error}") from error
-    kind = config.get("model_type")
-    if kind in FAMILIES:
-        if "auto_map" in config and not trusted:
-            raise BaseModelError(f"The base model {name!r} {_OWN_CODE}")
-        return
-    advice = "Give the whole model, with both towers."
-    if kind == "taskres":
-        what, advice = "a saved TaskRes classifier", "Load it with from_pretrained, or give its own base model."
-    elif "model_cfg" in config:
-        what, advice = "an open_clip checkpoint", _OPEN_CLIP
-    elif "_class_name" in config or "_diffusers_version" in config:
-        what = "a part of a diffusers pipeline"
-    elif kind is None:
-        what = "a timm model" if "pretrained_cfg" in config else "of no known kind: its config.json has no model_type"
-    elif {"vision_config", "text_config"} <= set(config):
-        what, advice = "a model of images and text of another family", ""
-    elif "vision" in str(kind) or {"image_size", "num_channels", "patch_size"} & set(config):
-        what = "an image model alone"
-    elif "text" in str(kind) or "vocab_size" in config:
-        what = "a text-only model"
-    else:
-        what = "another kind of model"
-    raise BaseModelError(
-        f"The base model {name!r} is {what} (model_type {kind!r}); needed is a dual encoder, images and text in one "
-        f"space. {advice} Supported model types: {', '.join(sorted(FAMILIES))}."
-    )
-
-
-def why_not(source: BaseSource, error: Exception) -> str | None:
-    """What to say instead of an error of transformers; None where that error says it best."""
-    if isinstance(error, BaseModelError | torch.OutOfMemoryError):
-        return None
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    if isinstance(error, OSError) and all(source.file(file) is None for file in weights):
-        pickle = next((file for file in _PICKLES if source.file(file) is not None), None)
-        if pickle is not None:
-            return (
-                f"The base model {source.name!r} has its weights in {pickle} only, which can run code when opened and "
-                "is not read here. If you trust it, convert it once: AutoModel.from_pretrained(NAME).save_pretrained("
-                "FOLDER) with transformers, copy the tokenizer and image processor files, and give that folder."
-            )
-        other = _other_format(source)
-        if other is not None or os.path.isdir(source.name):
-            return other or f"The base model {source.name!r} has no model.safetensors; {_content(source)}."
-        return None
-    if isinstance(error, OSError) and not os.path.isdir(source.name):
-        return None
-    return f"The base model {source.name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        raise BaseModelError(f"The config.json of the base model {source.name!r} is damaged: {error}") from error
 
 
 def base_name(base_model: Any) -> str:
@@ -433,11 +420,12 @@ def encode_images(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def pooled(features: Any) -> Tensor:
-    """The projected feature out of what `get_*_features` returns (a tensor before transformers 5)."""
-    if isinstance(features, Tensor):
-        return features
-    feature: Tensor = features.pooler_output
-    return feature
+    """The projected feature out of what `get_*_features` returns (a tensor before transformers 5).
+
+    FLAVA projects every token; the first one's is compared.
+    """
+    feature: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return feature[:, 0] if feature.ndim == 3 else feature
 
 
 @torch.no_grad()
@@ -447,7 +435,10 @@ def score_parameters(base: PreTrainedModel) -> tuple[float, float]:
     model: Any = base
     if score == "temperature":
         return 1.0 / float(model.temperature), 0.0
-    scale = float(model.logit_scale.float().exp())
+    log_scale = model.logit_scale.float()
+    if score == "exp_scale_clamped":
+        log_scale = log_scale.clamp(0.0, model.max_log_logit_scale)
+    scale = float(log_scale.exp())
     return scale, float(model.logit_bias) if score == "exp_scale_bias" else 0.0
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.artifact import whole, with_checksums
 from taskres_hf.cli import main
+from taskres_hf.encoders import FAMILIES
 from taskres_hf.storage import read_stored, write_tensors
 
 TASK = "animals-plants"  # the one that most tests use
@@ -102,6 +103,11 @@ _VISION = {
 }  # fmt: skip
 
 
+# Those whose code is in transformers.
+TINY_FAMILIES = sorted(set(FAMILIES) - {"jina_clip"})
+ENDS_AT_EOS = ("clip", "metaclip_2", "clipseg", "groupvit", "aimv2", "owlvit", "owlv2")  # they read the text there
+
+
 def tiny_config(family: str) -> Any:
     """A config of a family, small enough to make at once."""
     text, vision = dict(_TEXT), dict(_VISION)
@@ -119,6 +125,15 @@ def tiny_config(family: str) -> Any:
             "in_channels": [16], "out_channels": [32], "strides": [1], "kernel_sizes": [3], "expand_ratios": [1],
             "num_block_repeats": [1], "depthwise_padding": [], "squeeze_expansion_ratio": 0.25,
         }  # fmt: skip
+    if family == "groupvit":
+        vision |= {
+            "depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0],
+        }  # fmt: skip
+    if family == "flava":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37}
+        return AutoConfig.for_model(
+            family, text_config=text, image_config=vision, multimodal_config=sizes, hidden_size=32, projection_dim=16
+        )
     if family == "vision-text-dual-encoder":
         from transformers import BertConfig, VisionTextDualEncoderConfig, ViTConfig
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "classes": ("classes", "classes", _SHARE),
     "merge": ("classes", "merge", _SHARE),
     "report": ("report", "report", _SHARE),
+    "analyze": ("analyze", "analyze", _SHARE),
     "push": ("share", "push", _SHARE),
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),

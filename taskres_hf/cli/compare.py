@@ -39,10 +39,10 @@ _Data = Annotated[
         "`taskres benchmark --list`, 'paper' for the 11, 'shipped' for the demo's.",
     ),
 ]
-_DataOption = Annotated[
+DataOption = Annotated[
     list[str] | None, typer.Option("--dataset", hidden=True, help="The same as DATA.", rich_help_panel=opt.DATA)
 ]
-_Output = Annotated[
+Output = Annotated[
     Path, typer.Option("--output-dir", "-o", metavar="FOLDER", help="Folder to write; what is finished there stays.")
 ]
 _Methods = Annotated[
@@ -52,14 +52,14 @@ _Methods = Annotated[
         help="Comma list of methods; 'default' for those that take seconds on a CPU, 'all'. See --list.",
     ),
 ]
-_Shots = Annotated[str, typer.Option(metavar="LIST", help="Pictures per class, a comma list.")]
-_Seeds = Annotated[str, typer.Option(metavar="LIST", help="Of the draws, a comma list.")]
+Shots = Annotated[str, typer.Option(metavar="LIST", help="Pictures per class, a comma list.")]
+Seeds = Annotated[str, typer.Option(metavar="LIST", help="Of the draws, a comma list.")]
 _ListMethods = Annotated[bool, typer.Option("--list", help="List the methods and stop.")]
-_Root = Annotated[
+Root = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Official images of described datasets.", rich_help_panel=opt.DATA),
 ]
-_AllowOtherSplit = Annotated[
+AllowOtherSplit = Annotated[
     bool,
     typer.Option(
         "--allow-other-split",
@@ -67,7 +67,7 @@ _AllowOtherSplit = Annotated[
         rich_help_panel=opt.DATA,
     ),
 ]
-_EvalSplit = Annotated[
+EvalSplit = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
@@ -75,7 +75,7 @@ _EvalSplit = Annotated[
         rich_help_panel=opt.DATA,
     ),
 ]
-_Holdout = Annotated[
+Holdout = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
@@ -88,23 +88,23 @@ _Holdout = Annotated[
 def compare(
     context: typer.Context,
     data: _Data = None,
-    output_dir: _Output = Path("taskres-compare"),
+    output_dir: Output = Path("taskres-compare"),
     base_model: opt.TrainBase = None,
     methods: _Methods = "default",
-    shots: _Shots = "1,2,4,8,16",
-    seeds: _Seeds = "1,2,3",
+    shots: Shots = "1,2,4,8,16",
+    seeds: Seeds = "1,2,3",
     templates: opt.Templates = None,
     class_names: opt.ClassNames = None,
     device: opt.Device = None,
     config: opt.Config = None,
     list_methods: _ListMethods = False,
     # ---- dataset
-    data_option: _DataOption = None,
-    root: _Root = None,
-    allow_other_split: _AllowOtherSplit = False,
+    data_option: DataOption = None,
+    root: Root = None,
+    allow_other_split: AllowOtherSplit = False,
     train_split: opt.TrainSplit = None,
-    eval_split: _EvalSplit = None,
-    holdout: _Holdout = None,
+    eval_split: EvalSplit = None,
+    holdout: Holdout = None,
     on_error: opt.OnError = opt.BrokenPicture.RAISE,
     drop_unlabelled: opt.DropUnlabelled = False,
     image_column: opt.ImageColumn = None,
@@ -136,22 +136,32 @@ def compare(
         return
     run = read_run(context, config, training=False)
     given = [*(data or []), *(data_option or [])] or run["data"] or []
-    sources = _sources(context, [given] if isinstance(given, str) else given)
-    counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
-    folder = Path(run["output_dir"])
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    sources = sources_of(context, [given] if isinstance(given, str) else given)
+    counts, draws, folder = grid_of(run)
     use_device(check_device(run["device"]))
     from ..paper.compare import choose_methods
 
     chosen = choose_methods([name.strip() for name in run["methods"].split(",") if name.strip()])
     when_interrupted(lambda: f"Finished fits are kept in {folder}: the same command goes on from there.")
     results = _run(run, sources, folder, chosen, counts, draws, quiet or as_json)
-    write_run(folder, {**run, "data": [f"{name}={source}" for name, source in _portable(sources)]}, "compare")
+    write_run(folder, {**run, "data": [f"{name}={source}" for name, source in portable(sources)]}, "compare")
     _report(results, folder, run["base_model"] or opt.default_base_model(), as_json)
 
 
-def _sources(context: typer.Context, texts: list[str]) -> dict[str, str] | list[str]:
+def grid_of(run: dict[str, Any]) -> tuple[list[int], list[int], Path]:
+    """Shots, seeds, and the folder to write.
+
+    Raises:
+        ConfigurationError: that is a file.
+    """
+    counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
+    folder = Path(run["output_dir"])
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    return counts, draws, folder
+
+
+def sources_of(context: typer.Context, texts: list[str]) -> dict[str, str] | list[str]:
     """What to compare on: sources as they are or, where one of them is named, by name."""
     if not texts:
         context.fail("Missing argument 'DATA...': a folder of pictures, a table, a Hub dataset id, or 'shipped'.")
@@ -172,7 +182,7 @@ def _pair(text: str) -> tuple[str, str]:
     return (name.strip(), source.strip()) if sign and name.strip() and source.strip() else ("", text)
 
 
-def _portable(sources: dict[str, str] | list[str]) -> list[tuple[str, str]]:
+def portable(sources: dict[str, str] | list[str]) -> list[tuple[str, str]]:
     """Names and sources that hold from any folder."""
     from ..paper.tasks import default_name, named_sources
 
@@ -194,10 +204,6 @@ def _run(
     from ..paper.compare import compare_methods
 
     name = run["base_model"] or opt.default_base_model()
-    arguments = {key: run[key] for key in _EMBEDDING if run[key] is not None}
-    arguments |= {"use_cpu": run["device"] == "cpu", "disable_tqdm": quiet}
-    reading = {theirs: run[ours] for ours, theirs in _READING.items()}
-    reading["class_names"] = read_class_names(run["class_names"])
     say_loading(f"the base model {name}", quiet)
     with tqdm(desc="Fitting", unit="fit", disable=quiet, leave=False) as bar:
 
@@ -211,14 +217,24 @@ def _run(
         told: set[tuple[str, str]] = set()
         try:
             return compare_methods(
-                resolve_base(name), sources, folder, methods=methods, shots=shots, seeds=seeds,
-                templates=read_templates(run["templates"]), root=run["root"], holdout=run["holdout"],
-                allow_other_split=run["allow_other_split"], reading=reading, revision=run["base_revision"],
-                views=run["views"], arguments=arguments, on_cell=show,
-                on_start=lambda total: bar.reset(total),
+                resolve_base(name), sources, folder, methods=methods, shots=shots, seeds=seeds, on_cell=show,
+                on_start=lambda total: bar.reset(total), **task_options(run, quiet),
             )  # fmt: skip
         except OSError as error:
             raise without_base(name, error) from error
+
+
+def task_options(run: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """What the options say of the tasks, how they are read, and how their pictures are embedded."""
+    arguments = {key: run[key] for key in _EMBEDDING if run[key] is not None}
+    arguments |= {"use_cpu": run["device"] == "cpu", "disable_tqdm": quiet}
+    reading = {theirs: run[ours] for ours, theirs in _READING.items()}
+    reading["class_names"] = read_class_names(run["class_names"])
+    return {
+        "templates": read_templates(run["templates"]), "root": run["root"], "holdout": run["holdout"],
+        "allow_other_split": run["allow_other_split"], "reading": reading, "revision": run["base_revision"],
+        "views": run["views"], "arguments": arguments,
+    }  # fmt: skip
 
 
 def _report(results: list[dict[str, Any]], folder: Path, base_model: str, as_json: bool) -> None:

@@ -22,11 +22,11 @@ from .._version import __version__
 from ..errors import ConfigurationError
 
 RUN_FILE = "run.yaml"
-_WRITES = {"train": "this classifier, trained", "compare": "this comparison, made"}
+_WRITES = {"train": "this classifier, trained", "compare": "this comparison, made", "analyze": "this analysis, made"}
 # Where and how a command runs, not what comes out of it: accepted in a file where it makes sense, never written.
 _NEVER = {
     "config", "as_json", "quiet", "debug", "dataset_option", "data_option", "list_methods", "use_cpu",
-    "keep_underscores", "disable_tqdm",
+    "keep_underscores", "disable_tqdm", "kind",
 }  # fmt: skip
 _ACTIONS = {
     "output_dir", "overwrite", "resume", "cache_dir", "hub_model_id", "hub_private_repo", "include_code", "report",

@@ -153,7 +153,7 @@ def compare_methods(
     if on_start is not None:
         on_start(len(tasks) * len(shots) * len(seeds) * len(chosen))
     for task in tasks:
-        run = _TaskRun(task, settings, options, shots, seeds, shared)
+        run = TaskRun(task, settings, options, shots, seeds, shared)
         shared = run.model
         cells = [MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in chosen]
         for cell, result, was_done in run_cells(cells, folder, run.stored, run.cell):
@@ -167,7 +167,7 @@ def compare_methods(
     return results
 
 
-class _TaskRun:
+class TaskRun:
     """Everything the fits on one task share, made when first needed: draws, embeddings, zero-shot."""
 
     def __init__(

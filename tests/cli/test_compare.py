@@ -130,21 +130,21 @@ def test_without_matplotlib_the_figures_are_asked_for(
 def test_ctrl_c_keeps_what_is_finished(
     capsys: pytest.CaptureFixture[str], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, fits = compare._TaskRun.cell, []
+    real, fits = compare.TaskRun.cell, []
 
-    def cell(self: compare._TaskRun, *arguments: object) -> object:
+    def cell(self: compare.TaskRun, *arguments: object) -> object:
         fits.append(arguments)
         if len(fits) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compare._TaskRun, "cell", cell)
+    monkeypatch.setattr(compare.TaskRun, "cell", cell)
     code, _, error = run(capsys, "compare", "photos", "-q", *FEW)
     assert code == 130
     assert "Finished fits are kept in taskres-compare: the same command goes on from there." in error
     folder = photos.parent / "taskres-compare"
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 3
-    monkeypatch.setattr(compare._TaskRun, "cell", real)
+    monkeypatch.setattr(compare.TaskRun, "cell", real)
     assert run(capsys, "compare", "photos", "-q", *FEW)[0] == 0
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 16
 

@@ -44,7 +44,7 @@ def tiny() -> Callable[[str], TaskResCLIPForImageClassification]:
                 if hasattr(base, name):
                     getattr(base, name).fill_(value)
         config: Any = TaskResConfig.for_classes(names, "a photo of a {}.")
-        config.projection_dim = {"align": 8, "siglip": 32, "siglip2": 32}.get(family, 16)
+        config.projection_dim = {"align": 8, "siglip": 32, "siglip2": 32, "tipsv2": 32}.get(family, 16)
         config.base_model_type, config.base_model_name_or_path = family, "/home/somebody/models/tiny"
         model = TaskResCLIPForImageClassification(config, base, torch.randn(len(names), config.projection_dim))
         model.image_processor = load_image_processor(BaseSource(""), PROCESSOR)

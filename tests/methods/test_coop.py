@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import tiny_config
+from support import ENDS_AT_EOS, TINY_FAMILIES, tiny_config
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
@@ -16,7 +16,7 @@ from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import ImageFeatures, embed_images
-from taskres_hf.encoders import FAMILIES, encode_texts
+from taskres_hf.encoders import encode_texts
 from taskres_hf.errors import BaseModelError, ConfigurationError
 from taskres_hf.methods import coop, towers
 from taskres_hf.methods.coop import CoOp, CoOp4, CoOpClassSpecific, CoOpMiddle, context_prompts, published_epochs
@@ -147,12 +147,12 @@ def test_training_lowers_the_loss_and_leaves_the_model(model: Model, features: I
     assert torch.equal(again.linear.weight, fitted.linear.weight)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_words_to_start_from_give_the_prompts_embedding(family: str, base: str) -> None:
     """Whatever the text tower is made of: vectors of words in their places are the prompt of these words."""
     config = tiny_config(family)
     config.text_config.vocab_size = 8192
-    if family in ("clip", "metaclip_2"):  # these read their answer where the text ends
+    if family in ENDS_AT_EOS:  # these read their answer where the text ends
         config.text_config.eos_token_id = 8191
     torch.manual_seed(0)
     tower = AutoModel.from_config(config).eval()

@@ -69,13 +69,13 @@ def rewritten(
     rotation = Rotation(base.config.vision_config.hidden_size) if dtype is torch.int8 else None
     inner_dtype = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
 
-    def convert(module: nn.Module, name: str) -> nn.Module:
+    def convert(module: nn.Module, name: str, whole: nn.Module) -> nn.Module:
         if name in _WHOLE:
             return module
         if inner_dtype is not None and type(module) in LINEAR:
             small = name.endswith("_projection") and module.weight.is_cpu  # one small product
             dtype_here = torch.float32 if small else inner_dtype
-            return PackedLinear(module.weight, module.bias, dtype_here, rows, name in _INNER)  # type: ignore[arg-type]
+            return PackedLinear(module.weight, module.bias, dtype_here, rows, _is_inner(name, whole))  # type: ignore[arg-type]
         if inner_dtype is not None and PackedPatches.fits(module):
             patches: Any = module
             if normalisation is not None:
@@ -93,19 +93,26 @@ def rewritten(
         if children is None:
             children = {}
             for key, child in clone._modules.items():
-                children[key] = replaced.get(key) or (child and convert(child, key))
+                children[key] = replaced.get(key) or (child and convert(child, key, clone))
         clone._modules = children
         return clone  # type: ignore[no-any-return]
 
     clone: PreTrainedModel = copy.copy(base)
     clone._modules = {
-        name: module and convert(module, name) for name, module in base._modules.items() if not name.startswith("text")
+        name: module and convert(module, name, base)
+        for name, module in base._modules.items()
+        if not name.startswith("text")
     }
     return clone
 
 
 _INNER = ("q_proj", "k_proj", "v_proj", "fc1", "qkv", "first_query")  # a product takes their result next
+_QUERIES = {"k_proj": "q_proj", "v_proj": "q_proj"}  # what else must be of the same dtype
 _WHOLE = ("keys", "values")  # whose weights are read as they are
+
+
+def _is_inner(name: str, whole: nn.Module) -> bool:
+    return name in _INNER and _QUERIES.get(name, name) in whole._modules
 
 
 def _layers(base: PreTrainedModel) -> Any:
