@@ -86,7 +86,7 @@ class Learning:
             if answers is not None and self.measured is not None:
                 order = answers[:, self.class_names.index(row["name"])].argsort(descending=True, stable=True)
                 pictures = shown(self.measured, order[:_PICTURES].tolist())
-            found.append(row | {"pictures": pictures})
+            found.append({"words_towards": [], "words_away": []} | row | {"pictures": pictures})
         return found
 
     def pairs(self, shown: Shown) -> tuple[list[Row], list[Row]]:
