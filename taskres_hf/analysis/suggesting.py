@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..data import FileCells, LabelledImages, load_training_data
-from ..data.labelled import is_missing
 from ..data.tables import parse_table
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError, ImageError
@@ -99,8 +98,8 @@ class Suggestions:
         write_bytes(path, _written(rows, path.suffix.lower()))
 
 
-def check_table(path: Path, labelled: int) -> None:
-    """Refuse a table that cannot be written, or that would take the place of one with more labels.
+def check_table(path: Path, labelled: int | None) -> None:
+    """Refuse a table that cannot be written, or that would take the place of one with more labels than `labelled` (None: not known).
 
     Raises:
         ConfigurationError: says which.
@@ -110,8 +109,8 @@ def check_table(path: Path, labelled: int) -> None:
         table = parse_table(path.name, path.read_bytes())
     except (OSError, DataError):  # not there, or no table
         return
-    there = sum(not is_missing(cell) for cell in table.columns.get("label", ()))
-    if there > labelled:
+    there = sum(cell is not None and bool(str(cell).strip()) for cell in table.columns.get("label", ()))
+    if labelled is not None and there > labelled:
         raise ConfigurationError(
             f"{path} holds {there} labels, which would be lost: name it as the labelled pictures too (labelled=, "
             "--labelled), or write to another file."

@@ -100,12 +100,9 @@ def suggest(
         raise typer.BadParameter("a classifier has its own: use it with --class-names.", param_hint="--template")
     quiet_libraries(quiet or as_json, collect=as_json)
     from ..analysis.suggesting import check_table, suggest_pictures
-    from ..prediction_files import check_output
 
     if output is not None:
-        check_output(output)
-        if labelled is None:
-            check_table(output, 0)
+        check_table(output, None if labelled else 0)
     device = check_device(device)
     model = _load(inputs[0], class_names, base_model, templates, revision, quiet or as_json)
     arguments = opt.measuring_arguments(context, device, label_map, quiet or as_json, on_error="skip")

@@ -80,7 +80,7 @@ class Learning:
         answers = None
         if self.measured is not None and self.measured.image_embeds is not None and self.head is not None:
             answers = Learned(self.head).responses(self.measured.image_embeds)
-        found = []
+        found: list[Row] = []
         for row in rows:
             pictures = []
             if answers is not None and self.measured is not None:
