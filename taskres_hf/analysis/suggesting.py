@@ -99,7 +99,10 @@ class Suggestions:
 
 
 def check_table(path: Path, labelled: int | None) -> None:
-    """Refuse a table that cannot be written, or that would take the place of one with more labels than `labelled` (None: not known).
+    """Refuse a table that cannot be written, or that would replace one with more labels than `labelled`.
+
+    Args:
+        labelled: how many the new table has; None where that is not known yet.
 
     Raises:
         ConfigurationError: says which.
