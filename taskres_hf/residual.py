@@ -192,7 +192,7 @@ class TaskResClassifier(nn.Module):
     def is_zero_shot(self) -> bool:
         """Whether every answer is the base classifier's."""
         plain = self.shift is None and self.class_bias is None and self.logit_scale_factor == 1.0
-        return self.strength == 0.0 or (plain and not bool(self.residual.any()))
+        return self.strength == 0.0 or (plain and (self.alpha == 0.0 or not bool(self.residual.any())))
 
     @property
     def several_labels(self) -> bool:

@@ -19,7 +19,7 @@ from ..errors import ArtifactError, ConfigurationError
 from ..evaluation import compare_with_zero_shot
 from ..paper import cells, compare, comparison, datasets, tasks
 from ..storage import is_path, json_bytes, read_json, write_bytes
-from ..tables import Table, markdown_text
+from ..tables import Table, markdown_text, visible
 from ..training import TaskResTrainingArguments, recipes, steps
 from .magnitude import (
     DIFFICULTIES,
@@ -288,8 +288,11 @@ def write_transfer(results: Sequence[Result], folder: Path, base_model: str) -> 
     parts = {"tasks": rows, "classes": value["classes"], "correlations": _flat(value["correlations"])}
     files = []
     for name, part in parts.items():
-        table = Table(list(part[0]), [[finite(cell) for cell in row.values()] for row in part]) if part else None
-        if table is not None:
+        if part:
+            cells = [
+                [visible(cell) if isinstance(cell, str) else finite(cell) for cell in row.values()] for row in part
+            ]
+            table = Table(list(part[0]), cells)
             files.append(_written(folder / f"{name}.csv", table.csv().encode("utf-8")))
     files.append(_written(folder / "transfer.json", json_bytes(value)))
     files += [_written(folder / name, content) for name, content in draw_transfer(rows).items()]

@@ -241,6 +241,8 @@ def h_score(images: Tensor, labels: Tensor) -> float:
     f = unit(images)
     means, _ = _means(f, labels)
     fitted = LedoitWolf().fit(f.numpy())
+    if float(np.trace(fitted.covariance_)) < _NO_SPREAD:  # all pictures have one embedding
+        return 0.0
     keep = 1.0 - float(fitted.shrinkage_)
     centred = np.asarray(keep**0.5 * (means[_places(labels)] - f.mean(0)).numpy())
     explained = np.trace(np.linalg.solve(fitted.covariance_, centred.T @ centred / len(f)))

@@ -43,6 +43,7 @@ MEASURES = {**MAGNITUDES, "changed": "answers changed"}
 LEAST = 4  # tasks or classes below which no correlation is given
 _EXACT = 7  # up to so many, all orders are tried
 _PIECE = 1000  # resamples at a time
+_MOST_LOST = 0.05  # of the resamples may have no correlation
 
 Floats = NDArray[np.float64]
 
@@ -170,7 +171,8 @@ def rank_correlation(
     """Spearman's rank correlation of two lists of N numbers, with an interval and a test that assume no distribution.
 
     The interval resamples the pairs; the test permutes one list: all orders up to 7 pairs, so that p is never below
-    `2 / N!`, else `resamples` random ones. With so few pairs the interval is rough and the p decides.
+    `2 / N!`, else `resamples` random ones. With so few pairs the interval is rough and the p decides; there is none
+    where more than 5 % of the resamples have no correlation, such as of four pairs of which three are equal.
 
     Args:
         seed: of the resamples: the same numbers give the same interval.
@@ -189,8 +191,12 @@ def rank_correlation(
     for start in range(0, resamples, _PIECE):
         rows = generator.integers(len(x), size=(min(_PIECE, resamples - start), len(x)))
         drawn.append(_rowwise(x[rows], y[rows]))
-    low, high = _interval(np.concatenate(drawn))
-    note = ""
+    found = np.concatenate(drawn)
+    low, high = _interval(found)
+    note, lost = "", float(np.isnan(found).mean())
+    if lost > _MOST_LOST:  # what is left is no fair sample
+        low = high = None
+        note = f"no interval: in {100 * lost:.0f} % of the resamples all values are equal"
     if abs(rho) > 1 - 1e-9:  # every resample agrees, which says nothing of other tasks
         low = high = None
         note = "no interval: all pairs are in one order, so every resample is"

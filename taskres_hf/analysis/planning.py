@@ -26,6 +26,7 @@ METRICS = ("accuracy", "balanced")
 _WIDEST = 0.3  # 80 % interval of the accuracy with twice the pictures, past which nothing is told
 _BELIEF = 4.0  # tested pictures that the curve counts as in the accuracy of a class
 _NAMED = 5  # classes in the sentence
+_NUMBERS = ("what", "pictures_a_class", "accuracy", "low80", "high80", "low95", "high95")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Plan:
         rows += [
             ["foretold", row.shots, row.expected, row.low, row.high, row.low95, row.high95] for row in self.forecasts
         ]
-        return Table(["what", "pictures_a_class", "accuracy", "low80", "high80", "low95", "high95"], rows).csv()
+        return Table(_NUMBERS, rows).csv()
 
 
 def _range(low: float, high: float) -> str:
@@ -253,12 +254,8 @@ def check_target(target: float, metric: str) -> None:
 
 def _each_once(data: ImageFeatures, known: set[str], also: str, notes: list[str]) -> ImageFeatures:
     """Equal pictures on both sides of a test would make it say nothing."""
-    seen, rows = set(known), []
-    for row, digest in enumerate(data.digests):
-        if digest not in seen:
-            rows.append(row)
-            seen.add(digest)
-    if not data.digests or len(rows) == len(data):
+    rows = data.each_once(known)
+    if len(rows) == len(data):
         return data
     notes.append(f"{len(data) - len(rows)} of {len(data)} pictures are there more than once{also}; they are left out.")
     return data.select(rows)
@@ -360,7 +357,8 @@ def _notes(tested: Growth, counts: Any, names: Sequence[str]) -> list[str]:
     if untested:
         listed = ", ".join(untested[:_NAMED]) + (" and more" if len(untested) > _NAMED else "")
         why = "no held-out picture" if tested.method == "held-out" else "fewer than two pictures"
-        notes.append(f"{len(untested)} classes were not tested, for they have {why}: {listed}.")
+        has = "class was not tested, for it has" if len(untested) == 1 else "classes were not tested, for they have"
+        notes.append(f"{len(untested)} {has} {why}: {listed}.")
     if tested.method == "cross-validation":
         notes.append(
             "Tested on left-out parts of the same pictures: this holds for new pictures that are like these. If they "
@@ -381,14 +379,30 @@ def check_figure(path: str | os.PathLike[str]) -> Path:
     """Where the figure goes.
 
     Raises:
-        MissingExtraError: matplotlib is not installed. ConfigurationError: the file ends in neither .png nor .svg.
+        MissingExtraError: matplotlib is not installed. ConfigurationError: the file ends in neither .png nor .svg, or
+            the .csv beside it is there and holds something else, such as labels.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg"):
         raise ConfigurationError(f"A figure is a .png or .svg file; got {path.name!r}.")
+    numbers = path.with_suffix(".csv")
+    if numbers.exists() and not _holds_numbers(numbers):
+        raise ConfigurationError(
+            f"The numbers of {path.name} would be written over {numbers}, which holds something else: choose another "
+            "name for the figure."
+        )
     if find_spec("matplotlib") is None:
         raise MissingExtraError('A figure needs the package matplotlib: pip install "taskres_hf[plots]".')
     return path
+
+
+def _holds_numbers(path: Path) -> bool:
+    """Whether a file is what an earlier plan wrote."""
+    try:
+        with path.open("rb") as file:
+            return file.readline().rstrip() == ",".join(_NUMBERS).encode()
+    except OSError:
+        return False
 
 
 def write_figure(plan: Plan, path: str | os.PathLike[str]) -> list[Path]:
@@ -414,7 +428,7 @@ def write_figure(plan: Plan, path: str | os.PathLike[str]) -> list[Path]:
             axes.fill_between(shots, least, most, color="#0072B2", alpha=alpha, linewidth=0, label=f"{name} interval")
         axes.plot(shots, [100 * row.expected for row in plan.forecasts], color="#0072B2", label="expected")
         points = [(x, 100 * y) for x, y in plan.measured if x > 0]
-        axes.plot(*zip(*points, strict=True), "ko", markersize=5, label=f"measured ({plan.method})")
+        axes.plot([x for x, _ in points], [y for _, y in points], "ko", markersize=5, label=f"measured ({plan.method})")
         axes.axhline(100 * plan.zero_shot, color="#7F7F7F", linestyle=":", label="zero-shot, measured")
         axes.axhline(100 * plan.target, color="#D55E00", linestyle="--", label="target")
         if plan.needed is not None:

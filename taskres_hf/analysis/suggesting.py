@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import FileCells, LabelledImages, load_training_data
+from ..data.tables import parse_table
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -83,11 +84,11 @@ class Suggestions:
         the folder of the table.
 
         Raises:
-            ConfigurationError: another ending, or nowhere to write.
+            ConfigurationError: another ending, nowhere to write, or a table with labels that this one does not hold.
             ArtifactError: it cannot be written, such as on a full disk.
         """
         path = Path(path)
-        check_output(path)
+        check_table(path, len(self.labelled))
         folder = path.absolute().parent
         given: list[dict[str, Any]] = [*self.labelled, *self.pictures]
         rows = [
@@ -95,6 +96,28 @@ class Suggestions:
             for row in given
         ]
         write_bytes(path, _written(rows, path.suffix.lower()))
+
+
+def check_table(path: Path, labelled: int | None) -> None:
+    """Refuse a table that cannot be written, or that would replace one with more labels than `labelled`.
+
+    Args:
+        labelled: how many the new table has; None where that is not known yet.
+
+    Raises:
+        ConfigurationError: says which.
+    """
+    check_output(path)
+    try:
+        table = parse_table(path.name, path.read_bytes())
+    except (OSError, DataError):  # not there, or no table
+        return
+    there = sum(cell is not None and bool(str(cell).strip()) for cell in table.columns.get("label", ()))
+    if labelled is not None and there > labelled:
+        raise ConfigurationError(
+            f"{path} holds {there} labels, which would be lost: name it as the labelled pictures too (labelled=, "
+            "--labelled), or write to another file."
+        )
 
 
 def _seen_from(folder: Path, file: str) -> str:

@@ -242,7 +242,8 @@ def transfer_difficulty(
             `TaskResClassifier`), which is enough for embeddings.
         images: `ImageFeatures`, or embeddings [N, D] (no labels); a `datasets.Dataset`, a folder, a table or a Hub id
             as for `load_training_data`, of which the training split is looked at; or pictures as a list of files or
-            PIL images (no labels). A folder of pictures without class folders has no labels. At least 2 pictures.
+            PIL images (no labels). A folder of pictures without class folders has no labels. At least 2 different
+            pictures; of equal ones one is used.
         labelled: whether to use labels: None where there are some, False not.
         shots: pictures a class to say what is expected at, from 1 to 16.
         at: the one that `difficulty` and `per_class` speak of.
@@ -258,15 +259,15 @@ def transfer_difficulty(
         ConfigurationError: shots or level outside what was measured, or a head without embeddings.
         DataError: fewer than 2 pictures, fewer than 2 classes, several labels per picture, or as `load_training_data`.
 
-    Warns of measures outside those of the tasks that the constants come from.
+    Warns of equal pictures, and of measures outside those of the tasks that the constants come from.
     """
     wanted = _checked_shots(shots, at)
+    known, key = constants(), f"{level:g}"
+    levels = known["lines"][UNLABELLED]["accuracy"].halves
+    if key not in levels:
+        raise ConfigurationError(f"`level` must be one of {', '.join(levels)}; got {level!r}.")
     data = _Given.read(model, images, labelled, seed, arguments, reading)
-    known = constants()
-    key = f"{level:g}"
     lines: dict[str, Line] = known["lines"][data.mode]
-    if key not in lines["accuracy"].halves:
-        raise ConfigurationError(f"`level` must be one of {', '.join(lines['accuracy'].halves)}; got {level!r}.")
     head = data.head
     measures = task_measures(data.embeds, head.base, head.logit_scale, data.labels)
     values = task_values(measures, len(head.base), data.per_class)
@@ -372,17 +373,28 @@ def _embedded(
             raise DataError("Embeddings alone have no labels: pass ImageFeatures, which have.")
         return images, None, head, names
     if isinstance(images, ImageFeatures):
-        labels = None if labelled is False else images.labels
         if head is model:
             names = images.class_names
         if names != images.class_names:
             raise DataError("The embeddings have other classes than the model, or in another order.")
-        return images.image_embeds[0], labels, head, names
+        images = _each_once(images)
+        return images.image_embeds[0], None if labelled is False else images.labels, head, names
     if head is model:
         raise ConfigurationError("A head alone embeds no pictures: pass the model, or ImageFeatures.")
     source, known = read_pictures(images, names, labelled, reading)
-    made = TaskResTrainer(model, arguments or TaskResTrainingArguments()).embed(source)
+    made = _each_once(TaskResTrainer(model, arguments or TaskResTrainingArguments()).embed(source))
     return made.image_embeds[0], made.labels if known else None, head, names
+
+
+def _each_once(data: ImageFeatures) -> ImageFeatures:
+    """A copy of a picture, left out or not, would answer for it."""
+    rows = data.each_once()
+    if len(rows) == len(data):
+        return data
+    warnings.warn(
+        f"{len(data) - len(rows)} of {len(data)} pictures are there more than once; they are left out.", stacklevel=4
+    )
+    return data.select(rows)
 
 
 def read_pictures(

@@ -79,7 +79,7 @@ def difficulty(
     reading = {name: context.params[name] for name in _READING if context.params[name] is not None}
     reading |= {"revision": dataset_revision, "class_folder": class_folder and class_folder.value}
     pictures, labelled = read_pictures(source, read_class_names(class_names), False if unlabelled else None, reading)
-    if pictures.account and not as_json:
+    if pictures.account and not (quiet or as_json):
         say("\n".join(pictures.account.lines()))
     model = _model(base_model, base_revision, pictures.class_names, templates, quiet or as_json)
     told = transfer_difficulty(
@@ -91,8 +91,9 @@ def difficulty(
 def _model(name: str | None, revision: str | None, classes: list[str], templates: list[str] | None, quiet: bool) -> Any:
     from ..modeling_taskres import TaskResCLIPForImageClassification
 
-    base = resolve_base(name or opt.default_base_model())
-    say_loading(base, quiet)
+    name = name or opt.default_base_model()
+    base = resolve_base(name)
+    say_loading(f"the base model {name}", quiet)
     try:
         return TaskResCLIPForImageClassification.from_base(base, classes, read_templates(templates), revision=revision)
     except OSError as error:

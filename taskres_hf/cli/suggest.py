@@ -99,11 +99,10 @@ def suggest(
     if class_names is None and templates:
         raise typer.BadParameter("a classifier has its own: use it with --class-names.", param_hint="--template")
     quiet_libraries(quiet or as_json, collect=as_json)
-    from ..analysis.suggesting import suggest_pictures
-    from ..prediction_files import check_output
+    from ..analysis.suggesting import check_table, suggest_pictures
 
     if output is not None:
-        check_output(output)
+        check_table(output, None if labelled else 0)
     device = check_device(device)
     model = _load(inputs[0], class_names, base_model, templates, revision, quiet or as_json)
     arguments = opt.measuring_arguments(context, device, label_map, quiet or as_json, on_error="skip")
@@ -138,8 +137,9 @@ def _load(
             name, revision=revision, base_model=base and resolve_base(base)
         )
         return loaded
-    base = resolve_base(base or opt.default_base_model())
-    say_loading(base, quiet)
+    name = base or opt.default_base_model()
+    base = resolve_base(name)
+    say_loading(f"the base model {name}", quiet)
     names = read_class_names(class_names)
     listed = list(names.values()) if isinstance(names, dict) else names
     return TaskResCLIPForImageClassification.from_base(base, listed, read_templates(templates))

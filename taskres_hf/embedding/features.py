@@ -12,7 +12,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +55,13 @@ class ImageFeatures:
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
+
+    def each_once(self, known: Collection[str] = ()) -> list[int]:
+        """Rows whose picture is neither in an earlier row nor among `known` digests; all where there are no digests."""
+        if not self.digests:
+            return list(range(len(self)))
+        first = {digest: row for row, digest in reversed(list(enumerate(self.digests)))}
+        return sorted(row for digest, row in first.items() if digest not in known)
 
     def select(self, indices: Sequence[int]) -> ImageFeatures:
         """The same embeddings restricted to positions, in that order."""

@@ -80,13 +80,13 @@ class Learning:
         answers = None
         if self.measured is not None and self.measured.image_embeds is not None and self.head is not None:
             answers = Learned(self.head).responses(self.measured.image_embeds)
-        found = []
+        found: list[Row] = []
         for row in rows:
             pictures = []
             if answers is not None and self.measured is not None:
                 order = answers[:, self.class_names.index(row["name"])].argsort(descending=True, stable=True)
                 pictures = shown(self.measured, order[:_PICTURES].tolist())
-            found.append(row | {"pictures": pictures})
+            found.append({"words_towards": [], "words_away": []} | row | {"pictures": pictures})
         return found
 
     def pairs(self, shown: Shown) -> tuple[list[Row], list[Row]]:

@@ -134,6 +134,31 @@ def test_embeddings_alone_and_a_head_are_enough(features: Any) -> None:
         transfer_difficulty(model.classifier, ["a.jpg"])
 
 
+def test_copies_of_a_picture_do_not_answer_for_it(features: Any) -> None:
+    model, data = features
+    once = data.select(data.each_once())
+    with pytest.warns(UserWarning, match=f"{len(once)} of {2 * len(once)} pictures are there more than once"):
+        twice = transfer_difficulty(model, once.select([*range(len(once)), *range(len(once))]))
+    assert twice == transfer_difficulty(model, once)
+    with pytest.warns(UserWarning, match="more than once"), pytest.raises(DataError, match="2 or more"):
+        transfer_difficulty(model, once.select([0, 0, 0]))
+
+
+@pytest.mark.filterwarnings("ignore:Nothing like this")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_embeddings_that_are_all_the_same_are_numbers_too(features: Any, labelled: bool) -> None:
+    model, data = features
+    same = ImageFeatures(data.image_embeds[:, :1].expand(-1, 8, -1), torch.arange(8) % 2, model.class_names, "")
+    told = transfer_difficulty(model, same, labelled=labelled)
+    assert all(math.isfinite(value) for value in told.measures.values())
+    assert 0.0 <= told.expected[0].accuracy_interval[0] <= told.expected[0].accuracy_interval[1] <= 1.0
+
+
+def test_a_level_that_was_not_measured_is_refused_before_pictures_are_read(features: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"0\.5, 0\.8, 0\.9"):
+        transfer_difficulty(features[0], "no-such-folder", level=0.7)
+
+
 def test_outside_of_what_was_seen_is_said_and_wider(features: Any) -> None:
     model, data = features
     pair = TaskResCLIPForImageClassification.from_base(model.clip, model.class_names[:2], tokenizer=model.tokenizer)

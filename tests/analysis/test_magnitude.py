@@ -147,6 +147,10 @@ def test_few_pairs_promise_nothing() -> None:
     assert perfect.p == pytest.approx(2 / 24)  # of all orders; no four tasks reach 5 %
     assert perfect.low is None
     assert "every resample" in perfect.note
+    tied = rank_correlation([1, 1, 1, 2], [1, 2, 3, 4])  # a third of the resamples have three equal values
+    assert tied.p == pytest.approx(0.5)
+    assert (tied.low, tied.high) == (None, None)
+    assert "of the resamples all values are equal" in tied.note
     assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]).rho is None
     assert rank_correlation([1, 2, 3, math.inf], [1, 2, 3, 4]).rho == pytest.approx(1.0)
     with pytest.raises(DataError, match="NaN"):

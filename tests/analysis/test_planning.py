@@ -64,7 +64,7 @@ def test_of_unequal_classes_each_leaves_a_picture_out_but_a_single_one() -> None
     assert tested.shots[-1].tolist() == [8, 1, 1, 4]
     assert tested.tested.tolist() == [9, 2, 0, 5]
     plan = plan_from(tested, [9, 2, 1, 5], NAMES, target=0.9)
-    assert any("1 classes were not tested" in note and "ash" in note for note in plan.notes)
+    assert any("1 class was not tested, for it has" in note and "ash" in note for note in plan.notes)
     assert {row.name for row in plan.classes} == set(NAMES)
 
 
@@ -206,6 +206,24 @@ def test_the_figure_has_its_numbers_beside_it(tmp_path: Path) -> None:
         assert float(rows[-1]["low95"]) < float(rows[-1]["accuracy"]) < float(rows[-1]["high95"])
     with pytest.raises(ConfigurationError, match=r"\.png or \.svg"):
         write_figure(plan, tmp_path / "curve.pdf")
+
+
+def test_a_table_of_labels_beside_the_figure_is_never_written_over(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install taskres_hf[plots])")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,label\na.jpg,cat\n")
+    with pytest.raises(ConfigurationError, match=r"labels\.csv, which holds something else: choose another name"):
+        write_figure(planned(on_curve([1, 2, 4, 8], RISING), 0.78), tmp_path / "labels.png")
+    assert labels.read_text() == "file,label\na.jpg,cat\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv"]
+
+
+def test_classes_at_hand_may_be_others_than_those_held_out(head: TaskResClassifier, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install taskres_hf[plots])")
+    at_hand, others = features(4), features(4, seed=3)
+    plan = plan_pictures(head, at_hand.select([0, 1, 4, 5]), others.select([2, 3, 6, 7]))
+    assert plan.shots == 0  # of the classes that are tested none is at hand
+    assert ">ko</text>" not in write_figure(plan, tmp_path / "curve.svg")[0].read_text()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

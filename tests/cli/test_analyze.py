@@ -151,8 +151,9 @@ def test_wrong_recipes_are_told_before_anything_is_read(capsys: pytest.CaptureFi
 
 def test_hostile_names_are_harmless_in_every_file(splits: DatasetDict, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the `plots` extra is not installed")
+    data = _folder(tmp_path / "data", splits, ("bird", "=cmd()", "$a$ <b>", HOSTILE[2]))
     results = analyse_transfer(
-        _shipped(), {HOSTILE[1] + "$x$": str(_folder(tmp_path / "data", splits, ("bird", "=cmd()", "$a$ <b>"))) },
+        _shipped(), {HOSTILE[1] + "$x$": str(data)},
         recipes=["auto"], shots=[1], seeds=[1],
     )  # fmt: skip
     files = write_transfer(results, tmp_path / "out", HOSTILE[2])

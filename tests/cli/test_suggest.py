@@ -84,6 +84,23 @@ def test_from_no_label_to_a_second_round(here: Path, capsys: pytest.CaptureFixtu
     assert run(capsys, "train", "second.csv", "--from", "c", "-q", *options, "-o", "again")[0] == 0
 
 
+def test_labels_that_somebody_filled_in_are_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "suggest", "pool", *COLD, "-n", 4, "-o", "mine.csv", "--allow-skipped")[0] == 0
+    assert _filled_in(here / "mine.csv", here / "mine.csv", keep=3) == 3
+    before = Path("mine.csv").read_bytes()
+    code, _, error = run(capsys, "suggest", "pool", *COLD, "-n", 4, "-o", "mine.csv", "--allow-skipped")
+    assert code == 1
+    assert "mine.csv holds 3 labels, which would be lost" in " ".join(error.split())
+    assert Path("mine.csv").read_bytes() == before
+    Path("one.csv").write_bytes(b"\n".join(before.splitlines()[:2]) + b"\n")  # a single label
+    again = ["suggest", "pool", *COLD, "-n", 4, "-o", "mine.csv", "--allow-skipped", "--labelled"]
+    assert run(capsys, *again, "one.csv")[0] == 1
+    assert Path("mine.csv").read_bytes() == before
+    assert run(capsys, *again, "mine.csv")[0] == 0
+    assert sum(bool(row["label"]) for row in _read("mine.csv")) == 3
+    assert len(_read("mine.csv")) == 7
+
+
 def test_pictures_trained_on_are_known_by_content(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in NAMES:
         (here / "few" / name).mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import DatasetDict
-from support import TASK, forge, run, tagger
+from support import TASK, forge, random_residual, run, tagger
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data import LabelledImages, load_training_data
@@ -131,6 +131,23 @@ def test_from_the_artifact_alone(classifier: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="no such base"):
         write_report(classifier, tmp_path / "other.html", classifier)
     assert not (tmp_path / "other.html").exists()
+
+
+def test_without_words_and_with_pictures(trained: Path, splits: DatasetDict, tmp_path: Path) -> None:
+    write_report(trained, tmp_path / "plain.html", splits["test"], words=[])
+    text = (tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert "What was added is most like" in text
+    assert "It speaks most for these pictures" in text
+    assert "In words" not in text
+
+
+def test_a_residual_that_alpha_switches_off_has_learned_nothing(base: str, tmp_path: Path) -> None:
+    model = random_residual(TaskResCLIPForImageClassification.from_base(base, ["cat", "dog"], alpha=0.0))
+    model.save_pretrained(tmp_path / "off")
+    write_report(tmp_path / "off", tmp_path / "off.html")
+    text = (tmp_path / "off.html").read_text(encoding="utf-8")
+    assert "it answers as the base model does without training" in text
+    assert "Training on pictures" not in text
 
 
 def test_an_artifact_without_a_record(trained: Path, splits: DatasetDict, tmp_path: Path) -> None:
