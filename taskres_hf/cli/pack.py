@@ -151,14 +151,23 @@ def unpacked(sources: Sequence[str]) -> Iterator[list[str]]:
 
 
 def by_several(
-    packed: Pack, names: Sequence[str], files: list[str], top_k: int | None, as_json: bool, **options: Any
+    packed: Pack,
+    names: Sequence[str],
+    files: list[str],
+    top_k: int | None,
+    as_json: bool,
+    base_model: Any,
+    **options: Any,
 ) -> int:
-    """Classify files by several classifiers, to the screen. Returns how many could not be read."""
+    """Classify files by several classifiers, to the screen. Returns how many could not be read.
+
+    Pictures are prepared as for one classifier, see `predicting`.
+    """
     from ..pool import ClassifierPool
 
     for name in names:
         packed.files(name)
-    pool = ClassifierPool(classifiers=packed, **options)
+    pool = ClassifierPool(base_model, packed, exact_preprocessing=False, **options)
     rows = []
     for row in pool.classify_files(files, names, top_k=top_k):
         rows.append(row)

@@ -70,7 +70,6 @@ def predict(
     if unknown_label is not None and not reject:
         raise typer.BadParameter("it names rejected pictures: add --reject.", param_hint="--unknown-label")
     quiet_libraries(quiet or as_json, collect=as_json)
-    from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pictures import list_images
     from ..prediction_files import check_output
 
@@ -83,25 +82,14 @@ def predict(
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
     say_loading(model, quiet or as_json)
-    base, kind = base_model and resolve_base(base_model), dtype and dtype.value
+    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
     packed, names = _of_pack(model, classifier)
     if packed is not None and len(names) > 1:
-        refused = {"--output": output, "--reject": reject, "--strength": strength is not None}
-        for option in (name for name, given in refused.items() if given):
-            raise typer.BadParameter("it is for one classifier: name it with --classifier.", param_hint=option)
-        several: dict[str, Any] = {"base": base, "dtype": kind, "device": device, "exact_preprocessing": False}
-        several |= {"engine": engine.value, "precision": precision.value}
-        _end(by_several(packed, names, listing.files, top_k, as_json, **several), listing.files, allow_skipped)
+        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
+        options |= {"device": device, "engine": engine.value, "precision": precision.value}
+        _end(by_several(packed, names, listing.files, top_k, as_json, **options), listing.files, allow_skipped)
         return
-    options: dict[str, Any] = {"base_model": base, "dtype": kind, "strength": strength}
-    if packed is not None:
-        from ..pool.classifiers import load_packed
-
-        loaded = load_packed(packed, names[0], **options)
-    else:
-        loaded = TaskResCLIPForImageClassification.from_pretrained(model, revision=revision, **options)
-    if device:
-        loaded.to(device)  # type: ignore[arg-type]
+    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
     how: dict[str, Any] = {
         "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
         "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
@@ -123,6 +111,28 @@ def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str
         return None, []
     packed = Pack(model)
     return packed, list(dict.fromkeys(names or packed.names))
+
+
+def _loaded(
+    model: str, packed: Pack | None, names: list[str], device: str | None, options: dict[str, Any]
+) -> TaskResCLIPForImageClassification:
+    if packed is not None:
+        from ..pool.classifiers import load_packed
+
+        loaded = load_packed(packed, names[0], **{**options, "revision": None})
+    else:
+        from ..modeling_taskres import TaskResCLIPForImageClassification
+
+        loaded = TaskResCLIPForImageClassification.from_pretrained(model, **options)
+    if device:
+        loaded.to(device)  # type: ignore[arg-type]
+    return loaded
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """Options that are for one classifier, where there are several."""
+    for option in (name for name, value in given.items() if value):
+        raise typer.BadParameter("it is for one classifier: name it with --classifier.", param_hint=option)
 
 
 def _end(skipped: int, files: list[str], allow_skipped: bool) -> None:
