@@ -1,6 +1,6 @@
 """The tables of docs/pool.md: many classifiers over one base, in a pool and as models of their own.
 
-python -m benchmarks.pool [--classifiers 1000]
+python -m benchmarks.pool [--classifiers 1000] [--folder FOLDER]
 
 Classifiers of 2 to 50 classes over the shipped base, of random residuals, which cost what trained ones cost; 64 shipped
 pictures. All ways run in turn in one process on one thread, the order rotates, and CPU time is what is compared.
@@ -32,7 +32,7 @@ from taskres_hf.tables import Table
 
 from .timing import timed
 
-PICTURES, FEWEST, MOST, ALONE = 64, 2, 50, 15
+PICTURES, FEWEST, MOST, ALONE = 64, 2, 50, 10
 POOL_FOLDERS, POOL_PACK, PLAIN = "pool, from folders", "pool, from a packed file", "models over one base"
 
 
@@ -43,10 +43,12 @@ def make(root: Path, count: int, seed: int = 1) -> tuple[list[Path], int]:
     for number in range(count):
         classes = draw.randint(FEWEST, MOST)
         total += classes
+        made.append(root / f"c{number:04d}")
+        if made[-1].is_dir():
+            continue
         model = TaskResCLIPForImageClassification.from_base(clip, [f"thing {number} {k}" for k in range(classes)])
         with torch.no_grad():
             model.classifier.residual.normal_(generator=torch.Generator().manual_seed(number))
-        made.append(root / f"c{number:04d}")
         model.save_pretrained(made[-1])
         clip = model.clip
     return made, total
@@ -180,6 +182,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--classifiers", type=int, default=1000)
     made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--folder", help="keep the classifiers there, and take those that are there")
     made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = made.parse_args()
     torch.set_num_threads(1)
@@ -192,7 +195,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        root, file, light = Path(scratch, "made"), Path(scratch, "p.safetensors"), Path(scratch, "l.safetensors")
+        root = Path(options.folder or scratch, "made")
+        file, light = Path(scratch, "p.safetensors"), Path(scratch, "l.safetensors")
         folders, total = make(root, options.classifiers)
         pack_with_base(folders, file)
         pack(folders, light)
@@ -200,9 +204,10 @@ def main() -> None:
         print(
             f"{len(folders):,} classifiers, {total:,} classes, D = 192: 4 K D is {4 * 192 * total / 1e6:.1f} MB. "
             f"Folders {plain / 1e6:.1f} MB, packed {file.stat().st_size / 1e6:.1f} MB, without the text embeddings "
-            f"{light.stat().st_size / 1e6:.1f} MB.\n"
+            f"{light.stat().st_size / 1e6:.1f} MB.\n",
+            flush=True,
         )
-        print(loading(root, file, max(1, options.rounds // 2)).markdown() + "\n")
+        print(loading(root, file, max(1, options.rounds // 2)).markdown() + "\n", flush=True)
         print(classifying(folders, options.rounds).markdown())
 
 

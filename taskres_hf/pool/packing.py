@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifact import Checked, check_loads, find_artifact, read_checked
 from ..errors import ArtifactError, ConfigurationError
 from ..schema import (
+    CLASS_BIAS,
     CONFIG,
     PROCESSOR,
     WEIGHTS,
@@ -151,7 +152,7 @@ class Pack:
         self._refuse(problem_of_version(config) or problem_of_tensors(tensors), where)
         if config.get("residual_sha256") != tensors_digest(tensors):
             raise ArtifactError(f"{where}: the checksum of its tensors is not the one in its config. Pack again.")
-        self._refuse(problem_of_config(config, len(tensors) > 1 and "class_bias" in tensors), where)
+        self._refuse(problem_of_config(config, CLASS_BIAS in tensors), where)
         self._refuse(problem_of_shapes(config, tensors) or problem_of_processor(processor or {}), where)
         return Checked(config, tensors, processor)
 
