@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,14 @@ def test_threads_that_exchange_never_mix_two_versions(base: str) -> None:
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for number in range(200):
+    for number in range(80):
         pool.update(versions[number % 3])
-    while len(found) < 30:
-        pass
+    while len(found) < 30 and any(thread.is_alive() for thread in threads):
+        time.sleep(0.01)
     over.set()
     for thread in threads:
         thread.join()
+    assert len(found) >= 30
     for marks, of_each, sizes, labels in found:
         (mark,) = marks
         assert of_each == 1
