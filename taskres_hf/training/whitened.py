@@ -28,8 +28,7 @@ SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing 
 _GROWTH = 0.25  # its exponent in the number of pictures
 _FOR_MEANS = 20.0  # how much more the means count where they tell pictures apart
 _MEANS_AT_ONE = 0.19  # what they are taken to tell at one picture a class, where none can be held out
-# At one picture a class zero-shot is kept as if so many more pictures spoke for it, and more where it tells all.
-_TEXT_PICTURES = (1.0, 8.0)
+_TEXT_PICTURES = 10.0  # that speak for zero-shot at one picture a class, where it tells all that there is to tell
 _MOST_FOLDS = 4
 _NEAR = 0.12  # of the usual distance of two pictures, below which they are as one
 _MOST_COMPARED = 2048  # pictures of a class up to which each is compared with each
@@ -105,7 +104,7 @@ def fit_whitened(
         kept, temperature, chosen["gain"] = held.judge(strength)
     else:
         pictures = float(weights.sum())
-        kept = pictures / (pictures + _TEXT_PICTURES[0] + _TEXT_PICTURES[1] * told)
+        kept = pictures / (pictures + _TEXT_PICTURES * told)
         temperature = max(0.3, _likeliest_factor(text, y, weights))
     share = strength * _growth(shots)
     space = _Whitened(f, y, len(u), weights)

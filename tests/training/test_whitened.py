@@ -103,7 +103,7 @@ def test_one_shot_is_the_formulas(tasks: Any) -> None:
     factor, told = _told(SCALE * f @ unit(base).T, y)
     share = 0.035 * (1.0 - told * (1.0 - 0.19)) * (1.0 + 20.0 * 0.19**2)
     weight, bias = _parts(f, y, base.numpy(), share)
-    kept = len(y) / (len(y) + 1.0 + 8.0 * told)  # what speaks for zero-shot, in pictures
+    kept = len(y) / (len(y) + 10.0 * told)  # what speaks for zero-shot, in pictures
     zero_shot = SCALE * unit(base)
     weight, bias = zero_shot + kept * (weight - zero_shot), kept * bias
     fitted = fit_whitened(images, labels, base, SCALE, iterations=400)
