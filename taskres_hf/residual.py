@@ -342,6 +342,21 @@ class TaskResClassifier(nn.Module):
         bias = None if self.class_bias is None else self.strength * self.class_bias
         return self._logits(image_embeds, rows, scale, bias)
 
+    @torch.no_grad()
+    def fused(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All of it as one linear classifier, `logits = norm(f + o) @ A.T + b`: A [K, D], b [K] and o [1, D], fp32.
+
+        `o` is the shared row of a residual on the image side; None on the text side. They lie on the CPU.
+        """
+        frozen, weight = self.frozen_weight().double().cpu(), self.weight().double().cpu()
+        lengths = (weight if self.normalize_weight else frozen).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = self.logit_scale * self.logit_scale_factor**self.strength
+        bias = torch.full((len(weight),), self.logit_bias, dtype=torch.float64)
+        if self.class_bias is not None:
+            bias += self.strength * self.class_bias.double().cpu()
+        offset = self.strength * self.alpha * self.residual.double().cpu() if self.side == "image" else None
+        return (scale * weight / lengths).float(), bias.float(), None if offset is None else offset.float()
+
     def zero_shot_logits(self, image_embeds: Tensor) -> Tensor:
         """Logits [N, K] of the base classifier alone, as if the residual were zero."""
         return self._logits(image_embeds, F.normalize(self.base, dim=-1), self.logit_scale)

@@ -319,6 +319,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
 # How safetensors writes torch's dtypes.
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "bool": "BOOL",
+    "uint8": "U8",
 }  # fmt: skip
 _OF_TORCH = {stored: name for name, stored in _DTYPES.items()}
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "info": ("share", "info", _SHARE),
     "classes": ("classes", "classes", _SHARE),
     "merge": ("classes", "merge", _SHARE),
+    "pack": ("pack", "pack", _SHARE),
     "report": ("report", "report", _SHARE),
     "analyze": ("analyze", "analyze", _SHARE),
     "push": ("share", "push", _SHARE),

@@ -10,11 +10,13 @@ import typer
 
 from ..errors import DataError
 from . import options as opt
+from .pack import Classifier, by_several
 from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
 from .values import check_device, resolve_base
 
 if TYPE_CHECKING:
     from ..modeling_taskres import TaskResCLIPForImageClassification
+    from ..pool import Pack
 
 Images = Annotated[
     list[str], typer.Argument(help="Pictures, folders of pictures (searched in depth) and URLs.", show_default=False)
@@ -40,6 +42,7 @@ def predict(
     images: Images,
     top_k: TopK = None,
     output: Output = None,
+    classifier: Classifier = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
     reject: opt.Rejecting = False,
@@ -67,7 +70,6 @@ def predict(
     if unknown_label is not None and not reject:
         raise typer.BadParameter("it names rejected pictures: add --reject.", param_hint="--unknown-label")
     quiet_libraries(quiet or as_json, collect=as_json)
-    from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pictures import list_images
     from ..prediction_files import check_output
 
@@ -80,22 +82,62 @@ def predict(
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
     say_loading(model, quiet or as_json)
-    classifier = TaskResCLIPForImageClassification.from_pretrained(
-        model, revision=revision, base_model=base_model and resolve_base(base_model), dtype=dtype and dtype.value,
-        strength=strength,
-    )  # fmt: skip
-    if device:
-        classifier.to(device)
+    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
+    packed, names = _of_pack(model, classifier)
+    if packed is not None and len(names) > 1:
+        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
+        options |= {"device": device, "engine": engine.value, "precision": precision.value}
+        _end(by_several(packed, names, listing.files, top_k, as_json, **options), listing.files, allow_skipped)
+        return
+    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
     how: dict[str, Any] = {
         "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
         "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
     }  # fmt: skip
     if output is not None:
-        skipped = _to_file(classifier, listing.files, output, resume, how, as_json)
+        skipped = _to_file(loaded, listing.files, output, resume, how, as_json)
     else:
-        skipped = _to_screen(classifier, listing.files, how, as_json)
+        skipped = _to_screen(loaded, listing.files, how, as_json)
+    _end(skipped, listing.files, allow_skipped)
+
+
+def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str]]:
+    """The packed file that a name means, and the classifiers of it to ask; None where it is no packed file."""
+    from ..pool.packing import Pack, is_pack
+
+    if not is_pack(model):
+        if names:
+            raise typer.BadParameter(f"it is for packed files, and {model!r} is none.", param_hint="--classifier")
+        return None, []
+    packed = Pack(model)
+    return packed, list(dict.fromkeys(names or packed.names))
+
+
+def _loaded(
+    model: str, packed: Pack | None, names: list[str], device: str | None, options: dict[str, Any]
+) -> TaskResCLIPForImageClassification:
+    if packed is not None:
+        from ..pool.classifiers import load_packed
+
+        loaded = load_packed(packed, names[0], **{**options, "revision": None})
+    else:
+        from ..modeling_taskres import TaskResCLIPForImageClassification
+
+        loaded = TaskResCLIPForImageClassification.from_pretrained(model, **options)
+    if device:
+        loaded.to(device)  # type: ignore[arg-type]
+    return loaded
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """Options that are for one classifier, where there are several."""
+    for option in (name for name, value in given.items() if value):
+        raise typer.BadParameter("it is for one classifier: name it with --classifier.", param_hint=option)
+
+
+def _end(skipped: int, files: list[str], allow_skipped: bool) -> None:
     if skipped:
-        warn(f"{skipped} of {len(listing.files)} pictures were skipped.")
+        warn(f"{skipped} of {len(files)} pictures were skipped.")
         if not allow_skipped:
             raise typer.Exit(3)
 

@@ -9,6 +9,7 @@ import typer
 
 from ..service.settings import ServiceSettings
 from . import options as opt
+from .pack import unpacked
 from .screen import emit, quiet_libraries, say, say_loading, warn, when_interrupted
 from .values import check_device, resolve_base
 
@@ -18,7 +19,9 @@ _DEFAULT = ServiceSettings()
 Classifiers = Annotated[
     list[str],
     typer.Argument(
-        metavar="DIR", show_default=False, help="Folders or Hub ids of trained classifiers, or NAME=DIR each."
+        metavar="DIR",
+        show_default=False,
+        help="Folders, Hub ids or packed files of trained classifiers, or NAME=DIR each.",
     ),
 ]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="127.0.0.1: only this machine; 0.0.0.0: every network.")]
@@ -104,10 +107,11 @@ def serve(
         "precision": precision.value, "exact_preprocessing": not fast_preprocessing, "access_log": not quiet,
         "log_file_names": log_file_names,
     }  # fmt: skip
-    app = create_app(
-        classifiers, device=check_device(device, False), base_model=base_model and resolve_base(base_model),
-        dtype=dtype and dtype.value, strength=strength, **settings,
-    )  # fmt: skip
+    with unpacked(classifiers) as sources:
+        app = create_app(
+            sources, device=check_device(device, False), base_model=base_model and resolve_base(base_model),
+            dtype=dtype and dtype.value, strength=strength, **settings,
+        )  # fmt: skip
     log_to_stderr(as_json)
     service, address = app.state.service, address_of(listening)
 

@@ -45,17 +45,9 @@ class FusedHead(nn.Module):
         super().__init__()
         head.check_can_say_no()
         self.threshold = label_threshold(head.facts) if head.several_labels else None
-        frozen, weight = head.frozen_weight().detach().double().cpu(), head.weight().detach().double().cpu()
-        lengths = (weight if head.normalize_weight else frozen).norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = head.logit_scale * head.logit_scale_factor**head.strength
-        bias = torch.full((len(weight),), head.logit_bias, dtype=torch.float64)
-        if head.class_bias is not None:
-            bias += head.strength * head.class_bias.detach().double().cpu()
+        weight, bias, offset = head.fused()
         self.linear = nn.Linear(weight.shape[1], weight.shape[0])
-        self.linear.weight.data, self.linear.bias.data = (scale * weight / lengths).float(), bias.float()
-        offset = None
-        if head.side == "image":
-            offset = (head.strength * head.alpha * head.residual.detach().cpu().double()).float()
+        self.linear.weight.data, self.linear.bias.data = weight, bias
         self.register_buffer("offset", offset)
         self.requires_grad_(False)
 

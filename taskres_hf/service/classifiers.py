@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from ..embedding.embedder import Embedder
 from ..errors import ConfigurationError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import Remarks, read_image
+from ..pool.naming import LONGEST_NAME, as_name
 from ..residual import label_threshold
 from ..storage import is_path
 from ..tables import visible
@@ -29,7 +29,6 @@ from .settings import ServiceSettings
 Source = str | os.PathLike[str] | TaskResCLIPForImageClassification
 Models = Mapping[str, Source] | Sequence[Source] | Source
 _BASE = ("base_model_name_or_path", "base_model_revision", "base_model_subfolder")
-_LONGEST_NAME = 100
 
 
 class BusyError(ConfigurationError):
@@ -181,10 +180,10 @@ class Classifiers:
             ConfigurationError: the name cannot be one, or the classifier gives several labels per picture and was never
                 trained. ArtifactError, BaseModelError, HubError: it cannot be loaded.
         """
-        if not isinstance(name, str) or not name or name != _as_name(name):
+        if not isinstance(name, str) or not name or name != as_name(name):
             raise ConfigurationError(
-                f"A classifier cannot be served as {visible(str(name)[:_LONGEST_NAME])!r}: a name has letters, digits, "
-                f"'.', '_' and '-', at most {_LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
+                f"A classifier cannot be served as {visible(str(name)[:LONGEST_NAME])!r}: a name has letters, digits, "
+                f"'.', '_' and '-', at most {LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
             )
         model = source if isinstance(source, TaskResCLIPForImageClassification) else self._loaded(source)
         model.classifier.check_can_say_no()
@@ -224,7 +223,7 @@ class Classifiers:
         served = self._served
         if name not in served:
             known = ", ".join(list(served)[:20]) + (", ..." if len(served) > 20 else "")
-            raise UnknownModelError(f"There is no classifier {visible(name[:_LONGEST_NAME])!r}. There are: {known}.")
+            raise UnknownModelError(f"There is no classifier {visible(name[:LONGEST_NAME])!r}. There are: {known}.")
         return served[name]
 
     def bases(self) -> list[_SharedBase]:
@@ -338,11 +337,6 @@ def _key_of(model: TaskResCLIPForImageClassification) -> tuple[int, str]:
     return id(model.clip), model.image_processor.to_json_string()
 
 
-def _as_name(text: str) -> str:
-    """Text as a name that an address can hold."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME]
-
-
 def _told(source: Any) -> str:
     return "a loaded model" if isinstance(source, TaskResCLIPForImageClassification) else visible(os.fspath(source))
 
@@ -361,7 +355,7 @@ def _named(models: Models) -> dict[str, Source]:
         name, sign, rest = where.partition("=")
         if sign and not os.path.exists(where) and isinstance(source, str):
             source, where = rest, name
-        name = _as_name((Path(where).resolve() if os.path.isdir(where) else Path(where)).name)
+        name = as_name((Path(where).resolve() if os.path.isdir(where) else Path(where)).name)
         if not name:
             raise ConfigurationError(f"{visible(where)!r} gives no name to serve it by: say NAME={visible(where)}.")
         if name in found:

@@ -1,0 +1,183 @@
+"""`taskres pack`, and what other commands do with a packed file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+from .screen import emit, percent, quiet_libraries, say, show_table, warn, when_interrupted
+from .values import resolve_base
+
+if TYPE_CHECKING:
+    from ..pool import Pack
+
+Classifier = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--classifier", metavar="NAME", show_default=False, rich_help_panel=opt.MODEL,
+        help="One of a packed file's classifiers; again for more. All by default.",
+    ),
+]  # fmt: skip
+_COLUMNS = ["classifier", "classes", "base", "recipe", "shots", "KB"]
+
+
+def pack(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER...",
+            show_default=False,
+            help="Folders or Hub ids of classifiers over one base, NAME=FOLDER, or a folder of such folders. With "
+            "--list and --unpack the packed file.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="The packed file; with --unpack the folder.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Say what is in a packed file.")] = False,
+    unpacking: Annotated[bool, typer.Option("--unpack", help="Write the very folders that were packed.")] = False,
+    classifier: Classifier = None,
+    base_rows: Annotated[
+        bool,
+        typer.Option(
+            "--base-rows/--no-base-rows",
+            rich_help_panel=opt.OUTPUT,
+            help="Pack the text embeddings of the classes too, so that loading needs no text tower. Without, the file "
+            "is half as large and the base is not loaded now.",
+        ),
+    ] = True,
+    base_model: opt.BaseModel = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Put many classifiers over one base into one file; list one, or unpack it again.
+
+    Example:  taskres pack classifiers/ -o pool.safetensors
+    """  # fmt: skip
+    when_interrupted(lambda: "Nothing was changed.")
+    if show and unpacking:
+        raise typer.BadParameter("give one of --list and --unpack.", param_hint="--list")
+    if (show or unpacking) and len(sources) != 1:
+        raise typer.BadParameter("name one packed file.", param_hint="FOLDER...")
+    if (output is None) != show:
+        hint = "it writes nothing." if show else "say where to, with --output PATH."
+        raise typer.BadParameter(hint, param_hint="--output")
+    if show:
+        _show(sources[0], classifier, as_json)
+    elif unpacking:
+        assert output is not None
+        from ..pool.packing import unpack
+
+        folders = [str(folder) for folder in unpack(sources[0], output, classifier)]
+        emit(as_json, {"folders": folders}, lambda: say(f"Unpacked {_many(len(folders))} into {output}"))
+    else:
+        assert output is not None
+        quiet_libraries(quiet or as_json, collect=as_json)
+        packed = _packed(_folders(sources), output, base_rows, base_model and resolve_base(base_model))
+        result = {"output": str(output), "classifiers": packed.names, "bytes": output.stat().st_size}
+        size = f"{output.stat().st_size / 1e6:.1f} MB"
+        emit(as_json, result, lambda: say(f"Packed {_many(len(packed))} in {output}, {size}"))
+
+
+def _many(count: int) -> str:
+    return f"{count} classifier{'s' if count != 1 else ''}"
+
+
+def _folders(sources: Sequence[str]) -> list[str]:
+    """What was named; a folder that is no classifier and holds some stands for those."""
+    found: list[str] = []
+    for source in sources:
+        inside = sorted(str(file.parent) for file in Path(source).glob("*/config.json"))
+        inside = [folder for folder in inside if os.path.isfile(os.path.join(folder, "model.safetensors"))]
+        found += inside if inside and not os.path.isfile(os.path.join(source, "config.json")) else [source]
+    return found
+
+
+def _packed(sources: list[str], output: Path, base_rows: bool, base_model: str | None) -> Pack:
+    if base_rows:
+        from ..pool import pack_with_base
+
+        return pack_with_base(sources, output, base_model)
+    from ..pool.packing import pack as write
+
+    return write(sources, output)
+
+
+def _show(path: str, names: list[str] | None, as_json: bool) -> None:
+    from ..pool.packing import Pack, described
+
+    packed = Pack(path)
+    rows = [row for row in described(packed) if names is None or row["name"] in names]
+    for name in names or ():
+        packed.files(name)  # says which there are
+    result = {"classifiers": rows, "base_rows": packed.has_base, "bytes": os.path.getsize(path)}
+
+    def tell() -> None:
+        cells = [
+            [row["name"], row["classes"], Path(row["base_model"]).name, row["recipe"], row["shots"],
+             round(row["bytes"] / 1e3)]
+            for row in rows
+        ]  # fmt: skip
+        show_table(_COLUMNS, cells, caption="" if packed.has_base else "Without the text embeddings of the classes.")
+
+    emit(as_json, result, tell)
+
+
+@contextmanager
+def unpacked(sources: Sequence[str]) -> Iterator[list[str]]:
+    """Classifiers as they were named, of a packed file each of its own as NAME=FOLDER, while this lasts."""
+    from ..pool.packing import Pack, is_pack, unpack
+
+    with tempfile.TemporaryDirectory() as scratch:
+        found: list[str] = []
+        for number, source in enumerate(sources):
+            if not is_pack(source):
+                found.append(source)
+                continue
+            from ..pool.classifiers import keep_tables
+
+            packed = Pack(source)
+            keep_tables(packed, packed.names)
+            found += [f"{folder.name}={folder}" for folder in unpack(packed, Path(scratch, str(number)))]
+        yield found
+
+
+def by_several(
+    packed: Pack,
+    names: Sequence[str],
+    files: list[str],
+    top_k: int | None,
+    as_json: bool,
+    base_model: Any,
+    **options: Any,
+) -> int:
+    """Classify files by several classifiers, to the screen. Returns how many could not be read.
+
+    Pictures are prepared as for one classifier, see `predicting`.
+    """
+    from ..pool import ClassifierPool
+
+    for name in names:
+        packed.files(name)
+    pool = ClassifierPool(base_model, packed, exact_preprocessing=False, **options)
+    rows = []
+    for row in pool.classify_files(files, names, top_k=top_k):
+        rows.append(row)
+        if row["error"]:
+            warn(f"Skipped: {row['error']}")
+        elif not as_json:
+            say(f"{row['file']}:")
+            for name, answers in row["classifiers"].items():
+                listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in answers)
+                say(f"  {name}: {listed or 'no label'}")
+    if as_json:
+        emit(True, rows, lambda: None)
+    return sum(row["error"] is not None for row in rows)

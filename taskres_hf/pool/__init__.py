@@ -1,0 +1,7 @@
+"""Many classifiers over one base: `ClassifierPool`, and one file that holds them."""
+
+from .classifiers import ClassifierPool, pack_with_base
+from .packing import Pack, pack, unpack
+from .stacked import PooledClassifier, PoolView
+
+__all__ = ["ClassifierPool", "Pack", "PoolView", "PooledClassifier", "pack", "pack_with_base", "unpack"]
