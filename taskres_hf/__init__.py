@@ -13,6 +13,7 @@ _PUBLIC = {
     "TaskResConfig": "configuration_taskres",
     "TaskResClassifier": "residual",
     "TaskResCLIPForImageClassification": "modeling_taskres",
+    "TaskResForImageClassification": "modeling_vision",
     "TaskResTrainer": "training",
     "TaskResTrainingArguments": "training",
     "sample_few_shot": "few_shot",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import TaskResError as TaskResError
     from .few_shot import sample_few_shot as sample_few_shot
     from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification
+    from .modeling_vision import TaskResForImageClassification as TaskResForImageClassification
     from .residual import TaskResClassifier as TaskResClassifier
     from .training import TaskResTrainer as TaskResTrainer
     from .training import TaskResTrainingArguments as TaskResTrainingArguments
