@@ -30,10 +30,15 @@ def described(kind: str) -> Iterator[tuple[str, Mapping[str, Any], str, Any]]:
             yield name, spec, demo_model(), demo_dataset(name)
 
 
-def tasks(kind: str) -> dict[str, Task]:
-    """Zero-shot classifier and embedded splits of each task."""
+def tasks(kind: str, swap: bool = False) -> dict[str, Task]:
+    """Zero-shot classifier and embedded splits of each task.
+
+    Args:
+        swap: by the base model of the other kind; minutes where its embeddings are not cached.
+    """
     found = {}
-    for name, spec, base, splits in described(kind):
+    for name, spec, own, splits in described(kind):
+        base = (demo_model() if kind == opt.PHOTOGRAPHS else photo_model_path()) if swap else own
         model = TaskResCLIPForImageClassification.from_base(base, spec["classes"], spec["template"])
         trainer = TaskResTrainer(model, TaskResTrainingArguments(disable_tqdm=True))
         found[name] = Task(model.classifier, trainer.embed(splits["train"]), trainer.embed(splits["test"]))

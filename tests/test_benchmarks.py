@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import base_to_new, embedding, material, stress, timing
+from benchmarks import base_to_new, embedding, material, plan, stress, timing
 from benchmarks.tasks import Task
 from benchmarks.timing import Report
 from taskres_hf.embedding import ImageFeatures
@@ -90,3 +90,24 @@ def test_classes_added_to_trained_ones(recipe: str) -> None:
     pictures = found["add_classes, pictures of the new classes"]
     assert pictures[apart] > found["add_classes"][apart]
     assert found["trained on pictures of all"][together] > found["zero-shot"][together]
+
+
+def test_a_case_of_the_plans_is_read_as_it_was_kept_and_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plan, "OUT", tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(12)
+    parts = []
+    for name in ("train", "test"):
+        images = torch.eye(3, 8)[labels] + 0.3 * torch.randn(36, 8, generator=draw)
+        parts.append(ImageFeatures(images[None], labels, ["a", "b", "c"], name))
+    task = Task(TaskResClassifier(torch.randn(3, 8, generator=draw), 0.5, 20.0, 0.0), *parts)
+    first, second = (list(plan.cases("emoji", "three", task, 1, (2,))) for _ in range(2))  # the second time from disk
+    assert [case.setting for case in first] == ["other test", "held-out", "same source"]
+    for one, other in zip(first, second, strict=True):
+        assert one[:6] == other[:6]
+        assert all((a == b).all() for a, b in zip(one.tested.right, other.tested.right, strict=True))
+        (row, *_) = plan.foretold(other)
+        assert row["n"] == 4
+        assert row["reached"] == pytest.approx(float(one.reached[4].mean()))
+    assert "held-out | all" in plan.accuracy_table(second, "title").markdown()
+    assert "held-out" in plan.target_table(second, "title").markdown()

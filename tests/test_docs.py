@@ -83,6 +83,7 @@ def test_the_performance_page_shows_what_was_measured() -> None:
         ["compare_and_save.py", "--shots", "2"],
         ["serve_with_fastapi.py"],
         ["export_and_run.py"],
+        ["label_next.py", "--labels", "10"],
     ],
     ids=lambda command: command[0],
 )

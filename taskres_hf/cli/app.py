@@ -20,9 +20,12 @@ _USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and sh
 # Name: module, function, heading.
 COMMANDS = {
     "train": ("train", "train", _USE),
+    "difficulty": ("difficulty", "difficulty", _USE),
+    "plan": ("plan", "plan", _USE),
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
+    "suggest": ("suggest", "suggest", _USE),
     "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
     "app": ("browser", "app", _USE),
