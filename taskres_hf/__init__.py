@@ -13,7 +13,7 @@ _PUBLIC = {
     "TaskResConfig": "configuration_taskres",
     "TaskResClassifier": "residual",
     "TaskResCLIPForImageClassification": "modeling_taskres",
-    "TaskResForImageClassification": "modeling_vision",
+    "TaskResForImageClassification": "vision.modeling",
     "TaskResTrainer": "training",
     "TaskResTrainingArguments": "training",
     "sample_few_shot": "few_shot",
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from .errors import TaskResError as TaskResError
     from .few_shot import sample_few_shot as sample_few_shot
     from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification
-    from .modeling_vision import TaskResForImageClassification as TaskResForImageClassification
     from .residual import TaskResClassifier as TaskResClassifier
     from .training import TaskResTrainer as TaskResTrainer
     from .training import TaskResTrainingArguments as TaskResTrainingArguments
+    from .vision.modeling import TaskResForImageClassification as TaskResForImageClassification
 
 
 def __getattr__(name: str) -> Any:

@@ -156,6 +156,7 @@ class TaskResConfig(PreTrainedConfig):
         self.processor_sha256 = processor_sha256
         self.format_version, self.base_classifier = format_version, base_classifier
         super().__init__(**kwargs)
+        self.architectures = self.architectures or []  # by which transformers chooses between our two classes
 
     @classmethod
     def for_classes(
@@ -359,7 +360,7 @@ def model_class_of(config: TaskResConfig, asked: Any) -> Any:
         ConfigurationError: that one is asked for, and the classifier is over a dual encoder.
     """
     if config.base_classifier is not None:
-        from .modeling_vision import TaskResForImageClassification
+        from .vision.modeling import TaskResForImageClassification
 
         return TaskResForImageClassification if asked._reads_text else asked
     if not asked._reads_text:

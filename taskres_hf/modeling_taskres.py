@@ -58,7 +58,7 @@ class TaskResCLIPForImageClassification(
     input_modalities: Any = ("image",)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
-    # What differs over an image tower alone, see `modeling_vision`.
+    # What differs over an image tower alone, see `vision.modeling`.
     _head_class, _base_for_artifact, _reads_text = TaskResClassifier, staticmethod(base_for_artifact), True
 
     def __init__(

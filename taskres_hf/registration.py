@@ -28,7 +28,7 @@ def _register_model() -> None:
 
     from .configuration_taskres import TaskResConfig
     from .modeling_taskres import TaskResCLIPForImageClassification
-    from .modeling_vision import TaskResForImageClassification
+    from .vision.modeling import TaskResForImageClassification
 
     # Two classes of one config, as DeiT has: transformers chooses by `architectures`, and lets the first be made.
     classes: Any = (TaskResCLIPForImageClassification, TaskResForImageClassification)

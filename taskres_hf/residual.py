@@ -122,7 +122,7 @@ class TaskResClassifier(nn.Module):
     class_bias: Tensor | None
     facts: dict[str, Any]
     config: Any = None  # of the model that it serves in
-    base_bias: Tensor | None  # of a pretrained head, see `linear_head`
+    base_bias: Tensor | None  # of a pretrained head, see `vision.linear_head`
     takes_raw_embeddings = False  # of their own length, which then counts
 
     def __init__(
@@ -235,7 +235,7 @@ class TaskResClassifier(nn.Module):
             )
 
     def check_has_text(self, what: str) -> None:
-        """Refuse what is made of text, or not made for a head of rows without one (`linear_head.LinearHead`).
+        """Refuse what is made of text, or not made for a head of rows without one (`vision.linear_head.LinearHead`).
 
         Raises:
             ConfigurationError: begins with `what`.

@@ -12,9 +12,9 @@ from ..data import LabelledImages, load_evaluation_data, load_training_data
 from ..errors import ArtifactError, TaskResError
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..modeling_vision import TaskResForImageClassification
 from ..training import TaskResTrainer, TaskResTrainingArguments, recorded_arguments
 from ..training.measuring import remember
+from ..vision.modeling import TaskResForImageClassification
 
 Row = dict[str, Any]
 MATCHES, DIFFERS, UNKNOWN = "matches", "differs", "not checked"

@@ -313,8 +313,8 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
 def _over_image_tower(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification | None:
     """The classifier where the base is a model of images alone; None where it reads text too."""
     from ..encoders import BaseSource
-    from ..modeling_vision import TaskResForImageClassification
-    from ..vision import is_image_tower_at
+    from ..vision.modeling import TaskResForImageClassification
+    from ..vision.tower import is_image_tower_at
 
     name = resolve_base(run["base_model"])
     if not is_image_tower_at(BaseSource(name, run["base_revision"])):

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, augment, crop_size
 from ..embedding.engines.onednn import product
-from ..linear_head import SCALE, LinearHead
+from ..errors import ConfigurationError
 from ..residual import AS_PUBLISHED, TaskResClassifier
+from ..vision.linear_head import SCALE, LinearHead
 from .beside_head import fit_whitened_beside
 from .multi_label import fit_multi_label
 from .recipes import Recipe, epoch_batches, learning_rate
@@ -284,15 +285,24 @@ def _autograd_step(
     return step
 
 
-def start_by_epochs(head: TaskResClassifier, images: Tensor, labels: Tensor) -> None:
-    """Before training by epochs: what has to be read off the shots [N, D] themselves.
+def start_by_epochs(head: TaskResClassifier, data: ImageFeatures | StoredFeatures) -> None:
+    """Before training by epochs: what has to be read off the shots themselves.
 
-    With several labels per picture ([N, K]) a bias, see `set_class_bias`; over a tower without a head the class means.
+    With several labels per picture a bias, see `set_class_bias`; over an image tower without a head the class means.
+
+    Raises:
+        ConfigurationError: the shots are on disk, and class means are needed.
     """
-    if labels.ndim == 2:
-        set_class_bias(head, images, labels)
+    if isinstance(data, StoredFeatures):
+        if isinstance(head, LinearHead) and not head.takes_raw_embeddings:
+            raise ConfigurationError(
+                "Training by epochs over an image tower without a head starts from class means, for which embeddings "
+                "must be in memory; these are on disk. Use recipe 'auto'."
+            )
+    elif data.labels.ndim == 2:
+        set_class_bias(head, data.image_embeds[0], data.labels)
     elif isinstance(head, LinearHead):
-        head.start_from_means(images, labels)
+        head.start_from_means(data.image_embeds[0], data.labels)
 
 
 @torch.no_grad()
@@ -331,7 +341,7 @@ def fit(
         whole = next(batches_whole(data, head)(0))
         make_step(head, None, recipe, views=data.image_embeds.shape[0])(*whole)
         return
-    start_by_epochs(head, data.image_embeds[0], data.labels)
+    start_by_epochs(head, data)
     optimizer = make_optimizer(head, recipe)
     batches, step = batches_in_memory(data, head, recipe, seed), make_step(head, optimizer, recipe, closed_form)
     for epoch in range(min(epochs or recipe.num_train_epochs, recipe.num_train_epochs)):

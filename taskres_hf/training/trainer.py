@@ -18,7 +18,6 @@ from transformers.utils import logging
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures
 from ..errors import ConfigurationError, DataError
-from ..linear_head import LinearHead
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
 from .arguments import TaskResTrainingArguments
@@ -144,12 +143,7 @@ class TaskResTrainer(MeasuresClassifiers):
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
             head.check_trainable()
-            if isinstance(chosen.data, ImageFeatures):
-                start_by_epochs(head, chosen.data.image_embeds[0], chosen.data.labels)
-            elif isinstance(head, LinearHead) and not head.takes_raw_embeddings:
-                head.check_has_text(
-                    "Training by epochs on embeddings on disk, without a pretrained head to start from,"
-                )
+            start_by_epochs(head, chosen.data)
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
             logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)

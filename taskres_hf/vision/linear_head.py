@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ConfigurationError
-from .residual import TaskResClassifier, check_finite, finite
+from ..errors import ConfigurationError
+from ..residual import TaskResClassifier, check_finite, finite
 
 # Of towers without a head: class means are made as long as CLIP's text embeddings and their cosines count as much, so
 # that published step sizes mean what they mean there.

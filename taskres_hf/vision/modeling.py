@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base_classifier import PreparedBase
-from .configuration_taskres import TaskResConfig
-from .encoders import BaseSource, advise_on_dtype
-from .errors import ConfigurationError
+from ..base_classifier import PreparedBase
+from ..configuration_taskres import TaskResConfig
+from ..encoders import BaseSource, advise_on_dtype
+from ..errors import ConfigurationError
+from ..modeling_taskres import TaskResCLIPForImageClassification
+from .labels import CLASS_MEANS, HEAD, choose_labels
 from .linear_head import LinearHead
-from .modeling_taskres import TaskResCLIPForImageClassification
-from .vision import (
-    CLASS_MEANS,
-    HEAD,
+from .tower import (
     VisionTower,
     as_tower,
-    choose_labels,
     embedding_length,
     head_rows,
     load_tower,
@@ -57,8 +55,8 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
     Everything that reads text (templates, descriptions, adding classes by name) is refused.
 
     Attributes:
-        clip, backbone: the base, a `vision.VisionTower`; frozen, always in eval mode.
-        classifier: the head, a `linear_head.LinearHead`.
+        clip, backbone: the base, a `vision.tower.VisionTower`; frozen, always in eval mode.
+        classifier: the head, a `vision.linear_head.LinearHead`.
     """
 
     _head_class, _base_for_artifact, _reads_text = LinearHead, staticmethod(_base_for_artifact), False
@@ -122,8 +120,9 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
         config.class_prompts()  # names in `prompt_names` that are no class
 
         def make(loaded: Any, source: BaseSource, dtype: Any, options: Mapping[str, Any]) -> PreparedBase:
-            tower, commit = (as_tower(loaded), None) if loaded is not None else load_tower(source, dtype, options)
-            words = choose_labels(config.class_names, prompt_names or {}, tower, base_classifier, text_encoder)
+            tower, commit = (loaded, None) if loaded is not None else load_tower(source, dtype, options)
+            known = tower.head and tower.head.labels
+            words = choose_labels(config.class_names, prompt_names or {}, known, base_classifier, text_encoder)
             config.base_classifier = CLASS_MEANS if words is None else HEAD
             if words is not None:
                 config.prompt_names = {name: word for name, word in words.items() if name != word} or None
@@ -131,12 +130,25 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
             target = None if loaded is not None else target_dtype(tower, dtype, options)
             return prepared(tower, config, located(source, loaded, commit), target)
 
+        base: Any = as_tower(base_model) if isinstance(base_model, PreTrainedModel) else base_model
         made: TaskResForImageClassification = cls._on_base(
-            config, make, base_model, revision, dtype, trust_remote_code, kwargs
+            config, make, base, revision, dtype, trust_remote_code, kwargs
         )
         made._image_processor = image_processor
         advise_on_dtype(made.clip)
         return made
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, *args: Any, base_model: str | os.PathLike[str] | PreTrainedModel | None = None, **kwargs: Any
+    ) -> Any:
+        """As in `TaskResCLIPForImageClassification`; a loaded `base_model` is one of images alone.
+
+        Raises:
+            ConfigurationError: the classifier is over a dual encoder.
+        """
+        base: Any = as_tower(base_model) if isinstance(base_model, PreTrainedModel) else base_model
+        return super().from_pretrained(*args, base_model=base, **kwargs)
 
     @property
     def backbone(self) -> VisionTower:
