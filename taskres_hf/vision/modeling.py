@@ -139,7 +139,7 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
         return made
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, *args: Any, base_model: str | os.PathLike[str] | PreTrainedModel | None = None, **kwargs: Any
     ) -> Any:
         """As in `TaskResCLIPForImageClassification`; a loaded `base_model` is one of images alone.
