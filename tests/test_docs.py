@@ -22,6 +22,11 @@ from taskres_hf.cli.app import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages and examples that need more than the library and its light extras.
+_EXTRAS = {
+    "app.md": "gradio", "serve.md": "fastapi", "export.md": "onnxruntime", "serve_with_fastapi.py": "fastapi",
+    "export_and_run.py": "onnxruntime",
+}  # fmt: skip
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -59,6 +64,8 @@ def world(hub: HubServer, base: str, splits: Any, tmp_path: Path, monkeypatch: p
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, world: Path) -> None:
+    if page.name in _EXTRAS:
+        pytest.importorskip(_EXTRAS[page.name], reason=f"the optional package {_EXTRAS[page.name]} is not installed")
     names: dict[str, Any] = {}
     for language, code in _BLOCK.findall(page.read_text()):
         if language == "python":
@@ -99,8 +106,8 @@ def test_the_performance_page_shows_what_was_measured() -> None:
 def test_examples_run(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command[0].startswith("export"):
-        pytest.importorskip("onnxruntime", reason="the optional package onnxruntime is not installed")
+    if command[0] in _EXTRAS:
+        pytest.importorskip(_EXTRAS[command[0]], reason=f"the optional package {_EXTRAS[command[0]]} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "examples" / command[0]), run_name="__main__")

@@ -7,8 +7,8 @@ All of it is closed form or convex and draws nothing, so the same shots always g
 `f` and `u` are image and text embeddings of unit length, `S` the logit scale. `A` whitens with the shots' within-class
 covariance, shrunk as in linear discriminant analysis, and `V` has the least
 `sum of cross-entropies + |V|^2 / (2 (WIDTH S)^2)`. The share `q` of the means follows from what text and means tell of
-pictures they were not made from. Held-out shots give `z` against zero-shot, and `tau`, which makes probabilities mean
-what they say. `docs/recipes.md` says why each part is there.
+pictures they were not made from. Held-out shots, or at one shot their number, give `z` against zero-shot, and
+`tau`, which makes probabilities mean what they say. `docs/recipes.md` says why each part is there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing 
 _GROWTH = 0.25  # its exponent in the number of pictures
 _FOR_MEANS = 20.0  # how much more the means count where they tell pictures apart
 _MEANS_AT_ONE = 0.19  # what they are taken to tell at one picture a class, where none can be held out
+_TEXT_PICTURES = 10.0  # that speak for zero-shot at one picture a class, where it tells all that there is to tell
 _MOST_FOLDS = 4
 _NEAR = 0.12  # of the usual distance of two pictures, below which they are as one
 _MOST_COMPARED = 2048  # pictures of a class up to which each is compared with each
@@ -119,7 +120,9 @@ def fit_beside(
     if held.spaces:
         kept, temperature, chosen["gain"] = held.judge(strength)
     else:
-        kept, temperature = 1.0, max(0.3, _likeliest_factor(text, y, weights))
+        pictures = float(weights.sum())
+        kept = pictures / (pictures + _TEXT_PICTURES * told)
+        temperature = max(0.3, _likeliest_factor(text, y, weights))
     share = strength * _growth(shots)
     space = _Whitened(f, y, classes, weights)
     rows, bias = problem.fit(space, slice(None), text, share)
@@ -368,12 +371,12 @@ class _HeldOut:
             parts.append((space.whiten(problem.f[out]) @ weight.T).add_(bias))
         places = torch.cat(self.out)
         more, text, y = torch.cat(parts), problem.text[places], problem.y[places]
-        balance = _balanced(y, text.shape[1], problem.weights[places])
+        weights = problem.weights[places]  # not balanced: classes of few pictures would make it a lottery
         temperatures = _TEMPERATURES[1::2] if self.large else _TEMPERATURES
 
         def best(logits: Tensor, reluctance: float) -> tuple[float, float]:
             """Least loss, and the temperature that gives it."""
-            tried = [(_log_loss(t * logits, y, balance) + reluctance * math.log(t) ** 2, t) for t in temperatures]
+            tried = [(_log_loss(t * logits, y, weights) + reluctance * math.log(t) ** 2, t) for t in temperatures]
             return min(tried)
 
         kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, 4.0)[0] - best(text, 4.0)[0] - 3.0)))

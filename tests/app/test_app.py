@@ -58,6 +58,7 @@ def _made(folder: Path) -> Path:
 
 
 def test_what_it_begins_with_is_needed(base: str) -> None:
+    pytest.importorskip("gradio", reason="the app needs gradio")
     with pytest.raises(ConfigurationError, match="base_model"):
         app.RunningApp()
     with pytest.raises(ConfigurationError, match="only_try"):

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import ENDS_AT_EOS, TINY_FAMILIES, tiny_config
+from support import ENDS_AT_EOS, TINY_FAMILIES, pil_processor, tiny_config
 from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
-    CLIPImageProcessorPil,
     CLIPModel,
-    Siglip2ImageProcessorPil,
 )
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
@@ -203,9 +201,9 @@ def test_published_number_of_steps(
 
 def _processor(family: str) -> Any:
     if family == "siglip2":
-        return Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+        return pil_processor("Siglip2", patch_size=8, max_num_patches=16)
     size = {"height": 32, "width": 32}
-    return CLIPImageProcessorPil(size=size, crop_size=size)
+    return pil_processor("CLIP", size=size, crop_size=size)
 
 
 @needs_peft

@@ -103,12 +103,29 @@ def test_one_shot_is_the_formulas(tasks: Any) -> None:
     factor, told = _told(SCALE * f @ unit(base).T, y)
     share = 0.035 * (1.0 - told * (1.0 - 0.19)) * (1.0 + 20.0 * 0.19**2)
     weight, bias = _parts(f, y, base.numpy(), share)
+    kept = len(y) / (len(y) + 10.0 * told)  # what speaks for zero-shot, in pictures
+    zero_shot = SCALE * unit(base)
+    weight, bias = zero_shot + kept * (weight - zero_shot), kept * bias
     fitted = fit_whitened(images, labels, base, SCALE, iterations=400)
+    assert fitted.chosen["zero_shot"] == pytest.approx(1 - kept, abs=1e-4)
     assert fitted.chosen["text_information"] == pytest.approx(told, abs=1e-4)
     assert fitted.chosen["share"] == pytest.approx(share, abs=1e-6)
     assert fitted.chosen["temperature"] == pytest.approx(max(0.3, factor), abs=1e-4)
     assert np.abs(fitted.weight.numpy() / fitted.chosen["temperature"] - weight).max() < 1e-3 * np.abs(weight).max()
     assert np.abs(fitted.bias.numpy() / fitted.chosen["temperature"] - bias).max() < 1e-3
+
+
+def test_unequal_shots_do_not_fall_back_to_zero_shot(tasks: Any) -> None:
+    """Classes of few pictures do not decide what is kept of what the others say."""
+    images, labels, base = _shots(tasks, 16)
+    keep, seen = [], dict.fromkeys(range(0, len(base), 2), 6)  # every other class has two pictures
+    for row, label in enumerate(labels.tolist()):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= 8:
+            keep.append(row)
+    assert sorted(torch.bincount(labels[keep]).tolist())[:4] == [2] * 4
+    told = fit_whitened(images[keep], labels[keep], base, SCALE).chosen
+    assert told["zero_shot"] < 0.2
 
 
 def test_held_out_shots_decide_by_the_formulas(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
