@@ -103,10 +103,8 @@ def fit_whitened(
 def fit_beside(
     f: Tensor, unit: Tensor, y: Tensor, text: Tensor, logit_scale: float, views: int, iterations: int
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What is learned beside logits `text` [V * N, K]: rows [K, D] before the temperature, bias [K] after it.
-
-    Args: f: embeddings [V * N, D]. unit: the same of unit length, by which pictures are compared.
-    """
+    """What is learned beside logits `text` [V * N, K]: rows [K, D] before the temperature, bias [K] after it."""
+    # `unit` are the embeddings f [V * N, D] at unit length, by which pictures are compared.
     large, classes = text.numel() > _LARGE, text.shape[1]
     numbers, weights = _pictures(unit, y, views)
     counts = torch.bincount(y, weights, minlength=classes)
