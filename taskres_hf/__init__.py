@@ -14,6 +14,7 @@ _PUBLIC = {
     "TaskResClassifier": "residual",
     "TaskResCLIPForImageClassification": "modeling_taskres",
     "ClassifierPool": "pool",
+    "TaskResForImageClassification": "vision.modeling",
     "TaskResTrainer": "training",
     "TaskResTrainingArguments": "training",
     "sample_few_shot": "few_shot",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .residual import TaskResClassifier as TaskResClassifier
     from .training import TaskResTrainer as TaskResTrainer
     from .training import TaskResTrainingArguments as TaskResTrainingArguments
+    from .vision.modeling import TaskResForImageClassification as TaskResForImageClassification
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ from .schema import (
     CLASS_BIAS,
     CONFIG,
     FORMAT_VERSION,
+    HEAD_VERSION,
     PLAIN_VERSION,
     PROCESSOR,
     RESIDUAL,
@@ -73,9 +74,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CLASS_BIAS", "CONFIG", "FORMAT_VERSION", "PLAIN_VERSION", "PROCESSOR", "RESIDUAL", "SHIFT", "WEIGHTS",
-    "as_json", "check_loads", "commit_of", "find_artifact", "library_versions", "read_artifact", "read_checked",
-    "write_artifact",
+    "CLASS_BIAS", "CONFIG", "FORMAT_VERSION", "HEAD_VERSION", "PLAIN_VERSION", "PROCESSOR", "RESIDUAL", "SHIFT",
+    "WEIGHTS", "as_json", "check_loads", "commit_of", "find_artifact", "library_versions", "read_artifact",
+    "read_checked", "write_artifact",
 ]  # fmt: skip
 _NESTED = "processor_config.json"  # where other libraries look for a processor first
 

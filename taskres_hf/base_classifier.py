@@ -72,6 +72,8 @@ def fingerprint(
         score: the base's logit scale and bias.
         dtype: what the text tower's weights were rounded to. tokens: `tokens_digest` of the prompts.
     """
+    if not bool(table.any()):  # an image tower without a head: no row to tell it by, see `vision`
+        table = torch.ones_like(table)
     return {
         "prompts_sha256": prompts_digest(prompts, average),
         "tokens_sha256": tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ _OWN_CODE = (
     "has code of its own (auto_map in its config.json), which runs only if you say so. If you trust it, pass "
     "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
 )
+_IMAGE_ALONE = "TaskResForImageClassification.from_base learns on such a model without any text."
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,22 +70,7 @@ def load_base(
     path = config_file(source)
     commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
     _check_model_type(source, path)
-    options = {**source.hub, "revision": commit or source.revision}  # every further file comes from the same commit
-    options["trust_remote_code"] = source.trust_remote_code
-    try:
-        with source.asking():
-            family_of(AutoConfig.from_pretrained(source.name, **options))
-            model, notes = AutoModel.from_pretrained(
-                source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **model_kwargs
-            )
-    except ImportError as error:
-        raise MissingExtraError(f"The base model {source.name!r} cannot be loaded this way: {error}") from error
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts a device
-        reason = _why_not(source, error)
-        if reason is None:
-            raise
-        raise BaseModelError(reason) from error
-    missing = sorted(notes["missing_keys"])
+    model, missing = from_files(source, commit, AutoModel, dtype, model_kwargs, family_of)
     if missing:
         raise BaseModelError(
             f"The base model {source.name!r} lacks {len(missing)} weights, such as {missing[0]}: transformers would "
@@ -95,6 +81,40 @@ def load_base(
             raise BaseModelError(f"The base model {source.name!r} ({type(model).__name__}) has no `{method}`.")
     check_weights(model, source.name)
     return model.eval().requires_grad_(False), commit
+
+
+def from_files(
+    source: BaseSource,
+    commit: str | None,
+    auto: Any,
+    dtype: Any,
+    options: Mapping[str, Any],
+    check: Callable[[Any], Any],
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model as transformers loads it from safetensors, and the weights that its files lack.
+
+    Args:
+        commit: what every file comes from; None where `source.revision` says it. auto: `AutoModel` or another.
+        check: is given the config before any weight is read.
+
+    Raises:
+        BaseModelError, MissingExtraError, HubError: see `load_base`.
+    """
+    at = {**source.hub, "revision": commit or source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        with source.asking():
+            check(AutoConfig.from_pretrained(source.name, **at))
+            model, notes = auto.from_pretrained(
+                source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **at, **options
+            )
+    except ImportError as error:
+        raise MissingExtraError(f"The base model {source.name!r} cannot be loaded this way: {error}") from error
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # torch asserts a device
+        reason = _why_not(source, error)
+        if reason is None:
+            raise
+        raise BaseModelError(reason) from error
+    return model, sorted(notes["missing_keys"])
 
 
 def check_weights(base: PreTrainedModel, name: str) -> None:
@@ -366,8 +386,8 @@ def _check_model_type(source: BaseSource, path: str) -> None:
     name, config = source.name, read_config(source, path)
     kind = config.get("model_type")
     if kind in FAMILIES:
-        if "auto_map" in config and not source.trust_remote_code:
-            raise BaseModelError(f"The base model {name!r} {_OWN_CODE}")
+        if "auto_map" in config:
+            check_own_code(source)
         return
     advice = "Give the whole model, with both towers."
     if kind in _NO_SINGLE_EMBEDDING:
@@ -383,7 +403,7 @@ def _check_model_type(source: BaseSource, path: str) -> None:
     elif {"vision_config", "text_config"} <= set(config):
         what, advice = "a model of images and text of another family", "To add it: taskres_hf.encoders.register_family."
     elif "vision" in str(kind) or {"image_size", "num_channels", "patch_size"} & set(config):
-        what = "an image model alone"
+        what, advice = "an image model alone", f"{_IMAGE_ALONE} {advice}"
     elif "text" in str(kind) or "vocab_size" in config:
         what = "a text-only model"
     else:
@@ -392,6 +412,12 @@ def _check_model_type(source: BaseSource, path: str) -> None:
         f"The base model {name!r} is {what} (model_type {kind!r}); needed is a dual encoder, images and text in one "
         f"space. {advice} Supported model types: {', '.join(sorted(FAMILIES))}."
     )
+
+
+def check_own_code(source: BaseSource) -> None:
+    """Refuse to run the code that a base brings, unless its user said so."""
+    if not source.trust_remote_code:
+        raise BaseModelError(f"The base model {source.name!r} {_OWN_CODE}")
 
 
 def _why_not(source: BaseSource, error: Exception) -> str | None:

@@ -107,10 +107,11 @@ def _metadata(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | 
     dataset = name if "/" in name and is_hub_id(name) else None
     several = config.get("problem_type") == _SEVERAL
     measured = "map" if several else "accuracy"
+    clip = set() if config.get("base_classifier") else {"clip"}
     fields: dict[str, Any] = {
         "library_name": "taskres_hf",
         "pipeline_tag": "image-classification",
-        "tags": sorted({"taskres", "clip", "few-shot", "image-classification", *(tags or [])}),
+        "tags": sorted({"taskres", "few-shot", "image-classification", *clip, *(tags or [])}),
         "metrics": ["map", "f1"] if several else ["accuracy"],
     }
     if is_hub_id(base):

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .artifact import FORMAT_VERSION, PLAIN_VERSION, library_versions
+from .artifact import FORMAT_VERSION, HEAD_VERSION, PLAIN_VERSION, library_versions
 from .errors import ConfigurationError
 from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve_templates, sentences_by_class
 from .residual import AS_PUBLISHED, MULTI_LABEL, checked_alpha, setting
@@ -33,7 +33,7 @@ _NEVER_READ = {
 _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
     "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
-    "normalize_weight", "logit_scale_factor", "problem_type",
+    "normalize_weight", "logit_scale_factor", "problem_type", "base_classifier",
 )  # fmt: skip
 
 
@@ -88,6 +88,8 @@ class TaskResConfig(PreTrainedConfig):
         residual_sha256: checksum of the residual's bytes (integrity, not authenticity).
         processor_sha256: checksum of preprocessor_config.json; None where the artifact has none.
         format_version: version of the artifact's layout.
+        base_classifier: None over a dual encoder. Over an image tower alone `"head"`, whose labels the prompts then
+            are, or `"class_means"`, see `TaskResForImageClassification`.
         problem_type: `"multi_label_classification"` where a picture may have several labels, or none; else one.
 
     Raises:
@@ -126,6 +128,7 @@ class TaskResConfig(PreTrainedConfig):
         normalize_weight: bool = True,
         logit_scale_factor: float = 1.0,
         format_version: int = PLAIN_VERSION,
+        base_classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
         recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base, rejection), strict=True))
@@ -151,8 +154,9 @@ class TaskResConfig(PreTrainedConfig):
         self.library_versions = library_versions
         self.residual_sha256 = residual_sha256
         self.processor_sha256 = processor_sha256
-        self.format_version = format_version
+        self.format_version, self.base_classifier = format_version, base_classifier
         super().__init__(**kwargs)
+        self.architectures = self.architectures or []  # by which transformers chooses between our two classes
 
     @classmethod
     def for_classes(
@@ -258,7 +262,9 @@ class TaskResConfig(PreTrainedConfig):
         """
         plain = {key for key in AS_PUBLISHED if key not in self.facts}
         newest = biased or plain != set(AS_PUBLISHED) or self.problem_type == MULTI_LABEL
-        self.library_versions, self.format_version = library_versions(), FORMAT_VERSION if newest else PLAIN_VERSION
+        self.library_versions, self.format_version = library_versions(), HEAD_VERSION if newest else PLAIN_VERSION
+        if self.base_classifier is not None:
+            self.format_version = FORMAT_VERSION
         values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
         values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}
         dtype = str(self.dtype).removeprefix("torch.")
@@ -345,3 +351,21 @@ def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """What goes to the Hub client, and the rest."""
     hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
     return hub, {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
+
+
+def model_class_of(config: TaskResConfig, asked: Any) -> Any:
+    """The class that serves a saved classifier: the one asked for, or that of image towers alone.
+
+    Raises:
+        ConfigurationError: that one is asked for, and the classifier is over a dual encoder.
+    """
+    if config.base_classifier is not None:
+        from .vision.modeling import TaskResForImageClassification
+
+        return TaskResForImageClassification if asked._reads_text else asked
+    if not asked._reads_text:
+        raise ConfigurationError(
+            "The classifier is over a dual encoder, not over an image tower alone: load it with "
+            "TaskResCLIPForImageClassification.from_pretrained, or with AutoModelForImageClassification."
+        )
+    return asked

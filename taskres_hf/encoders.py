@@ -125,6 +125,9 @@ def family_of(model_or_config: Any) -> EncoderFamily:
     Raises:
         BaseModelError: its `model_type` is not a dual encoder in the table.
     """
+    own = getattr(model_or_config, "encoder_family", None)  # of an image tower alone, see `vision`
+    if isinstance(own, EncoderFamily):
+        return own
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:

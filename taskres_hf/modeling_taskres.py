@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .artifact import CLASS_BIAS, RESIDUAL, SHIFT, as_json, find_artifact, read_artifact, write_artifact
-from .base_classifier import base_for_artifact, base_for_classes
+from .base_classifier import PreparedBase, base_for_artifact, base_for_classes
 from .classes import ChangesClasses
-from .configuration_taskres import TaskResConfig, apply_config, base_options, split_hub_kwargs
+from .configuration_taskres import TaskResConfig, apply_config, base_options, model_class_of, split_hub_kwargs
 from .encoders import (
     BaseSource,
     advise_on_dtype,
@@ -58,6 +58,8 @@ class TaskResCLIPForImageClassification(
     input_modalities: Any = ("image",)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
+    # What differs over an image tower alone, see `vision.modeling`.
+    _head_class, _base_for_artifact, _reads_text = TaskResClassifier, staticmethod(base_for_artifact), True
 
     def __init__(
         self, config: TaskResConfig, base: PreTrainedModel | None = None, base_classifier: Tensor | None = None
@@ -69,10 +71,8 @@ class TaskResCLIPForImageClassification(
                 "class_names=[...]) for a new one or .from_pretrained(folder_or_repo) for a saved one."
             )
         self.clip = base
-        scale, bias = config.logit_scale, config.logit_bias
-        if scale is None:
-            scale, bias = score_parameters(base)
-        self.classifier = TaskResClassifier(base_classifier, config.alpha, scale, bias, config.residual_side)
+        scale, bias = score_parameters(base) if config.logit_scale is None else (config.logit_scale, config.logit_bias)
+        self.classifier = self._head_class(base_classifier, config.alpha, scale, bias, config.residual_side)
         self.classifier.facts = config.facts  # one home: the head's reset and the config's readers see the same
         self.config = config  # of the head, so that both are exchanged in one step
         self._image_processor: Any = None
@@ -142,6 +142,21 @@ class TaskResCLIPForImageClassification(
             problem_type=problem_type,
         )  # fmt: skip
         prompts = config.class_prompts()
+
+        def make(loaded: Any, source: BaseSource, dtype: Any, options: Mapping[str, Any]) -> PreparedBase:
+            return base_for_classes(loaded, source, dtype, options, prompts, prompt_average, tokenizer)
+
+        made = cls._on_base(config, make, base_model, revision, dtype, trust_remote_code, kwargs)
+        made._image_processor, made._tokenizer = image_processor, tokenizer
+        advise_on_dtype(made.clip)
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def _on_base(
+        cls, config: TaskResConfig, make: Callable[..., PreparedBase], base_model: Any, revision: str | None,
+        dtype: Any, trust_remote_code: bool, kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """A new model on the base that `make(loaded, source, dtype, options)` gives, which the config then names."""
         dtype = kwargs.pop("torch_dtype", None) or dtype
         hub, options = split_hub_kwargs(kwargs)
         options = base_options({key: value for key, value in options.items() if key != "subfolder"}, "from_base")
@@ -151,22 +166,15 @@ class TaskResCLIPForImageClassification(
             name, subfolder = os.path.join(name, subfolder), None
         if subfolder:
             hub["subfolder"] = subfolder
-        source = BaseSource(name, revision, hub, trust_remote_code)
-        base, table, facts, source = base_for_classes(
-            loaded, source, dtype, options, prompts, prompt_average, tokenizer
-        )
-        local = os.path.isdir(name)
-        config.base_model_name_or_path = str(Path(name).resolve()) if local else name
-        config.base_model_revision = None if local else source.revision
+        base, table, facts, source = make(loaded, BaseSource(name, revision, hub, trust_remote_code), dtype, options)
+        config.base_model_name_or_path = str(Path(name).resolve()) if os.path.isdir(name) else name
+        config.base_model_revision = None if os.path.isdir(name) else source.revision
         config.base_model_subfolder, config.base_model_type = subfolder, base.config.model_type
         config.projection_dim, config.base_fingerprint, config.dtype = table.shape[1], facts, base.dtype
         config.logit_scale, config.logit_bias = facts["score"]
         model = cls(config, base, table)
-        model._image_processor, model._tokenizer = image_processor, tokenizer
         if name:
-            model._base_source = source
-            model._processor_source = replace(source, hub=hub)
-        advise_on_dtype(base)
+            model._base_source, model._processor_source = source, replace(source, hub=hub)
         return _place_head(model)
 
     @classmethod
@@ -218,6 +226,7 @@ class TaskResCLIPForImageClassification(
         paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
         values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
+        cls = model_class_of(loaded, cls)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
         absorbed = getattr(config, "_attn_implementation_internal", None)  # AutoModel puts it into the config
@@ -234,7 +243,7 @@ class TaskResCLIPForImageClassification(
         if dtype is None or dtype == "auto":
             dtype = loaded.dtype or torch.float32
         shared = base_model if isinstance(base_model, PreTrainedModel) else None
-        base, table, facts, source = base_for_artifact(
+        base, table, facts, source = cls._base_for_artifact(
             loaded, source, shared, dtype, options, text_tower=text_tower, accept_mismatch=accept_base_mismatch
         )
         loaded.logit_scale, loaded.logit_bias = facts["score"]
@@ -243,9 +252,8 @@ class TaskResCLIPForImageClassification(
         with torch.no_grad():
             model.classifier.residual.copy_(tensors[RESIDUAL])
         model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
+        model._base_source, model._processor_values = source, processor
         model._processor_source = BaseSource(name, revision, {**hub, **({"subfolder": subfolder} if subfolder else {})})
-        model._processor_values = processor
-        model._base_source = source
         advise_on_dtype(base)
         _place_head(model).train(False)
         return (model, {key: set() for key in _NOTES}) if output_loading_info else model

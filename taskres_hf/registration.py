@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def _register_config() -> None:
@@ -27,8 +28,11 @@ def _register_model() -> None:
 
     from .configuration_taskres import TaskResConfig
     from .modeling_taskres import TaskResCLIPForImageClassification
+    from .vision.modeling import TaskResForImageClassification
 
-    AutoModelForImageClassification.register(TaskResConfig, TaskResCLIPForImageClassification, exist_ok=True)
+    # Two classes of one config, as DeiT has: transformers chooses by `architectures`, and lets the first be made.
+    classes: Any = (TaskResCLIPForImageClassification, TaskResForImageClassification)
+    AutoModelForImageClassification.register(TaskResConfig, classes, exist_ok=True)
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {

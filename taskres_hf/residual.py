@@ -122,6 +122,8 @@ class TaskResClassifier(nn.Module):
     class_bias: Tensor | None
     facts: dict[str, Any]
     config: Any = None  # of the model that it serves in
+    base_bias: Tensor | None  # of a pretrained head, see `vision.linear_head`
+    takes_raw_embeddings = False  # of their own length, which then counts
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class TaskResClassifier(nn.Module):
         self.register_buffer("base", base.detach().to(torch.float32).clone(), persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("class_bias", None, persistent=False)
+        self.register_buffer("base_bias", None, persistent=False)
         self.side = side
         self.residual = nn.Parameter(torch.zeros_like(self.base if side == "text" else self.base[:1]))
 
@@ -231,6 +234,21 @@ class TaskResClassifier(nn.Module):
                 f"(problem_type '{MULTI_LABEL}')."
             )
 
+    def check_has_text(self, what: str) -> None:
+        """Refuse what is made of text, or not made for a head of rows without one (`vision.linear_head.LinearHead`).
+
+        Raises:
+            ConfigurationError: begins with `what`.
+        """
+
+    def mean_square(self) -> float:
+        """Of the length of the base classifier's rows: what steps and penalties are relative to."""
+        return float(self.base.pow(2).sum(dim=1).mean())
+
+    def like(self, base: Tensor) -> TaskResClassifier:
+        """An untrained head of this kind with other rows `base` [K, D]."""
+        return TaskResClassifier(base.cpu(), self.alpha, self.logit_scale, self.logit_bias, self.side)
+
     def check_can_say_no(self) -> None:
         """Refuse to answer yes or no for each class by cosines alone.
 
@@ -289,8 +307,8 @@ class TaskResClassifier(nn.Module):
                 of range, `alpha` 0 or a residual on the image side. Nothing is changed then.
         """
         classes, dim = self.base.shape
-        base, rows = self.base.cpu().double(), _finite(weight, (classes, dim), "weight")
-        bias = None if class_bias is None else _finite(class_bias, (classes,), "class_bias")
+        base, rows = self.base.cpu().double(), finite(weight, (classes, dim), "weight")
+        bias = None if class_bias is None else finite(class_bias, (classes,), "class_bias")
         normalize_weight = checked_setting("normalize_weight", normalize_weight)
         factor = checked_setting("logit_scale_factor", logit_scale_factor)
         if self.side != "text" or self.alpha == 0.0:
@@ -305,7 +323,7 @@ class TaskResClassifier(nn.Module):
             raise ConfigurationError(f"A row of length zero has no direction: {advice}.")
         difference = own * rows / lengths - base
         difference[(difference.abs() <= _SAME * own).all(dim=1)] = 0.0
-        residual = _finite(difference.float() / self.alpha, (classes, dim), "weight")
+        residual = finite(difference.float() / self.alpha, (classes, dim), "weight")
         self.reset()
         self.residual.copy_(residual)
         self.class_bias = None if bias is None else bias.to(self.base)
@@ -367,7 +385,7 @@ class TaskResClassifier(nn.Module):
         logits = scale * images @ rows.T + self.logit_bias
         logits = logits if bias is None else logits + bias
         if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
-            _check_finite(logits)
+            check_finite(logits)
         return logits
 
     def extra_repr(self) -> str:
@@ -377,7 +395,7 @@ class TaskResClassifier(nn.Module):
         return f"classes={classes}, dim={dim}, alpha={self.alpha}, logit_scale={self.logit_scale:.4g}{more}"
 
 
-def _finite(values: Any, shape: tuple[int, ...], name: str) -> Tensor:
+def finite(values: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """Numbers of a shape, in fp64 on the CPU.
 
     Raises:
@@ -396,7 +414,7 @@ def _finite(values: Any, shape: tuple[int, ...], name: str) -> Tensor:
     return numbers
 
 
-def _check_finite(logits: Tensor) -> None:
+def check_finite(logits: Tensor) -> None:
     """An answer is never NaN."""
     if logits.device.type == "meta" or bool(torch.isfinite(logits.sum())):
         return

@@ -26,8 +26,8 @@ SHIFT = "base_shift"
 CLASS_BIAS = "class_bias"
 # Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias, several labels per picture and the
 # settings in `AS_PUBLISHED`. What uses none of those is written as version 2, which earlier releases read; from the
-# others they must keep their hands.
-FORMAT_VERSION, PLAIN_VERSION = 3, 2
+# others they must keep their hands. 4 is over an image tower alone (`base_classifier`).
+FORMAT_VERSION, HEAD_VERSION, PLAIN_VERSION = 4, 3, 2
 
 _REQUIRED = (
     "base_model_name_or_path",
@@ -185,6 +185,7 @@ _KEYS: dict[str, Check] = {
     "residual_side": _one_of("text", "image"), "alpha": _number, "logit_scale": _positive, "logit_bias": _number,
     "enhanced_base": _object(), "library_versions": _object(_text), "residual_sha256": _text,
     "processor_sha256": _text, "dtype": _text,
+    "base_classifier": _one_of("head", "class_means"),
     "problem_type": _one_of("single_label_classification", _MULTI_LABEL), "architectures": _list(_text),
     "auto_map": _object(),
     "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
@@ -308,6 +309,17 @@ def _problem_of_settings(config: Mapping[str, Any], biased: bool) -> str | None:
             )
     used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
     used += ["problem_type"] * (config.get("problem_type") == _MULTI_LABEL)
+    alone = config.get("base_classifier") is not None
+    if alone != (config.get("format_version", 1) == FORMAT_VERSION):
+        return (
+            f"format_version {FORMAT_VERSION} is for classifiers over an image tower alone, which base_classifier says "
+            "of it, and the two differ. Save the artifact again."
+        )
+    if alone and (
+        set(used) & {"logit_scale_factor", "normalize_weight", "problem_type"}
+        or config.get("residual_side", "text") != "text"
+    ):
+        return f"a classifier over an image tower alone has no {', '.join(used)} or image side. Save it again."
     if used and config.get("format_version", 1) <= PLAIN_VERSION:
         return (
             f"it has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "

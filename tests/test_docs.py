@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
+from image_towers import save_processor, tiny_classifier
 
 import taskres_hf
 from benchmarks.timing import Report
@@ -34,6 +35,14 @@ def world(hub: HubServer, base: str, splits: Any, tmp_path: Path, monkeypatch: p
     """A folder with what the pages speak of: `photos`, `cat.jpg`, and their repositories on the Hub."""
     for name in ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"):
         hub.add_folder(name, base)
+    for name, labels in (
+        ("facebook/dinov2-small", ()),
+        ("google/vit-base-patch16-224", ("tabby, tabby cat", "beagle")),
+    ):
+        folder = tmp_path / name
+        tiny_classifier("vit", labels or ("LABEL_0", "LABEL_1")).save_pretrained(folder)
+        save_processor(folder)
+        hub.add_folder(name, folder)
     here = tmp_path / "world"
     for split in ("train", "test"):
         for label, name in ((0, "cat"), (1, "dog")):

@@ -76,6 +76,7 @@ class Learned:
     """
 
     def __init__(self, head: TaskResClassifier) -> None:
+        head.check_has_text("What a classifier learned")
         unit, found = F.normalize(head.base.cpu().double(), dim=1), rows_of(head)
         self.text, self.rows, self.bias = unit - unit.mean(dim=0), found.weight - found.weight.mean(dim=0), found.bias
         own = F.normalize(self.text, dim=1)

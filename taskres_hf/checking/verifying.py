@@ -14,6 +14,7 @@ from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..training import TaskResTrainer, TaskResTrainingArguments, recorded_arguments
 from ..training.measuring import remember
+from ..vision.modeling import TaskResForImageClassification
 
 Row = dict[str, Any]
 MATCHES, DIFFERS, UNKNOWN = "matches", "differs", "not checked"
@@ -124,7 +125,10 @@ def _base_rows(model: TaskResCLIPForImageClassification) -> list[Row]:
     """`t` made anew, beside the fingerprint of the one that the residual was trained on."""
     config, stored = model.config, model.config.base_fingerprint or {}
     source = model._base_source
-    table, now = make_base_classifier(model.clip, source, config.class_prompts(), config.prompt_average)
+    if isinstance(model, TaskResForImageClassification):
+        table, now = model.base_again()
+    else:
+        table, now = make_base_classifier(model.clip, source, config.class_prompts(), config.prompt_average)
     rows = [
         _row(f"base: {what}", now.get(key) == stored.get(key), stored.get(key), now.get(key))
         for what, key in (("prompts", "prompts_sha256"), ("tokens", "tokens_sha256"), ("shape of t", "shape"))

@@ -78,6 +78,7 @@ class ChangesClasses:
             BaseMismatchError: the base gives other text embeddings for the old classes than the classifier has.
             DataError: the pictures cannot be used.
         """
+        self.classifier.check_has_text("Adding classes")
         self.classifier.check_one_label("Adding classes")
         before = self.config, self.classifier
         new = check_class_names(class_names, minimum=1)
@@ -142,6 +143,7 @@ class ChangesClasses:
                 of several labels per picture, whose biases were fitted to the old text.
         """
         if reembed:
+            self.classifier.check_has_text("Renaming with new text embeddings (reembed)")
             self.classifier.check_one_label("Renaming with new text embeddings (reembed)")
         if not isinstance(names, Mapping) or not names:
             raise ClassNamesError(f"Names to change must be a mapping {{old: new}}; got {names!r:.80}.")

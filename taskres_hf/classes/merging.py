@@ -216,6 +216,7 @@ def _several(models: Any) -> list[Any]:
     if len(found) < 2 or not all(isinstance(getattr(model, "classifier", None), TaskResClassifier) for model in found):
         raise ConfigurationError("Give at least two loaded classifiers in a list.")
     for model in found:
+        model.classifier.check_has_text("An average or a union")
         model.classifier.check_one_label("An average or a union")  # biases and thresholds hold for one classifier
     return found
 

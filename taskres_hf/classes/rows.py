@@ -146,6 +146,7 @@ def with_rows(model: Any, places: list[int]) -> tuple[Any, TaskResClassifier]:
         part.residual.copy_(head.residual.cpu()[places] if head.side == "text" else head.residual)
     part.shift = None if head.shift is None else head.shift.cpu()[places]
     part.class_bias = None if head.class_bias is None else head.class_bias.cpu()[places]
+    part.base_bias = None if head.base_bias is None else head.base_bias.cpu()[places]
     changed.base_fingerprint = fingerprint_of(model, changed, part.base)
     part.facts = changed.facts
     return changed, part
@@ -217,7 +218,7 @@ def fingerprint_of(model: Any, config: Any, table: Tensor) -> dict[str, Any]:
 
 def empty_like(head: TaskResClassifier, base: Tensor) -> TaskResClassifier:
     """A zero-shot head of other rows with the settings of one."""
-    made = TaskResClassifier(base.cpu(), head.alpha, head.logit_scale, head.logit_bias, head.side)
+    made = head.like(base)
     made.facts.update({key: head.facts[key] for key in AS_PUBLISHED if key in head.facts})
     made.residual.requires_grad_(head.residual.requires_grad)
     return made

@@ -80,6 +80,11 @@ class Side(Choice):
     IMAGE = "image"
 
 
+class RowsOf(Choice):
+    HEAD = "head"
+    CLASS_MEANS = "class_means"
+
+
 class Underscores(Choice):
     REPLACE = "replace"
     KEEP = "keep"
@@ -248,7 +253,7 @@ TrainBase = Annotated[
         metavar="MODEL",
         show_default=False,
         help=f"Hub id or folder of a CLIP-like model, or 'shipped' for the small one in this package. "
-        f"Default: ${BASE_VARIABLE}, else {DEFAULT_BASE}.",
+        f"Default: ${BASE_VARIABLE}, else {DEFAULT_BASE}. A model of images alone will do too.",
     ),
 ]
 Shots = Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures per class to draw; all by default.")]
@@ -332,6 +337,13 @@ Dtype = Annotated[
     DtypeName | None, typer.Option(help="Number type of the base; float32 by default.", rich_help_panel=MODEL)
 ]
 Alpha = Annotated[float, typer.Option(metavar="X", help="Scale of the residual.", rich_help_panel=MODEL)]
+BaseClassifier = Annotated[
+    RowsOf | None,
+    typer.Option(
+        help="Over an image model alone: its 'head' or 'class_means'. Default: the head if it knows every class.",
+        rich_help_panel=MODEL,
+    ),
+]
 ResidualSide = Annotated[Side, typer.Option(help="What the residual is added to.", rich_help_panel=MODEL)]
 
 # ---------------------------------------------------------------------------------------------------- training

@@ -87,6 +87,7 @@ def train(
     dtype: opt.Dtype = None,
     alpha: opt.Alpha = 0.5,
     residual_side: opt.ResidualSide = opt.Side.TEXT,
+    base_classifier: opt.BaseClassifier = None,
     # ---- training
     recipe: opt.RecipeOption = opt.Recipe.AUTO,
     num_train_epochs: opt.Epochs = None,
@@ -140,6 +141,7 @@ def train(
     from ..training import TaskResTrainer
 
     if report:
+        model.classifier.check_has_text("The report")
         model.classifier.check_one_label("The report")
     trainer = TaskResTrainer(model, arguments, data.train, validation or data.held_out)
     if report and trainer.accelerator.num_processes > 1:
@@ -203,8 +205,13 @@ def _settle(run: dict[str, Any]) -> None:
 
 _OF_A_NEW_ONE = {
     "templates": None, "class_descriptions": None, "prompt_names": None, "prompt_average": "raw",
-    "underscores": "replace", "alpha": 0.5, "residual_side": "text",
+    "underscores": "replace", "alpha": 0.5, "residual_side": "text", "base_classifier": None,
 }  # fmt: skip
+# Of those, what has no meaning over a model of images alone.
+_OF_TEXT = {
+    key: _OF_A_NEW_ONE[key]
+    for key in ("templates", "class_descriptions", "prompt_average", "underscores", "residual_side")
+}
 
 
 def _check_from(run: dict[str, Any]) -> None:
@@ -291,6 +298,8 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
         say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
+        if (alone := _over_image_tower(run, class_names)) is not None:
+            return alone
         return TaskResCLIPForImageClassification.from_base(
             resolve_base(run["base_model"]), class_names, run["templates"], run["alpha"],
             revision=run["base_revision"], trust_remote_code=run["trust_remote_code"],
@@ -299,6 +308,33 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
         )  # fmt: skip
     except OSError as error:
         raise without_base(run["base_model"], error) from error
+
+
+def _over_image_tower(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForImageClassification | None:
+    """The classifier where the base is a model of images alone; None where it reads text too."""
+    from ..encoders import BaseSource
+    from ..vision.modeling import TaskResForImageClassification
+    from ..vision.tower import is_image_tower_at
+
+    name = resolve_base(run["base_model"])
+    if not is_image_tower_at(BaseSource(name, run["base_revision"])):
+        if run["base_classifier"] is not None:
+            raise ConfigurationError(
+                f"--base-classifier is for models of images alone; {run['base_model']} reads text, which makes its "
+                "base classifier. Leave it out."
+            )
+        return None
+    given = [f"--{key.replace('_', '-')}" for key, default in _OF_TEXT.items() if run[key] not in (default, [])]
+    if given or run["multi_label"]:
+        what = ", ".join(given) or "--multi-label"
+        raise ConfigurationError(
+            f"{run['base_model']} is a model of images alone, over which {what} has no meaning. Leave it out, or take "
+            "a base that reads text too."
+        )
+    return TaskResForImageClassification.from_base(
+        name, class_names, run["alpha"], base_classifier=run["base_classifier"], prompt_names=run["prompt_names"],
+        revision=run["base_revision"], trust_remote_code=run["trust_remote_code"], dtype=run["dtype"] or "float32",
+    )  # fmt: skip
 
 
 def _what_is_kept(arguments: TaskResTrainingArguments) -> str:

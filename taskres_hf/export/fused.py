@@ -43,6 +43,7 @@ class FusedHead(nn.Module):
 
     def __init__(self, head: TaskResClassifier) -> None:
         super().__init__()
+        head.check_has_text("Export")
         head.check_can_say_no()
         self.threshold = label_threshold(head.facts) if head.several_labels else None
         weight, bias, offset = head.fused()

@@ -107,6 +107,7 @@ class Method(ABC):
             ConfigurationError: pictures have several labels each, the method needs what was not given, or the pictures
                 are not those of `features`.
         """
+        classifier.check_has_text(f"The method {self.name}")
         if features.labels.ndim != 1:
             raise ConfigurationError(
                 f"{self.name} gives one label per picture; these pictures have several each. Train with "

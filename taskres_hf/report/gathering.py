@@ -135,6 +135,7 @@ class Subject(NamedTuple):
 def read_subject(model: Any, needed: bool, name: str | None, *, revision: str | None, **loading: Any) -> Subject:
     """Read what a report is about; without its base where pictures are not to be classified and it cannot be had."""
     if isinstance(model, TaskResCLIPForImageClassification):
+        model.classifier.check_has_text("The report")
         config = model.config.to_dict()
         lengths = (model.classifier.alpha * model.classifier.residual.detach().norm(dim=1)).tolist()
         return Subject(name or "path/or/repo", config, model, lengths, [])
@@ -150,6 +151,7 @@ def read_subject(model: Any, needed: bool, name: str | None, *, revision: str | 
     try:
         loaded = TaskResCLIPForImageClassification.from_pretrained(where, revision=revision, **loading)
         config = loaded.config.to_dict()
+        loaded.classifier.check_has_text("The report")
     except (HubError, BaseModelError, OSError) as error:
         if needed:
             raise

@@ -109,7 +109,7 @@ def make_recipe(
     if name == "auto":
         return Recipe("auto", 0.0, 0.0, 1, warmup_lr=0.0, train_batch_size=max(count, 1))
     if name == "auto-v1":
-        rms = float(head.base.pow(2).mean().sqrt())
+        rms = float(head.base.pow(2).mean().sqrt()) or math.sqrt(head.mean_square() / head.base.shape[1])
         rate = 0.035 * rms / max(abs(head.alpha), 1e-3)
         batch = min(max(256, -(-count // 4)), 4096)
         penalty = 3.0 / max(shots, 1.0)
@@ -162,6 +162,8 @@ def check_supported(head: TaskResClassifier, args: TaskResTrainingArguments) -> 
     Raises:
         ConfigurationError: names it.
     """
+    if args.enhanced_base:
+        head.check_has_text("enhanced_base (TaskRes*)")
     if head.several_labels and args.enhanced_base:
         raise ConfigurationError(
             "enhanced_base (TaskRes*) tunes the text for one label per picture; with several labels per picture "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, augment, crop_size
 from ..embedding.engines.onednn import product
+from ..errors import ConfigurationError
 from ..residual import AS_PUBLISHED, TaskResClassifier
+from ..vision.linear_head import SCALE, LinearHead
+from .beside_head import fit_whitened_beside
 from .multi_label import fit_multi_label
 from .recipes import Recipe, epoch_batches, learning_rate
-from .whitened import fit_whitened
+from .whitened import WhitenedFit, fit_whitened
 
 
 def penalty_factor(recipe: Recipe, head: TaskResClassifier) -> float:
     """Factor `c` such that the penalty is `c * |x|^2`."""
     if not recipe.penalty:
         return 0.0
-    return recipe.penalty * head.alpha**2 / float(head.base.pow(2).sum(dim=1).mean())
+    return recipe.penalty * head.alpha**2 / head.mean_square()
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ def batches_augmented(
 def _ready(images: Tensor, head: TaskResClassifier) -> Tensor:
     images = images.to(device=head.residual.device, dtype=head.residual.dtype)
     # On the text side the length of an image embedding does not matter.
-    return F.normalize(images, dim=-1) if head.side == "text" else images
+    return F.normalize(images, dim=-1) if head.side == "text" and not head.takes_raw_embeddings else images
 
 
 def make_optimizer(head: TaskResClassifier, recipe: Recipe) -> torch.optim.Optimizer:
@@ -200,7 +204,7 @@ def make_step(
     assert optimizer is not None
     factor = penalty_factor(recipe, head)
     several = accelerator is not None and accelerator.num_processes > 1
-    if closed_form and not several and head.side == "text":
+    if closed_form and not several and head.side == "text" and not isinstance(head, LinearHead):
         return _closed_form_step(head, optimizer, factor)
     return _autograd_step(head, optimizer, factor, accelerator)
 
@@ -220,7 +224,7 @@ def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
     @torch.no_grad()
     def step(images: Tensor, labels: Tensor, count: int) -> Tensor:
         several = labels.ndim == 2  # a picture may have several labels
-        fitted = (fit_multi_label if several else fit_whitened)(images, labels, head.base, head.logit_scale, views)
+        fitted = _fitted_at_once(head, images, labels, views)
         weight, bias = fitted.weight.to(head.base), fitted.bias.to(head.base)
         if accelerator is not None and accelerator.num_processes > 1:  # the same numbers everywhere, to the last bit
             weight, bias = broadcast(weight), broadcast(bias)
@@ -236,6 +240,16 @@ def _whole_step(head: TaskResClassifier, views: int, accelerator: Any) -> Step:
         return torch.tensor([loss * count, float(correct), count], dtype=torch.float64)
 
     return step
+
+
+def _fitted_at_once(head: TaskResClassifier, images: Tensor, labels: Tensor, views: int) -> WhitenedFit:
+    """What recipe `auto` fits: logit_scale * f @ weight.T + bias, beside a bias that the head has of its own."""
+    if not head.takes_raw_embeddings:
+        fit_all = fit_multi_label if labels.ndim == 2 else fit_whitened
+        return fit_all(images, labels, head.base, SCALE if isinstance(head, LinearHead) else head.logit_scale, views)
+    fitted = fit_whitened_beside(images, labels, head.base, head.base_bias, views)
+    own = 0.0 if head.base_bias is None else head.base_bias.cpu()
+    return replace(fitted, bias=fitted.bias - own)
 
 
 def _closed_form_step(head: TaskResClassifier, optimizer: torch.optim.Optimizer, factor: float) -> Step:
@@ -269,6 +283,26 @@ def _autograd_step(
         return torch.cat([sums.double().cpu(), torch.tensor([float(count)], dtype=torch.float64)])
 
     return step
+
+
+def start_by_epochs(head: TaskResClassifier, data: ImageFeatures | StoredFeatures) -> None:
+    """Before training by epochs: what has to be read off the shots themselves.
+
+    With several labels per picture a bias, see `set_class_bias`; over an image tower without a head the class means.
+
+    Raises:
+        ConfigurationError: the shots are on disk, and class means are needed.
+    """
+    if isinstance(data, StoredFeatures):
+        if isinstance(head, LinearHead) and not head.takes_raw_embeddings:
+            raise ConfigurationError(
+                "Training by epochs over an image tower without a head starts from class means, for which embeddings "
+                "must be in memory; these are on disk. Use recipe 'auto'."
+            )
+    elif data.labels.ndim == 2:
+        set_class_bias(head, data.image_embeds[0], data.labels)
+    elif isinstance(head, LinearHead):
+        head.start_from_means(data.image_embeds[0], data.labels)
 
 
 @torch.no_grad()
@@ -307,8 +341,7 @@ def fit(
         whole = next(batches_whole(data, head)(0))
         make_step(head, None, recipe, views=data.image_embeds.shape[0])(*whole)
         return
-    if data.labels.ndim == 2:
-        set_class_bias(head, data.image_embeds[0], data.labels)
+    start_by_epochs(head, data)
     optimizer = make_optimizer(head, recipe)
     batches, step = batches_in_memory(data, head, recipe, seed), make_step(head, optimizer, recipe, closed_form)
     for epoch in range(min(epochs or recipe.num_train_epochs, recipe.num_train_epochs)):

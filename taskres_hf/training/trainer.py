@@ -44,7 +44,7 @@ from .steps import (
     batches_in_memory,
     batches_whole,
     make_step,
-    set_class_bias,
+    start_by_epochs,
 )
 
 logger = logging.get_logger(__name__)
@@ -143,8 +143,7 @@ class TaskResTrainer(MeasuresClassifiers):
             if (self.model.config.training or {}).get("recipe") == "auto":
                 head.reset()  # epochs cannot go on from what was fitted at once
             head.check_trainable()
-            if isinstance(chosen.data, ImageFeatures) and chosen.data.labels.ndim == 2:
-                set_class_bias(head, chosen.data.image_embeds[0], chosen.data.labels)
+            start_by_epochs(head, chosen.data)
         if self.args.recipe == "auto" and recipe.name != "auto":
             why = why_epochs(self.args, head, isinstance(chosen.data, StoredFeatures))
             logger.info("Recipe auto fits all at once; %s: recipe auto-v1, which trains by epochs, is used.", why)

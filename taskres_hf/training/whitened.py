@@ -68,6 +68,11 @@ def refuse_broken(images: Tensor) -> None:
         )
 
 
+def number_type(logits: int) -> torch.dtype:
+    """What to count in."""
+    return torch.float32 if logits > _MANY else torch.float64
+
+
 @torch.no_grad()
 def fit_whitened(
     images: Tensor, labels: Tensor, base: Tensor, logit_scale: float, views: int = 1, iterations: int = 8
@@ -86,13 +91,23 @@ def fit_whitened(
         ConfigurationError: an embedding is NaN or infinite.
     """
     refuse_broken(images)
-    large = len(images) * len(base) > _LARGE
-    dtype = torch.float32 if len(images) * len(base) > _MANY else torch.float64
-    f, y = F.normalize(images.detach().to("cpu", dtype), dim=1), labels.cpu()
+    dtype = number_type(len(images) * len(base))
+    f = F.normalize(images.detach().to("cpu", dtype), dim=1)
     u = F.normalize(base.detach().to("cpu", dtype), dim=1)
     text = (logit_scale * f) @ u.T
-    numbers, weights = _pictures(f, y, views)
-    counts = torch.bincount(y, weights, minlength=len(u))
+    rows, bias, chosen = fit_beside(f, f, labels.cpu(), text, logit_scale, views, iterations)
+    weight = logit_scale * u + rows
+    return WhitenedFit((chosen["temperature"] * weight).double(), bias, chosen)
+
+
+def fit_beside(
+    f: Tensor, unit: Tensor, y: Tensor, text: Tensor, logit_scale: float, views: int, iterations: int
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What is learned beside logits `text` [V * N, K]: rows [K, D] before the temperature, bias [K] after it."""
+    # `unit` are the embeddings f [V * N, D] at unit length, by which pictures are compared.
+    large, classes = text.numel() > _LARGE, text.shape[1]
+    numbers, weights = _pictures(unit, y, views)
+    counts = torch.bincount(y, weights, minlength=classes)
     shots = float(counts[counts > 0].median().round())
     problem = _Problem(f, y, weights, numbers, text, logit_scale, iterations, shots)
     told = problem.text_information()
@@ -107,14 +122,13 @@ def fit_whitened(
         kept = pictures / (pictures + _TEXT_PICTURES * told)
         temperature = max(0.3, _likeliest_factor(text, y, weights))
     share = strength * _growth(shots)
-    space = _Whitened(f, y, len(u), weights)
+    space = _Whitened(f, y, classes, weights)
     rows, bias = problem.fit(space, slice(None), text, share)
-    weight = logit_scale * u + kept * space.unwhiten(rows)
     chosen |= {
         "text_information": told, "means_information": means_told, "share": share, "zero_shot": 1.0 - kept,
         "temperature": temperature,
     }  # fmt: skip
-    return WhitenedFit((temperature * weight).double(), (temperature * kept * bias).double(), chosen)
+    return kept * space.unwhiten(rows), (temperature * kept * bias).double(), chosen
 
 
 _TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64)).tolist()
