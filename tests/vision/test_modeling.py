@@ -252,3 +252,18 @@ def test_no_pool_and_no_packed_file(saved: Path, trained: Path, tmp_path: Path) 
     assert not to.exists()
     pool.add("one", trained)
     assert pool.names == ["one"]
+
+
+@pytest.mark.parametrize(("rows", "advice"), [("head", "pretrained head alone"), ("class_means", "the first class")])
+def test_where_training_did_harm_the_advice_speaks_of_no_prompts(
+    rows: str, advice: str, classifier: Callable[[str], str], splits: Any
+) -> None:
+    model = Model.from_base(classifier("vit"), splits["train"].features["label"].names, base_classifier=rows)
+    head = model.classifier
+    with torch.no_grad():
+        rare = int(torch.bincount(torch.tensor(splits["test"]["label"]), minlength=len(head.base)).argmin())
+        head.class_bias = 1e4 * torch.nn.functional.one_hot(torch.tensor(rare), len(head.base)).float()
+    arguments = TaskResTrainingArguments(disable_tqdm=True)
+    with pytest.warns(UserWarning, match=f"below zero-shot.*{advice}") as caught:
+        TaskResTrainer(model, arguments, splits["train"], splits["test"]).measure()
+    assert not any("prompts" in str(one.message) for one in caught)
