@@ -47,7 +47,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 5e-2}
 _INT8 = ("onnx", "web", "handler")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_FULL_IN_WORDS = ("I/O error", "iostream error")  # of safetensors and OpenVINO, whose errors have no number
+# Of safetensors, before and after 0.5, and of OpenVINO, whose errors have no number.
+_FULL_IN_WORDS = ("IoError", "I/O error", "iostream error")
 _KIND = "taskres_hf export"
 _FACTS = "export.json"
 _PICTURES = 8  # shipped ones that every export is compared on
