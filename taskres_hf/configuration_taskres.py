@@ -270,7 +270,7 @@ class TaskResConfig(PreTrainedConfig):
         dtype = str(self.dtype).removeprefix("torch.")
         values["dtype"] = dtype if dtype in ("bfloat16", "float16") else "float32"  # no base is loaded in another
         dropped = {"auto_map", *plain} | (set() if enhanced else {"enhanced_base"})
-        dropped |= set() if self.rejection else {"rejection"}
+        dropped |= {key for key in ("rejection", "base_classifier") if not getattr(self, key)}
         values = {key: value for key, value in values.items() if key not in dropped}
         return values if auto_map is None else {**values, "auto_map": auto_map}
 

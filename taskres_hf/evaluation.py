@@ -192,8 +192,19 @@ def compare_multi_label(
     return metrics | {f"zero_shot_{key}": before[key] for key in ("map", "micro_f1", "macro_f1")}
 
 
-def loss_to_zero_shot(metrics: Mapping[str, Any]) -> str | None:
-    """A sentence that names the classes that lost, where training made the classifier worse than zero-shot."""
+_WHERE_ZERO_SHOT_IS_BETTER = {
+    None: "Try more pictures or other prompts, or serve zero-shot.",
+    "head": "Zero-shot is the pretrained head alone: try more pictures, or serve that (strength 0).",
+    "class_means": "Zero-shot is giving every picture the first class: try more pictures, or another base.",
+}
+
+
+def loss_to_zero_shot(metrics: Mapping[str, Any], base_classifier: str | None = None) -> str | None:
+    """A sentence that names the classes that lost, where training made the classifier worse than zero-shot.
+
+    Args:
+        base_classifier: of the config; what zero-shot is over an image tower alone.
+    """
     if "map" in metrics:
         if metrics["map"] >= metrics["zero_shot_map"]:
             return None
@@ -215,5 +226,5 @@ def loss_to_zero_shot(metrics: Mapping[str, Any]) -> str | None:
     return (
         f"The trained classifier is below zero-shot: {100 * metrics['accuracy']:.1f} % against "
         f"{100 * metrics['zero_shot_accuracy']:.1f} % of {metrics['num_images']} pictures. Classes that lost: "
-        f"{', '.join(lost[:10])}{more}. Try more pictures or other prompts, or serve zero-shot."
+        f"{', '.join(lost[:10])}{more}. {_WHERE_ZERO_SHOT_IS_BETTER[base_classifier]}"
     )

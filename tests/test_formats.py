@@ -17,7 +17,7 @@ from taskres_hf.errors import ArtifactError
 
 Model = TaskResCLIPForImageClassification
 GOLDEN = Path(__file__).parent / "golden"
-ADDED = {"strength", "normalize_weight", "logit_scale_factor"}
+ADDED = {"strength", "normalize_weight", "logit_scale_factor", "base_classifier"}
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -84,6 +84,8 @@ def predict(
     say_loading(model, quiet or as_json)
     options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
     packed, names = _of_pack(model, classifier)
+    if packed is not None and revision is not None:
+        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
     if packed is not None and len(names) > 1:
         _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
         options |= {"device": device, "engine": engine.value, "precision": precision.value}

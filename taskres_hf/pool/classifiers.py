@@ -25,7 +25,7 @@ from ..prediction_files import as_utf8
 from ..tables import visible
 from .bases import PoolBase
 from .naming import named
-from .packing import Pack, is_pack, pack, unpack
+from .packing import Pack, check_reads_text, is_pack, pack, unpack
 from .stacked import PooledClassifier, PoolView, Stack, folded
 
 Source = str | os.PathLike[str] | TaskResCLIPForImageClassification
@@ -80,6 +80,7 @@ class ClassifierPool:
         self._embedder: Embedder | None = None
         self._stack: Stack | None = None
         if isinstance(base, TaskResCLIPForImageClassification):
+            check_reads_text(base.config.base_classifier, "given as base")
             self._settle(PoolBase.of_model(base))
         elif base is not None:
             source = BaseSource(base_name(base), revision, self._hub, trust_remote_code)
@@ -164,13 +165,18 @@ class ClassifierPool:
         Raises:
             ArtifactError, HubError: one cannot be read. BaseMismatchError: one was made for another base.
             ConfigurationError: a name that is none, two of one name, another image processor, or a classifier of
-                several labels per picture that was never trained. Nothing is changed then.
+                several labels per picture that was never trained, or over an image tower alone. Nothing is changed
+                then.
         """
         packed = sources if isinstance(sources, Pack) else Pack(sources) if is_pack(sources) else None  # type: ignore
         found: Mapping[str, Any] = {name: (packed, name) for name in packed} if packed else named(sources)
         with self._writing:
+            before = self._base, self._embedder
             try:
                 folds = {name: folded(self._head(source)) for name, source in found.items()}
+            except BaseException:
+                self._base, self._embedder = before  # not that of a classifier that did not get in
+                raise
             finally:
                 if self._base is not None:
                     self._base.forget_text_side()
@@ -205,11 +211,13 @@ class ClassifierPool:
     def _head(self, source: Any) -> Any:
         """The head of a classifier, checked against the base, which the first of all brings."""
         if isinstance(source, TaskResCLIPForImageClassification):
-            base = self._base or self._settle(PoolBase.of_model(source))
-            return base.head_of(source, str(source.config._name_or_path or "given"))
+            where = visible(str(source.config._name_or_path or "given"))
+            check_reads_text(source.config.base_classifier, where)
+            return (self._base or self._settle(PoolBase.of_model(source))).head_of(source, where)
         if isinstance(source, tuple):
             return self._packed_head(*source)
-        paths = find_artifact(source, **self._hub)
+        read = read_artifact(*find_artifact(source, **self._hub))
+        check_reads_text(read[0].get("base_classifier"), visible(os.fspath(source)))
         if self._base is None:
             model = TaskResCLIPForImageClassification.from_pretrained(
                 source, base_revision=self._revision, dtype=self._dtype, base_trust_remote_code=self._trusted,
@@ -217,10 +225,11 @@ class ClassifierPool:
             )  # fmt: skip
             self._settle(PoolBase.of_model(model))
             return model.classifier
-        return self._base.head(*read_artifact(*paths), visible(os.fspath(source)))
+        return self._base.head(*read, visible(os.fspath(source)))
 
     def _packed_head(self, pack: Pack, name: str) -> Any:
         config, stored, processor = pack.read(name)
+        check_reads_text(config.get("base_classifier"), f"{name} of {visible(str(pack.path))}")
         if self._base is None:
             where = BaseSource(
                 str(config["base_model_name_or_path"]), self._revision or config.get("base_model_revision"),

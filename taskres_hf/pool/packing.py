@@ -85,7 +85,10 @@ class Pack:
         self.path = Path(path)
         tensors, metadata = read_stored(self.path)
         if metadata.get("contents") != CONTENTS:
-            raise ArtifactError(f"{self._shown} is no packed file: taskres pack FOLDERS -o {self._shown} makes one.")
+            advice = "taskres pack FOLDERS -o pool.safetensors makes one."
+            if self.path.name == WEIGHTS:
+                advice = f"It holds the weights of one classifier: name its folder, {visible(str(self.path.parent))}."
+            raise ArtifactError(f"{self._shown} is no packed file. {advice}")
         if SEAL not in metadata:
             raise ArtifactError(f"{self._shown} has lost its checksum: the file was altered or damaged. Pack again.")
         if metadata.get("pack_version") != str(PACK_VERSION):
@@ -255,13 +258,18 @@ def pack(
 
     Raises:
         ArtifactError: one of them is damaged, or the file cannot be written. ConfigurationError: none is given, two
-            have one name, or they have different bases or image processors.
+            have one name, they have different bases or image processors, or one is over an image tower alone; or the
+            file is the weights of a classifier.
     """
     from torch import cat, frombuffer, uint8
 
     output, found = Path(output), named(sources)
     if output.suffix != ".safetensors":
         raise ConfigurationError(f"A packed file's name must end in .safetensors; got {visible(str(output))!r}.")
+    if output.name == WEIGHTS and (output.parent / CONFIG).is_file():
+        raise ConfigurationError(
+            f"{visible(str(output))} holds the weights of a model, which would be lost. Choose another name."
+        )
     if not found:
         raise ConfigurationError("There is nothing to pack: give folders or Hub ids of classifiers.")
     texts, places = bytearray(), _Places()
@@ -316,6 +324,7 @@ def _artifact(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> tuple[C
     config, weights = find_artifact(source, **hub)
     folder = Path(config).parent
     checked = read_checked(config, weights)
+    check_reads_text(checked.config.get("base_classifier"), visible(str(source)))
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if _json(files[CONFIG], config) != checked.config or parse_tensors(files[WEIGHTS], weights)[0] != checked.tensors:
         raise ArtifactError(f"{visible(str(folder))} changes while it is read, or a save into it was cut short.")
@@ -324,6 +333,19 @@ def _artifact(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> tuple[C
         shown = ", ".join(map(visible, left[:5])) + (", ..." if len(left) > 5 else "")
         warnings.warn(f"Not packed, as it is no part of the classifier {visible(str(folder))}: {shown}", stacklevel=3)
     return checked, files
+
+
+def check_reads_text(base_classifier: str | None, where: str) -> None:
+    """Refuse a classifier over an image tower alone, by `config.base_classifier`: neither pool nor pack is for those.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    if base_classifier is not None:
+        raise ConfigurationError(
+            f"The classifier {where} is over an image tower alone, and pools and packed files are for classifiers over "
+            "a dual encoder. Use it by itself: from_pretrained, or taskres serve with several folders."
+        )
 
 
 def check_together(first: str, ours: Checked, name: str, theirs: Checked) -> None:
@@ -396,7 +418,7 @@ def described(packed: Pack) -> list[dict[str, Any]]:
     """A row for each classifier: name, number of classes, base, recipe, shots, bytes of its files."""
     rows = []
     for name in packed:
-        config, files = _json(packed.files(name)[CONFIG], name), packed.files(name)
+        config, files = packed.read(name).config, packed.files(name)
         training, draw = config.get("training") or {}, config.get("few_shot") or {}
         rows.append({
             "name": name, "classes": len(config["id2label"]), "base_model": config["base_model_name_or_path"],

@@ -212,7 +212,7 @@ class MeasuresClassifiers:
 
     def _announced(self, metrics: Metrics, prefix: str = "") -> Metrics:
         """The metrics, after a warning where training did harm, and the event."""
-        if warning := loss_to_zero_shot(metrics):
+        if warning := loss_to_zero_shot(metrics, self.model.config.base_classifier):
             warnings.warn(warning, stacklevel=3)
         self._events("on_evaluate", metrics=prefixed(metrics, prefix or "eval"))
         return ShownMetrics(prefixed(metrics, prefix) if prefix else metrics)

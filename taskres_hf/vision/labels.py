@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ def match_labels(names: Sequence[str], labels: Sequence[str]) -> list[int | None
     """Places of the head's labels for class names: the same name, else the same but for case, underscores and hyphens,
     else one of the synonyms that commas separate in a label, as in ImageNet's. None where there is none, or several.
     """
+    return [places[0] if len(places) == 1 else None for places in _fitting(names, labels)]
+
+
+def _fitting(names: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
+    """Places of all labels that fit each name best."""
     exact: dict[str, set[int]] = {}
     plain: dict[str, set[int]] = {}
     synonyms: dict[str, set[int]] = {}
@@ -40,8 +46,7 @@ def match_labels(names: Sequence[str], labels: Sequence[str]) -> list[int | None
     found = []
     for name in names:
         tried = (exact.get(name), plain.get(_plain(name)), synonyms.get(_plain(name)))
-        places: set[int] = next((one for one in tried if one), set())
-        found.append(next(iter(places)) if len(places) == 1 else None)
+        found.append(sorted(next((one for one in tried if one), ())))
     return found
 
 
@@ -89,12 +94,19 @@ def choose_labels(
             why = "class means take its place" if wanted == CLASS_MEANS else "the base model has none"
             raise ConfigurationError(f"A pretrained head's rows are asked for, and {why}. Leave one of the two out.")
         return None
-    places = match_labels([given.get(name, name) for name in names], labels)
+    words = [given.get(name, name) for name in names]
+    fitting = _fitting(words, labels)
+    places = [fits[0] if len(fits) == 1 else None for fits in fitting]
     open_ones = [number for number, place in enumerate(places) if place is None]
+    if asked:
+        _refuse_several(words, fitting, labels)
     if open_ones and text_encoder is not None:
-        near = nearest_labels([given.get(names[number], names[number]) for number in open_ones], labels, text_encoder)
+        # A label that is there twice names no row.
+        counts = Counter(labels)
+        told = [place for place, label in enumerate(labels) if counts[label] == 1]
+        near = nearest_labels([words[number] for number in open_ones], [labels[one] for one in told], text_encoder)
         for number, place in zip(open_ones, near, strict=True):
-            places[number] = place
+            places[number] = told[place]
         open_ones = []
     taken = [place for place in places if place is not None]
     if open_ones and not asked:
@@ -106,11 +118,11 @@ def choose_labels(
             )
         return None
     if open_ones:
-        name = given.get(names[open_ones[0]], names[open_ones[0]])
+        name = words[open_ones[0]]
         close = difflib.get_close_matches(name, labels, n=3, cutoff=0.4)
         hint = f"; near are {', '.join(map(repr, close))}" if close else ""
         raise ClassNamesError(
-            f"The base's head has no label {name!r}, or several, and {len(open_ones) - 1} more classes like it{hint}. "
+            f"The base's head has no label {name!r}, and none for {len(open_ones) - 1} more classes{hint}. "
             "Give its label with prompt_names={class: label}, or base_classifier='class_means'."
         )
     twice = [number for number, place in enumerate(places) if place in places[:number]]
@@ -121,3 +133,17 @@ def choose_labels(
             "nothing would tell them apart. Give base_classifier='class_means'."
         )
     return {name: labels[place] for name, place in zip(names, places, strict=True) if place is not None}
+
+
+def _refuse_several(words: Sequence[str], fitting: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+    """Refuse a name that fits several labels, which is never guessed at: not by a text encoder either."""
+    for word, places in zip(words, fitting, strict=True):
+        if len(places) > 1:
+            shown = [labels[place] for place in places]
+            advice = "Say which with prompt_names={class: label}"
+            if len(set(shown)) < len(shown):
+                advice = "Tell them apart in id2label of the base's config.json"
+            raise ClassNamesError(
+                f"{word!r} fits {len(places)} labels of the base's head: {', '.join(map(repr, shown[:3]))}. {advice}, "
+                "or give base_classifier='class_means'."
+            )

@@ -74,6 +74,9 @@ def test_predict_with_one_of_a_pack(packed: Path, root: Path, capsys: pytest.Cap
     assert "no classifier 'dogs'" in error
     code, _, _ = run(capsys, "predict", root / "made" / "food", root / "a.png", "--classifier", "food")
     assert code == 2
+    code, _, error = run(capsys, "predict", packed, root / "a.png", "--revision", "main")
+    assert code == 2
+    assert "--revision" in error
 
 
 def test_predict_with_several(packed: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

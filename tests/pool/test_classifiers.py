@@ -285,3 +285,11 @@ def test_a_base_given_as_a_model_or_a_classifier(folders: Path, models: dict[str
         assert pool.clip is models["many"].clip
         assert close(pool.logits(embeds)["half"], wanted)
     assert isinstance(pool.view(), PoolView)
+
+
+def test_who_did_not_get_in_leaves_no_base_behind(folders: Path, stranger: Path) -> None:
+    pool = ClassifierPool()
+    with pytest.raises(BaseMismatchError):
+        pool.update({"colours": stranger, "pair": folders / "pair"})
+    pool.add("pair", folders / "pair")
+    assert pool.names == ["pair"]

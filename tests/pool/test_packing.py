@@ -191,6 +191,13 @@ def test_what_cannot_be_packed(folders: Path, stranger: Path, tmp_path: Path) ->
         pack([], to)
     with pytest.raises(ConfigurationError, match=r"end in \.safetensors"):
         pack([folders / "half"], tmp_path / "pool.bin")
+    mine = copied(folders / "half", tmp_path / "mine") / "model.safetensors"
+    before = mine.read_bytes()
+    with pytest.raises(ArtifactError, match=rf"is no packed file.*name its folder, .*{mine.parent.name}"):
+        Pack(mine)
+    with pytest.raises(ConfigurationError, match="would be lost"):
+        pack([mine.parent], mine)
+    assert mine.read_bytes() == before
     damaged = copied(folders / "half", tmp_path / "damaged")
     (damaged / "config.json").write_text("{}")
     with pytest.raises(ArtifactError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from image_towers import save_processor, tiny_classifier
 
 from taskres_hf import TaskResForImageClassification as Model
 from taskres_hf.errors import ClassNamesError, ConfigurationError
@@ -71,3 +73,26 @@ def test_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         Model.from_base(classifier("vit"), ["red", "blue"], **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "advice"),
+    [(["crane", "dog", "crane", "cat"], "id2label"), (["crane, bird", "dog", "crane, lifter", "cat"], "prompt_names")],
+)
+def test_a_name_that_fits_several_labels_is_never_guessed_at(
+    labels: list[str], advice: str, tmp_path: Path, base: str
+) -> None:
+    tiny_classifier("vit", labels).save_pretrained(tmp_path)
+    save_processor(tmp_path)
+    for options in ({"base_classifier": "head"}, {"text_encoder": base}, {"prompt_names": {"dog": "dog"}}):
+        with pytest.raises(ClassNamesError, match=f"'crane' fits 2 labels.*{advice}"):
+            Model.from_base(str(tmp_path), ["crane", "dog"], **options)
+    model = Model.from_base(str(tmp_path), ["crane", "dog"], base_classifier="class_means")
+    assert model.config.base_classifier == "class_means"
+
+
+def test_a_text_encoder_finds_no_label_that_is_there_twice(tmp_path: Path, base: str) -> None:
+    tiny_classifier("vit", ["crane", "dog", "crane", "cat"]).save_pretrained(tmp_path)
+    save_processor(tmp_path)
+    model = Model.from_base(str(tmp_path), ["cranes", "cat"], text_encoder=base)
+    assert model.config.prompt_names == {"cranes": "dog"}

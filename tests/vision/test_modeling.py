@@ -11,16 +11,17 @@ import pytest
 import torch
 from hub_server import HubServer
 from image_towers import tiny_classifier
-from support import copied, forge, random_residual, run
-from transformers import AutoModelForImageClassification
+from support import copied, forge, random_residual, run, same_predictions
+from transformers import AutoModelForImageClassification, pipeline
 
-from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf import ClassifierPool, TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf import TaskResForImageClassification as Model
 from taskres_hf.analysis.learned import Learned
 from taskres_hf.checking import verify
 from taskres_hf.description import describe
 from taskres_hf.errors import ArtifactError, BaseMismatchError, ConfigurationError
 from taskres_hf.export.fused import FusedClassifier
+from taskres_hf.pool import pack, pack_with_base
 from taskres_hf.report import write_report
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -222,3 +223,47 @@ def test_base_classifier_is_not_for_dual_encoders(
     code, _, error = run(capsys, *asked)
     assert code != 0
     assert "images alone" in " ".join(error.split())
+
+
+def test_it_is_served_with_the_scores_of_pipeline(saved: Path, pictures: Path) -> None:
+    pytest.importorskip("fastapi_offline", reason="needs the serve extra")
+    from starlette.testclient import TestClient
+
+    from taskres_hf.service import create_app
+
+    picture = pictures / "red" / "0.png"
+    expected = pipeline("image-classification", model=str(saved))(str(picture), top_k=8)
+    with TestClient(create_app({"one": saved, "two": saved})) as client:
+        reply = client.post("/v1/models/two/classify", files={"file": picture.read_bytes()}, params={"top_k": 8})
+    assert reply.status_code == 200, reply.text
+    assert same_predictions(reply.json()["results"][0]["predictions"], expected)
+
+
+def test_no_pool_and_no_packed_file(saved: Path, trained: Path, tmp_path: Path) -> None:
+    model, pool, to = Model.from_pretrained(saved), ClassifierPool(), tmp_path / "pool.safetensors"
+    for source in (saved, model):
+        with pytest.raises(ConfigurationError, match="over an image tower alone, and pools and packed files"):
+            pool.add("one", source)
+    with pytest.raises(ConfigurationError, match="over an image tower alone"):
+        ClassifierPool(model)
+    for way in (pack, pack_with_base):
+        with pytest.raises(ConfigurationError, match="over an image tower alone"):
+            way({"one": saved}, to)
+    assert not to.exists()
+    pool.add("one", trained)
+    assert pool.names == ["one"]
+
+
+@pytest.mark.parametrize(("rows", "advice"), [("head", "pretrained head alone"), ("class_means", "the first class")])
+def test_where_training_did_harm_the_advice_speaks_of_no_prompts(
+    rows: str, advice: str, classifier: Callable[[str], str], splits: Any
+) -> None:
+    model = Model.from_base(classifier("vit"), splits["train"].features["label"].names, base_classifier=rows)
+    head = model.classifier
+    with torch.no_grad():
+        rare = int(torch.bincount(torch.tensor(splits["test"]["label"]), minlength=len(head.base)).argmin())
+        head.class_bias = 1e4 * torch.nn.functional.one_hot(torch.tensor(rare), len(head.base)).float()
+    arguments = TaskResTrainingArguments(disable_tqdm=True)
+    with pytest.warns(UserWarning, match=f"below zero-shot.*{advice}") as caught:
+        TaskResTrainer(model, arguments, splits["train"], splits["test"]).measure()
+    assert not any("prompts" in str(one.message) for one in caught)
