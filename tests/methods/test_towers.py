@@ -13,7 +13,9 @@ from taskres_hf.methods.towers import attention_projections, in_parts, text_rows
 WITHOUT = ("align", "blip")  # convolutions; one layer for all three
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - {"jina_clip", "aimv2", "flava", "groupvit"})
+)  # of other layers
 def test_the_layers_of_every_family(family: str) -> None:
     """Two layers a tower, three matrices each, no others; and the one layer of words."""
     model = AutoModel.from_config(tiny_config(family)).eval()
