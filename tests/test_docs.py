@@ -143,7 +143,7 @@ def test_the_site_is_whole(tmp_path: Path) -> None:
     pytest.importorskip(
         "mkdocs", reason="the site needs mkdocs-material and mkdocstrings (pip install taskres_hf[docs])"
     )
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )
