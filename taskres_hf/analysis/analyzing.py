@@ -17,7 +17,7 @@ import torch
 
 from ..errors import ArtifactError, ConfigurationError
 from ..evaluation import compare_with_zero_shot
-from ..paper import cells, compare, comparison, datasets, tasks
+from ..paper import compare, comparison, datasets, tasks
 from ..storage import is_path, json_bytes, read_json, write_bytes
 from ..tables import Table, markdown_text, visible
 from ..training import TaskResTrainingArguments, recipes, steps
@@ -144,26 +144,14 @@ def analyse_transfer(
     opened = tasks.open_tasks(
         data, root=root, allow_other_split=allow_other_split, templates=templates, holdout=holdout, reading=reading
     )
-    options = dict(arguments or {})
-    settings = cells.plain({
-        "base_model": str(base_model), "revision": revision, "views": views, "analysis": "transfer",
-        "arguments": {key: value for key, value in options.items() if key not in cells.CHANGE_NOTHING},
-    })  # fmt: skip
     folder = None if output_dir is None else Path(output_dir)
+    settings = {"base_model": str(base_model), "revision": revision, "views": views, "analysis": "transfer"}
     results: list[dict[str, Any]] = []
-    shared = None
-    if on_start is not None:
-        on_start(len(opened) * len(shots) * len(seeds) * len(recipes))
-    for task in opened:
-        run = _Run(task, settings, options, shots, seeds, shared)
-        shared = run.model
-        grid = [
-            compare.MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in recipes
-        ]
-        for cell, result, was_done in cells.run_cells(grid, folder, run.stored, run.cell):
-            results.append(result)
-            if on_cell is not None:
-                on_cell(cell, result, was_done)
+    ran = compare.run_tasks(opened, recipes, folder, settings, arguments, shots, seeds, on_start, _Run)
+    for cell, result, was_done in ran:
+        results.append(result)
+        if on_cell is not None:
+            on_cell(cell, result, was_done)
     return results
 
 

@@ -38,10 +38,15 @@ def confidence(probabilities: Tensor) -> float:
     return float(probabilities.max(1)[0].mean())
 
 
+def margins(probabilities: Tensor) -> Tensor:
+    """[N]: by how much the likeliest class of [N, K] is likelier than the second; 1 where there is one class."""
+    top = probabilities.topk(min(2, probabilities.shape[1]), dim=1)[0]
+    return top[:, 0] - top[:, 1] if top.shape[1] > 1 else torch.ones(len(top))
+
+
 def margin(probabilities: Tensor) -> float:
     """Mean difference of the two largest probabilities [N, K], from 0 to 1."""
-    top = probabilities.topk(2, dim=1)[0]
-    return float((top[:, 0] - top[:, 1]).mean())
+    return float(margins(probabilities).mean())
 
 
 def certainty(probabilities: Tensor) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError, DataError
+from .difficulty import margins
 
 DEFAULT = "cover"
 _NEAR = 0.12  # of the usual squared distance of two pictures, below which they are as one, as in `training.whitened`
@@ -159,12 +160,6 @@ def entropy(pool: Pool, n: int, seed: int) -> list[int]:
 def least_confidence(pool: Pool, n: int, seed: int) -> list[int]:
     """Those whose likeliest class is the least likely (Lewis and Gale 1994)."""
     return _highest(-pool.probabilities.amax(1), n)
-
-
-def margins(probabilities: Tensor) -> Tensor:
-    """[N]: by how much the likeliest class of [N, K] is likelier than the second; 1 where there is one class."""
-    top = probabilities.topk(min(2, probabilities.shape[1]), dim=1)[0]
-    return top[:, 0] - top[:, 1] if top.shape[1] > 1 else torch.ones(len(top))
 
 
 def margin(pool: Pool, n: int, seed: int) -> list[int]:

@@ -281,20 +281,34 @@ def what_it_learned(
         ConfigurationError: several labels per picture. BaseModelError, HubError: the text tower cannot be loaded.
     """
     head, names = model.classifier, model.class_names
-    head.check_one_label("What a classifier learned")
-    rows = class_changes(head, names, nearest)
+    rows = learned_classes(model, words, image_embeds=image_embeds, labels=labels, nearest=nearest)
     if head.side == "image":
         return {"classes": rows, "pairs": []}
-    words = default_words() if words is None else list(words)
-    if words:
-        told = changed_words(head, names, words, embed_words(model, words), nearest, image_embeds, labels)
-        for row in rows:
-            row |= {f"words_{side}": entries for side, entries in told[row["name"]].items()}
     if image_embeds is None or labels is None:
         return {"classes": rows, "pairs": separated_rows(head, names)}
     with torch.no_grad():
         pairs = separated_pairs(head(image_embeds), head.zero_shot_logits(image_embeds), labels)
     return {"classes": rows, "pairs": [named_pair(pair, names) for pair in pairs]}
+
+
+def learned_classes(
+    model: TaskResCLIPForImageClassification,
+    words: Sequence[str] | None = None,
+    *,
+    image_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    nearest: int = 3,
+) -> list[Row]:
+    """The `classes` of `what_it_learned`."""
+    head, names = model.classifier, model.class_names
+    head.check_one_label("What a classifier learned")
+    rows = class_changes(head, names, nearest)
+    words = default_words() if words is None else list(words)
+    if words and head.side == "text":
+        told = changed_words(head, names, words, embed_words(model, words), nearest, image_embeds, labels)
+        for row in rows:
+            row |= {f"words_{side}": entries for side, entries in told[row["name"]].items()}
+    return rows
 
 
 def named_pair(pair: Mapping[str, Any], class_names: Sequence[str]) -> Row:

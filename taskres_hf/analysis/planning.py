@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError, DataError, MissingExtraError
+from ..paper.figures import drawing, image
 from ..residual import TaskResClassifier
 from ..storage import write_bytes
 from ..tables import Table, percent, visible
@@ -412,13 +412,12 @@ def write_figure(plan: Plan, path: str | os.PathLike[str]) -> list[Path]:
         The two files.
 
     Raises:
-        As `check_figure`; ArtifactError where the folder cannot be written.
+        ConfigurationError, MissingExtraError: as of `check_figure`. ArtifactError: the folder cannot be written.
     """
     path = check_figure(path)
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "taskres", "svg.fonttype": "none", "font.size": 9}):
+    with drawing():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         shots = [row.shots for row in plan.forecasts]
@@ -434,10 +433,8 @@ def write_figure(plan: Plan, path: str | os.PathLike[str]) -> list[Path]:
         if plan.needed is not None:
             axes.axvline(plan.needed, color="#D55E00", linestyle=":", linewidth=1, label=f"{plan.needed} a class")
         _finish(axes, plan, sorted({*shots, *(round(x) for x, _ in points)}))
-        stream = io.BytesIO()
-        kind = path.suffix.lower()[1:]
-        figure.savefig(stream, format=kind, **({"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}))
-    write_bytes(path, stream.getvalue())
+        content = image(figure, path.suffix.lower()[1:])
+    write_bytes(path, content)
     write_bytes(path.with_suffix(".csv"), plan.csv().encode())
     return [path, path.with_suffix(".csv")]
 

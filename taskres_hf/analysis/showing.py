@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..paper.figures import can_draw as can_draw
+from ..paper.figures import can_draw, drawing, image
 from ..tables import Table, visible
 from .magnitude import DIFFICULTIES, MAGNITUDES, MEASURES, RankCorrelation, rank_correlation, rank_correlation_within
+
+__all__ = [
+    "can_draw", "class_correlation_table", "correlation_table", "draw_scatter", "draw_transfer", "measure_name",
+    "task_table",
+]  # fmt: skip
 
 SHOWN = ("mean_abs", "relative_length", "turn", "turn_apart", "changed", "gain")  # measures in tables
 
@@ -112,11 +115,10 @@ def draw_transfer(
     chosen = [row for row in rows if row["shots"] == most and row["rtd"] is not None]
     if not can_draw() or not chosen:
         return {}
-    import matplotlib
     from matplotlib.figure import Figure
 
     recipes = list(dict.fromkeys(row["recipe"] for row in chosen))
-    with matplotlib.rc_context(_OPTIONS):
+    with drawing():
         figure = Figure(figsize=(9.6, 3.9 * len(recipes)), layout="constrained")
         all_axes = figure.subplots(len(recipes), len(_PANELS), squeeze=False)
         for line, recipe in zip(all_axes, recipes, strict=True):
@@ -128,9 +130,6 @@ def draw_transfer(
                 axes.set_xlabel(DIFFICULTIES[difficulty] + (" (as published)" if difficulty == "rtd" else ""))
                 axes.set_ylabel(MAGNITUDES[measure] + (" (as published)" if measure == "mean_abs" else ""))
         return _saved(figure, name)
-
-
-_OPTIONS: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
 
 
 def draw_scatter(
@@ -147,10 +146,9 @@ def draw_scatter(
     """
     if not can_draw():
         return {}
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_OPTIONS):
+    with drawing():
         figure = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
         for axes, (title, across, up, points) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -163,13 +161,7 @@ def draw_scatter(
 
 
 def _saved(figure: Any, name: str) -> dict[str, bytes]:
-    files = {}
-    for ending in ("png", "svg"):
-        stream = io.BytesIO()
-        about = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
-        figure.savefig(stream, format=ending, **about)
-        files[f"{name}.{ending}"] = stream.getvalue()
-    return files
+    return {f"{name}.{ending}": image(figure, ending) for ending in ("png", "svg")}
 
 
 def _scatter(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ from ..data import FileCells, LabelledImages, load_training_data
 from ..data.tables import parse_table
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError, ImageError
-from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import is_address, list_images
 from ..prediction_files import as_utf8, check_output
 from ..storage import write_bytes
 from ..tables import Table, json_text, percent, visible
 from ..training import TaskResTrainer, TaskResTrainingArguments, measuring
-from .labelling import DEFAULT, Pool, check_choice, choose, expected_misses, make_pool, margins
+from .difficulty import margins
+from .labelling import DEFAULT, Pool, check_choice, choose, expected_misses, make_pool
+
+if TYPE_CHECKING:
+    from ..modeling_taskres import TaskResCLIPForImageClassification
 
 COLUMNS = ("file", "label", "rank", "suggested", "probability", "margin", "reason")
 _BETWEEN = 0.2  # margin below which two classes are named

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .screen import console, emit, percent, quiet_libraries, say, say_loading, when_interrupted
+from .screen import console, emit, percent, quiet_libraries, say, when_interrupted
 from .values import (
     check_device,
     one_dataset,
     read_class_names,
     read_numbers,
     read_templates,
-    resolve_base,
-    without_base,
+    zero_shot_model,
 )
 
 if TYPE_CHECKING:
@@ -89,15 +88,8 @@ def difficulty(
 
 
 def _model(name: str | None, revision: str | None, classes: list[str], templates: list[str] | None, quiet: bool) -> Any:
-    from ..modeling_taskres import TaskResCLIPForImageClassification
-
     name = name or opt.default_base_model()
-    base = resolve_base(name)
-    say_loading(f"the base model {name}", quiet)
-    try:
-        return TaskResCLIPForImageClassification.from_base(base, classes, read_templates(templates), revision=revision)
-    except OSError as error:
-        raise without_base(base, error) from error
+    return zero_shot_model(name, classes, quiet, templates=read_templates(templates), revision=revision)
 
 
 def _show(told: TransferDifficulty) -> None:

@@ -17,7 +17,7 @@ from .values import (
     read_descriptions,
     read_templates,
     resolve_base,
-    without_base,
+    zero_shot_model,
 )
 
 if TYPE_CHECKING:
@@ -142,9 +142,9 @@ _OF_A_NEW_ONE = ("templates", "class_descriptions", "base_revision")
 def _model(given: dict[str, Any], class_names: list[str], quiet: bool) -> TaskResCLIPForImageClassification:
     from ..modeling_taskres import TaskResCLIPForImageClassification
 
-    name, trained = given["base_model"] or opt.default_base_model(), given["from_classifier"]
-    say_loading(trained or f"the base model {name}", quiet)
+    trained = given["from_classifier"]
     if trained is not None:
+        say_loading(trained, quiet)
         if wrong := [option for option in _OF_A_NEW_ONE if given[option]]:
             raise ConfigurationError(f"--from takes prompts and base of the classifier it names; leave out {wrong[0]}.")
         loaded: TaskResCLIPForImageClassification = TaskResCLIPForImageClassification.from_pretrained(
@@ -152,14 +152,12 @@ def _model(given: dict[str, Any], class_names: list[str], quiet: bool) -> TaskRe
             base_trust_remote_code=given["trust_remote_code"],
         )  # fmt: skip
         return loaded
-    try:
-        return TaskResCLIPForImageClassification.from_base(
-            resolve_base(name), class_names, read_templates(given["templates"]), revision=given["base_revision"],
-            trust_remote_code=given["trust_remote_code"],
-            class_descriptions=read_descriptions(given["class_descriptions"]),
-        )  # fmt: skip
-    except OSError as error:
-        raise without_base(name, error) from error
+    made: TaskResCLIPForImageClassification = zero_shot_model(
+        given["base_model"] or opt.default_base_model(), class_names, quiet, revision=given["base_revision"],
+        templates=read_templates(given["templates"]), trust_remote_code=given["trust_remote_code"],
+        class_descriptions=read_descriptions(given["class_descriptions"]),
+    )  # fmt: skip
+    return made
 
 
 def _show(found: Plan, class_rows: int, written: list[str]) -> None:

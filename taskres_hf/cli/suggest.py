@@ -11,7 +11,7 @@ import typer
 
 from . import options as opt
 from .screen import console, emit, quiet_libraries, say, say_loading, warn, when_interrupted
-from .values import check_device, read_class_names, read_templates, resolve_base
+from .values import check_device, read_class_names, read_templates, resolve_base, zero_shot_model
 
 if TYPE_CHECKING:
     from ..analysis.suggesting import Suggestions
@@ -137,12 +137,12 @@ def _load(
             name, revision=revision, base_model=base and resolve_base(base)
         )
         return loaded
-    name = base or opt.default_base_model()
-    base = resolve_base(name)
-    say_loading(f"the base model {name}", quiet)
-    names = read_class_names(class_names)
+    names = read_class_names(class_names) or []
     listed = list(names.values()) if isinstance(names, dict) else names
-    return TaskResCLIPForImageClassification.from_base(base, listed, read_templates(templates))
+    made: TaskResCLIPForImageClassification = zero_shot_model(
+        base or opt.default_base_model(), listed, quiet, templates=read_templates(templates)
+    )
+    return made
 
 
 def _options(class_names: str, base_model: str | None, templates: Sequence[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ArtifactError, BaseModelError, ConfigurationError, no_answer
 from ..storage import check_can_write
+from .screen import say_loading
 
 SHIPPED = "shipped"
 
@@ -233,6 +234,22 @@ def resolve_base(name: str) -> str:
     from ..demo import demo_model
 
     return demo_model()
+
+
+def zero_shot_model(name: str, class_names: list[str], quiet: bool, **options: Any) -> Any:
+    """A classifier that is not trained, on a base by the name that a user gave; `options` are of `from_base`.
+
+    Raises:
+        BaseModelError: there is no such base, or it cannot be had here; says what to do.
+    """
+    from ..modeling_taskres import TaskResCLIPForImageClassification
+
+    base = resolve_base(name)
+    say_loading(f"the base model {name}", quiet)
+    try:
+        return TaskResCLIPForImageClassification.from_base(base, class_names, **options)
+    except OSError as error:
+        raise without_base(name, error) from error
 
 
 def without_base(name: str, error: OSError) -> Exception:

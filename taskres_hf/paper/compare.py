@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -141,30 +141,52 @@ def compare_methods(
     tasks = open_tasks(
         data, root=root, allow_other_split=allow_other_split, templates=templates, holdout=holdout, reading=reading
     )
-    options = dict(arguments or {})
-    settings = plain({
-        "base_model": str(base_model), "revision": revision, "views": views,
-        "arguments": {key: value for key, value in options.items() if key not in CHANGE_NOTHING},
-    })  # fmt: skip
+    _load_libraries()
     folder = None if output_dir is None else Path(output_dir)
     results: list[dict[str, Any]] = []
-    _load_libraries()
-    shared: TaskResCLIPForImageClassification | None = None
-    if on_start is not None:
-        on_start(len(tasks) * len(shots) * len(seeds) * len(chosen))
-    for task in tasks:
-        run = TaskRun(task, settings, options, shots, seeds, shared)
-        shared = run.model
-        cells = [MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in chosen]
-        for cell, result, was_done in run_cells(cells, folder, run.stored, run.cell):
-            results.append(result)
-            if folder is not None and not was_done:
-                write_results(results, folder)
-            if on_cell is not None:
-                on_cell(cell, result, was_done)
+    settings = {"base_model": str(base_model), "revision": revision, "views": views}
+    for cell, result, was_done in run_tasks(tasks, chosen, folder, settings, arguments, shots, seeds, on_start):
+        results.append(result)
+        if folder is not None and not was_done:
+            write_results(results, folder)
+        if on_cell is not None:
+            on_cell(cell, result, was_done)
     if folder is not None:
         write_results(results, folder)
     return results
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    names: Sequence[str],
+    folder: Path | None,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    on_start: Callable[[int], None] | None = None,
+    kind: type[TaskRun] | None = None,
+) -> Iterator[tuple[MethodCell, dict[str, Any], bool]]:
+    """Every name x task x shots x seed; what is finished in `folder` is not run again.
+
+    Args:
+        names: of methods, or of whatever `kind` measures. settings: what a finished cell must have been made with.
+        arguments, shots, seeds, on_start: of `compare_methods`. kind: makes the runs on a task; by default `TaskRun`.
+
+    Yields:
+        Each cell, its result and whether it was already finished.
+    """
+    options = dict(arguments or {})
+    used = {key: value for key, value in options.items() if key not in CHANGE_NOTHING}
+    settings = plain({**settings, "arguments": used})
+    shared: TaskResCLIPForImageClassification | None = None
+    if on_start is not None:
+        on_start(len(tasks) * len(shots) * len(seeds) * len(names))
+    for task in tasks:
+        run = (kind or TaskRun)(task, settings, options, shots, seeds, shared)
+        shared = run.model
+        cells = [MethodCell(name, task.name, count, seed) for count in shots for seed in seeds for name in names]
+        yield from run_cells(cells, folder, run.stored, run.cell)
 
 
 class TaskRun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,21 +43,29 @@ def write_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     rows = [row for row in rows if row["mean"] is not None]
     if not can_draw() or not rows:
         return []
-    import matplotlib
-
     files = []
-    # The same file for the same numbers, with text as text.
-    options: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
-    with matplotlib.rc_context(options):
+    with drawing():
         for name, draw in (("accuracy", _against_shots), ("time", _against_time)):
             figure = draw(rows)
             for ending in ("png", "svg"):
-                stream = io.BytesIO()
-                about = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
-                figure.savefig(stream, format=ending, **about)
-                write_bytes(folder / f"{name}.{ending}", stream.getvalue())
+                write_bytes(folder / f"{name}.{ending}", image(figure, ending))
                 files.append(folder / f"{name}.{ending}")
     return files
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Around a figure's making and saving: the same file for the same numbers, with text as text."""
+    import matplotlib
+
+    options: Any = {"svg.hashsalt": hashlib.sha256(b"taskres").hexdigest(), "svg.fonttype": "none", "font.size": 9}
+    return matplotlib.rc_context(options)
+
+
+def image(figure: Any, kind: str) -> bytes:
+    """A figure as `"png"` or `"svg"`."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, **({"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}))
+    return stream.getvalue()
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

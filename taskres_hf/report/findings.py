@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.difficulty import margins
 from ..evaluation import expected_calibration_error, share_interval
 from .gathering import Measured, Pictures
 
@@ -108,8 +109,7 @@ def least_certain(measured: Measured, most: int) -> list[int]:
     """Pictures whose two likeliest classes are closest in probability, the closest first; none with a single class."""
     if measured.logits.shape[1] < 2:
         return []
-    best = F.softmax(measured.logits.double(), dim=1).topk(2, dim=1).values
-    order: list[int] = (best[:, 0] - best[:, 1]).argsort(stable=True).tolist()
+    order: list[int] = margins(F.softmax(measured.logits.double(), dim=1)).argsort(stable=True).tolist()
     return order[:most]
 
 

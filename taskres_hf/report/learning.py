@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.learned import Learned, default_words, named_pair, separated_pairs, separated_rows, what_it_learned
+from ..analysis.learned import Learned, default_words, learned_classes, named_pair, separated_pairs, separated_rows
 from ..errors import BaseModelError, HubError
 from .gathering import Measured, Subject
 
@@ -47,7 +48,7 @@ class Learning:
         self.untrained = self.head is not None and self.head.is_zero_shot
         self.words = [] if self.untrained else default_words() if words is None else list(words)
         if subject.model is not None:
-            self.rows: list[Row] = self._learned(subject.model)["classes"]
+            self.rows: list[Row] = self._learned(subject.model)
         elif self.side == "image":
             self.rows = [{"name": "", "length": subject.lengths[0], "towards": []}]
         else:
@@ -56,16 +57,16 @@ class Learning:
             ]
             self.rows.sort(key=lambda row: -row["length"])
 
-    def _learned(self, model: TaskResCLIPForImageClassification) -> Row:
+    def _learned(self, model: TaskResCLIPForImageClassification) -> list[Row]:
         """Told in words where the text tower can be had; with a note where it cannot."""
         pictures: Row = {}
         if self.measured is not None and self.measured.metrics.get("method") != "cross-validation":
             pictures = {"image_embeds": self.measured.image_embeds, "labels": self.measured.labels}
         try:  # pictures of a cross-validation have shaped the rows, and are no witnesses
-            return what_it_learned(model, self.words, **pictures)
+            return learned_classes(model, self.words, **pictures)
         except (BaseModelError, HubError, OSError) as error:
             self.notes.append(f"What was learned is not told in words, which need the base's text tower: {error}")
-            return what_it_learned(model, [], **pictures)
+            return learned_classes(model, [], **pictures)
 
     @property
     def told(self) -> bool:
@@ -91,17 +92,23 @@ class Learning:
 
     def pairs(self, shown: Shown) -> tuple[list[Row], list[Row]]:
         """Pairs of classes that training tells apart better, and those that it tells apart worse, with pictures."""
-        if self.measured is None or self.untrained:
+        if (measured := self.measured) is None:
             return [], []
-        found = separated_pairs(self.measured.logits, self.measured.zero_shot, self.measured.labels)
-        better = [pair for pair in found if pair["after"] < pair["before"]][:_MOST_PAIRS]
-        worse = [pair for pair in found[::-1] if pair["after"] > pair["before"]][:_MOST_PAIRS]
-        for rows, which in ((better, "mended"), (worse, "confused")):
-            for row in rows:
-                a, b = row["classes"]
-                row["names"] = (self.class_names[a], self.class_names[b])
-                row["pictures"] = shown(self.measured, row[which][:_PICTURES])
-        return better, worse
+        better = [pair for pair in self._separated if pair["after"] < pair["before"]][:_MOST_PAIRS]
+        worse = [pair for pair in self._separated[::-1] if pair["after"] > pair["before"]][:_MOST_PAIRS]
+
+        def told(pair: Row, which: str) -> Row:
+            names = tuple(self.class_names[number] for number in pair["classes"])
+            return pair | {"names": names, "pictures": shown(measured, pair[which][:_PICTURES])}
+
+        return [told(pair, "mended") for pair in better], [told(pair, "confused") for pair in worse]
+
+    @cached_property
+    def _separated(self) -> list[Row]:
+        """Every pair that is or was confused; none without answers, or where nothing was learned."""
+        if self.measured is None or self.untrained:
+            return []
+        return separated_pairs(self.measured.logits, self.measured.zero_shot, self.measured.labels)
 
     def turned_apart(self) -> list[Row]:
         """Without pictures: pairs whose rows were turned apart most."""
@@ -115,5 +122,4 @@ class Learning:
             return None
         if self.measured is None or self.untrained:
             return {"classes": self.rows, "pairs": self.turned_apart()}
-        found = separated_pairs(self.measured.logits, self.measured.zero_shot, self.measured.labels)
-        return {"classes": self.rows, "pairs": [named_pair(pair, self.class_names) for pair in found]}
+        return {"classes": self.rows, "pairs": [named_pair(pair, self.class_names) for pair in self._separated]}
