@@ -197,7 +197,13 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
     Raises:
         ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
     """
-    for name in ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim"):
+    for name in (
+        "base_model_name_or_path",
+        "base_model_revision",
+        "base_model_subfolder",
+        "projection_dim",
+        "text_encoding",
+    ):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigurationError(
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "

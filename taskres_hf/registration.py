@@ -24,20 +24,33 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    from .configuration_taskres import TaskResConfig
-    from .modeling_taskres import TaskResCLIPForImageClassification
-    from .vision.modeling import TaskResForImageClassification
+    from . import (
+        TaskResCLIPForImageClassification,
+        TaskResConfig,
+        TaskResForImageClassification,
+        TaskResForSequenceClassification,
+    )
 
     # Two classes of one config, as DeiT has: transformers chooses by `architectures`, and lets the first be made.
     classes: Any = (TaskResCLIPForImageClassification, TaskResForImageClassification)
     AutoModelForImageClassification.register(TaskResConfig, classes, exist_ok=True)
+    AutoModelForSequenceClassification.register(TaskResConfig, TaskResForSequenceClassification, exist_ok=True)
+
+
+def _register_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from .language.modeling import TaskResTokenizer
+
+    AutoTokenizer.register(TaskResTokenizer.config_class, TaskResTokenizer, exist_ok=True)
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.models.auto.tokenization_auto": _register_tokenizer,
 }
 _READY: set[str] = set()  # registries that have been executed
 

@@ -12,6 +12,7 @@ from ..errors import DataError
 from . import options as opt
 from .pack import Classifier, by_several
 from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
+from .texts import TextColumn, is_of_texts, predict_texts
 from .values import check_device, resolve_base
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from ..pool import Pack
 
 Images = Annotated[
-    list[str], typer.Argument(help="Pictures, folders of pictures (searched in depth) and URLs.", show_default=False)
+    list[str],
+    typer.Argument(
+        help="Pictures, folders of pictures (searched in depth) and URLs. By a classifier of texts: sentences, tables, "
+        "or - for the lines of the standard input.",
+        show_default=False,
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -45,6 +51,7 @@ def predict(
     classifier: Classifier = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
+    text_column: TextColumn = None,
     reject: opt.Rejecting = False,
     unknown_label: opt.UnknownLabel = None,
     revision: opt.Revision = None,
@@ -70,40 +77,50 @@ def predict(
     if unknown_label is not None and not reject:
         raise typer.BadParameter("it names rejected pictures: add --reject.", param_hint="--unknown-label")
     quiet_libraries(quiet or as_json, collect=as_json)
-    from ..pictures import list_images
     from ..prediction_files import check_output
 
     if output is not None:
         check_output(output)
     device = check_device(device, use_cpu)
+    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
+    how: dict[str, Any] = {
+        "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
+        "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
+    }  # fmt: skip
+    if is_of_texts(model, revision):
+        say_loading(model, quiet or as_json)
+        loaded = _loaded(model, None, [], device, {**options, "strength": strength, "revision": revision})
+        _end(*predict_texts(loaded, images, text_column, output, resume, how, as_json), allow_skipped, "texts")
+        return
+    files = _listed(images)
+    say_loading(model, quiet or as_json)
+    packed, names = _of_pack(model, classifier, revision)
+    if packed is not None and len(names) > 1:
+        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
+        options |= {"device": device, "engine": engine.value, "precision": precision.value}
+        _end(by_several(packed, names, files, top_k, as_json, **options), len(files), allow_skipped)
+        return
+    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
+    if output is not None:
+        skipped = _to_file(loaded, files, output, resume, how, as_json)
+    else:
+        skipped = _to_screen(loaded, files, how, as_json)
+    _end(skipped, len(files), allow_skipped)
+
+
+def _listed(images: list[str]) -> list[str]:
+    """Picture files; what else was found is said."""
+    from ..pictures import list_images
+
     listing = list_images(images)
     for line in listing.lines():
         warn(line)
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
-    say_loading(model, quiet or as_json)
-    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
-    packed, names = _of_pack(model, classifier)
-    if packed is not None and revision is not None:
-        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
-    if packed is not None and len(names) > 1:
-        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
-        options |= {"device": device, "engine": engine.value, "precision": precision.value}
-        _end(by_several(packed, names, listing.files, top_k, as_json, **options), listing.files, allow_skipped)
-        return
-    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
-    how: dict[str, Any] = {
-        "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
-        "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
-    }  # fmt: skip
-    if output is not None:
-        skipped = _to_file(loaded, listing.files, output, resume, how, as_json)
-    else:
-        skipped = _to_screen(loaded, listing.files, how, as_json)
-    _end(skipped, listing.files, allow_skipped)
+    return listing.files
 
 
-def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str]]:
+def _of_pack(model: str, names: list[str] | None, revision: str | None) -> tuple[Pack | None, list[str]]:
     """The packed file that a name means, and the classifiers of it to ask; None where it is no packed file."""
     from ..pool.packing import Pack, is_pack
 
@@ -111,6 +128,8 @@ def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str
         if names:
             raise typer.BadParameter(f"it is for packed files, and {model!r} is none.", param_hint="--classifier")
         return None, []
+    if revision is not None:
+        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
     packed = Pack(model)
     return packed, list(dict.fromkeys(names or packed.names))
 
@@ -137,9 +156,9 @@ def _refuse(given: dict[str, Any]) -> None:
         raise typer.BadParameter("it is for one classifier: name it with --classifier.", param_hint=option)
 
 
-def _end(skipped: int, files: list[str], allow_skipped: bool) -> None:
+def _end(skipped: int, count: int, allow_skipped: bool, what: str = "pictures") -> None:
     if skipped:
-        warn(f"{skipped} of {len(files)} pictures were skipped.")
+        warn(f"{skipped} of {count} {what} were skipped.")
         if not allow_skipped:
             raise typer.Exit(3)
 
