@@ -157,7 +157,9 @@ def measured(options: Namespace) -> dict[tuple[str, int], list[tuple[float, floa
             for recipe in ("auto", "paper"):
                 model = TaskResForSequenceClassification.from_base(first.clip, task.names, tokenizer=first.tokenizer)
                 start = time.perf_counter()
-                TaskResTrainer(model, TaskResTrainingArguments(recipe=recipe, seed=seed, disable_tqdm=True), part).train()
+                TaskResTrainer(
+                    model, TaskResTrainingArguments(recipe=recipe, seed=seed, disable_tqdm=True), part
+                ).train()
                 spent = time.perf_counter() - start
                 with torch.no_grad():
                     answers = model.classifier(test.image_embeds[0]).argmax(1).numpy()
@@ -192,7 +194,9 @@ def main() -> None:
     made.add_argument("--pairs", type=int, default=2000, help="most pairs that SetFit-like trains on (default 2000)")
     options = opt.read(made)
     if not (Path(options.fortunes) / TOPICS[0]).is_file():
-        raise SystemExit(f"There are no quotations in {options.fortunes}: apt-get install fortunes, or --fortunes FOLDER.")
+        raise SystemExit(
+            f"There are no quotations in {options.fortunes}: apt-get install fortunes, or --fortunes FOLDER."
+        )
     found = measured(options)
     methods = list(dict.fromkeys(method for method, _ in found))
     for title, place in (("accuracy in per cent, 95 % interval over draws", 0), ("seconds to train", 1)):

@@ -361,7 +361,7 @@ def model_class_of(config: TaskResConfig, asked: Any, by_auto: bool = False) -> 
     """The class that serves a saved classifier: the one asked for, or where that is the general one, its own.
 
     Args:
-        by_auto: whether `AutoModelForImageClassification` asks, whose callers give pictures.
+        by_auto: whether a config came with it, as from `AutoModelForImageClassification`, whose callers give pictures.
 
     Raises:
         ConfigurationError: the class asked for serves another kind.

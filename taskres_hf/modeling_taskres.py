@@ -226,7 +226,7 @@ class TaskResCLIPForImageClassification(
         paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
         values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
-        cls = model_class_of(loaded, cls, "_from_auto" in options)
+        cls = model_class_of(loaded, cls, config is not None)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
         absorbed = getattr(config, "_attn_implementation_internal", None)  # AutoModel puts it into the config

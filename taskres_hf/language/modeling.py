@@ -84,11 +84,11 @@ class TaskResForSequenceClassification(TaskResCLIPForImageClassification):
             self.classifier.base_bias = head_rows(self.clip, config)[1]
 
     @property
-    def _head_class(self) -> Any:  # mypy: of the class above a plain attribute
+    def _head_class(self) -> Any:  # type: ignore[override]
         return TaskResClassifier if self.config.base_classifier == CLASS_NAMES else LinearHead
 
     @classmethod
-    def from_base(  # type: ignore[override]
+    def from_base(
         cls,
         base_model: str | os.PathLike[str] | PreTrainedModel,
         class_names: Sequence[str] | Mapping[Any, Any] | Any,
