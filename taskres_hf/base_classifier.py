@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .base_model import (
+    advise_on_dtype,
     check_same_base,
     check_tokens,
     check_weights,
@@ -315,6 +316,7 @@ def base_for_classes(
         write_table(cached_table_path(source, prompts, average), table)
         if base.dtype != target:
             base.to(target)
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 
@@ -405,6 +407,7 @@ def base_for_artifact(
             now = fingerprint(table, prompts, average, image_sketch(light.weights), light.score)
             if not accept_mismatch:
                 check_fingerprint(now, stored, source.name)
+            advise_on_dtype(light.base)
             return PreparedBase(light.base, table, now, source)
         base, commit, target = load_base_fp32(source, dtype, options)
         source = replace(source, revision=commit)
@@ -430,6 +433,7 @@ def base_for_artifact(
         write_table(kept, table)
         if target is not None and base.dtype != target:
             base.to(target)  # type: ignore[arg-type]
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 
