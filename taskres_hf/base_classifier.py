@@ -204,6 +204,15 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
                 f"{getattr(theirs, name)!r} there."
             )
+    kinds = [getattr(config, "base_classifier", None) for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        told = [
+            {"head": "the rows of the pretrained head", "class_means": "class means"}.get(str(k), "text") for k in kinds
+        ]
+        raise ConfigurationError(
+            f"The classifiers are made on different base classifiers: {told[0]} here and {told[1]} there. "
+            "Make both on the same (base_classifier=), or load the other by itself."
+        )
     if image_sides_differ(*((config.base_fingerprint or {}).get("image") for config in (ours, theirs))):
         raise ConfigurationError(
             "The classifiers have different bases: the weights of their image towers differ, though not their names."

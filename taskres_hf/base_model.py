@@ -111,7 +111,11 @@ def from_files(
     at = {**source.hub, "revision": commit or source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         with source.asking():
-            check(AutoConfig.from_pretrained(source.name, **at))
+            config = AutoConfig.from_pretrained(source.name, **at)
+            check(config)
+            if isinstance(getattr(config, "model_args", None), dict):
+                config.model_args.pop("num_classes", None)  # timm writes it there too, and transformers gives it itself
+                options = {**options, "config": config}
             model, notes = auto.from_pretrained(
                 source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **at, **options
             )

@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.import_utils import is_torchvision_available
 
 from .errors import ArtifactError, BaseModelError, ConfigurationError, asking_for, else_cached, warn_if_moved
-from .openclip import load_open_clip_tokenizer, open_clip_config, open_clip_image_processor, plain_name
+from .openclip import load_open_clip_tokenizer, of_transformers, open_clip_config, open_clip_image_processor, plain_name
 from .storage import is_path, read_json, write_json
 
 _PADDINGS = ("longest", "max_length")
@@ -373,7 +373,8 @@ def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = 
                 raise ArtifactError(f"{reason} Set model.image_processor, or mend the file and sign it.") from error
     try:
         with asking_for(f"The image processor of {source.name}", source.name, source.revision):
-            return AutoImageProcessor.from_pretrained(source.name, revision=source.revision, **source.hub, **options)
+            found = AutoImageProcessor.from_pretrained(source.name, revision=source.revision, **source.hub, **options)
+            return of_transformers(found)
     except (ValueError, OSError) as error:
         if open_clip_config(source, source.file("config.json")) is not None:
             return open_clip_image_processor(source)

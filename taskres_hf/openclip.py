@@ -1,12 +1,14 @@
 """Models of open_clip as base models: its own files read by open_clip itself, without any pickle.
 
 A folder or Hub repository with open_clip_config.json, and no config.json of transformers' beside it, is one: CLIP, CoCa
-(both towers, without its decoder), SigLIP, MobileCLIP, EVA and what else open_clip builds.
+(both towers, without its decoder), SigLIP, MobileCLIP, EVA and what else open_clip builds. How it and timm prepare
+pictures is said by image processors of transformers, which can be saved and need neither package.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -276,16 +278,53 @@ def open_clip_image_processor(source: Any) -> Any:
             f"The base model {source.name!r} prepares pictures by resize_mode {mode!r} to {height} x {width}, which no "
             "image processor of transformers does. Pass image_processor=."
         )
-    crop = mode == "shortest"
     mean, std = given.get("mean") or _MEAN, given.get("std") or _STD
+    return _processor(
+        {"shortest_edge": height} if mode == "shortest" else {"height": height, "width": width},
+        (height, width) if mode == "shortest" else None,
+        kind,
+        list(mean) if isinstance(mean, list | tuple) else [mean] * 3,
+        list(std) if isinstance(std, list | tuple) else [std] * 3,
+    )
+
+
+def of_transformers(processor: Any) -> Any:
+    """An image processor as it is; where it is timm's own, which cannot be saved, one of transformers' that does the
+    same.
+
+    Raises:
+        BaseModelError: a way of resizing that transformers does not have.
+    """
+    facts = getattr(processor, "data_config", None)
+    if facts is None:
+        return processor
+    (_, height, width), mode = facts["input_size"], facts.get("crop_mode") or "center"
+    if mode not in ("center", "squash") or (mode == "center" and height != width):
+        raise BaseModelError(
+            f"timm prepares pictures for this model by crop_mode {mode!r} to {height} x {width}, which no image "
+            "processor of transformers does. Pass image_processor=."
+        )
+    edges = [math.floor(edge / facts["crop_pct"]) for edge in (height, width)]
+    size = {"shortest_edge": edges[0]} if mode == "center" else {"height": edges[0], "width": edges[1]}
+    return _processor(size, (height, width), facts["interpolation"], list(facts["mean"]), list(facts["std"]))
+
+
+_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+def _processor(
+    size: dict[str, int], crop: tuple[int, int] | None, interpolation: str, mean: list[float], std: list[float]
+) -> Any:
+    """One of transformers' that resizes, crops in the middle and normalises."""
     made = getattr(transformers, "CLIPImageProcessorPil", None)
     if made is None or is_torchvision_available():
         made = transformers.CLIPImageProcessor
+    height, width = crop or (size["height"], size["width"])
     return made(
-        size={"shortest_edge": height} if crop else {"height": height, "width": width},
-        do_center_crop=crop,
+        size=size,
+        do_center_crop=crop is not None,
         crop_size={"height": height, "width": width},
-        resample=2 if kind == "bilinear" else 3,
-        image_mean=list(mean) if isinstance(mean, list | tuple) else [mean] * 3,
-        image_std=list(std) if isinstance(std, list | tuple) else [std] * 3,
+        resample=_INTERPOLATIONS.get(interpolation, 3),
+        image_mean=mean,
+        image_std=std,
     )
