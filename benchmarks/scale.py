@@ -63,6 +63,7 @@ def rates(base: str) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     from taskres_hf.cluster import embed
+    from taskres_hf.cluster.outputs import read_part
     from taskres_hf.embedding.embedder import Embedder
     from taskres_hf.pictures import read_image
     from taskres_hf.pool import ClassifierPool
@@ -98,6 +99,7 @@ def rates(base: str) -> dict[str, float]:
         start = time.perf_counter()
         embed(Path(folder, "data.parquet"), base, Path(folder, "out"), progress=False)
         found["all of it, 500 x 375"] = BLOCK / (time.perf_counter() - start)
+        found["finished parts looked at"] = rate(lambda: [read_part(Path(folder, "out"), 0) for _ in range(100)], 100)
     return found
 
 
@@ -124,7 +126,8 @@ def plan(asked: argparse.Namespace) -> list[list[str]]:
         [f"pictures read, {asked.picture_kb:g} kB each", f"{count * asked.picture_kb * 1e3 / TB:.0f} TB"],
         [f"hours of a core at {core:g} pictures a second", f"{hours:,.0f}"],
         [f"days on {asked.cores} cores", f"{hours / asked.cores / 24:.1f}"],
-        [f"hours of a GPU at {gpu:g} pictures a second", f"{count / gpu / HOUR:,.0f}" if gpu else "give --gpu-rate"],
+        [f"hours of a GPU at {gpu:g} pictures a second" if gpu else "hours of a GPU",
+         f"{count / gpu / HOUR:,.0f}" if gpu else "not measured: give --gpu-rate"],
         [f"blocks of {asked.rows_per_block:,}", f"{blocks:,}"],
         ["bytes of a part, fp32", f"{asked.rows_per_block * asked.dim * 4 / 1e6:.0f} MB"],
         ["a block, on one core", f"{block / 60:.1f} minutes"],

@@ -130,7 +130,7 @@ def cluster_of(
     engine: ClusterName | None, address: str | None, workers: int | None, cpus: float = 1, gpus: float = 0
 ) -> Any:
     """The options that say who does the work."""
-    from ..cluster.running import Cluster
+    from ..cluster import Cluster
 
     for option, given in {"--address": address, "--workers": workers}.items():
         if engine is None and given is not None:

@@ -6,6 +6,6 @@ See docs/scale.md.
 """
 
 from .outputs import read_manifest, stored_features
-from .running import Written, embed, predict
+from .running import Cluster, Written, embed, predict
 
-__all__ = ["Written", "embed", "predict", "read_manifest", "stored_features"]
+__all__ = ["Cluster", "Written", "embed", "predict", "read_manifest", "stored_features"]
