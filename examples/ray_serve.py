@@ -19,8 +19,10 @@ import asyncio
 import hashlib
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,8 @@ def main() -> None:
     scaling = {"min_replicas": least, "initial_replicas": least, "max_replicas": most, "target_ongoing_requests": 16}
     # With GPUs: ray_actor_options={"num_gpus": 1}, and device="cuda" of the pool.
     replicas = Classifiers.options(autoscaling_config=scaling, ray_actor_options={"num_cpus": 0.5})
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir="/tmp/ry")
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # of this user alone; paths of sockets may not be long
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=place)
     serve.start(http_options={"host": "127.0.0.1", "port": asked.port})
     waiting = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
@@ -143,6 +146,7 @@ def main() -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+        shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":

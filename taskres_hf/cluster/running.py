@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import warnings
@@ -318,12 +319,12 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    place = None if cluster.address is not None else _own_folder()
     try:
-        if cluster.address is not None:
+        if place is None:
             ray.init(address=cluster.address, **quiet)
         else:
             cpus = None if cluster.workers is None else max(1, int(cluster.workers * cluster.cpus + 0.999))
-            place = os.environ.get("RAY_TMPDIR") or _short_folder()
             ray.init(num_cpus=cpus, include_dashboard=False, _temp_dir=place, object_store_memory=_STORE, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {cluster.address}" if cluster.address else "a Ray cluster on this machine"
@@ -332,6 +333,8 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _close_to_others(cluster: Cluster) -> None:
@@ -360,9 +363,6 @@ def _quiet_ray_data() -> None:
             handler.setLevel(logging.ERROR)
 
 
-def _short_folder() -> str:
-    """Where a local cluster keeps its sockets, whose paths may not be long; of this user alone."""
-    root = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
-    folder = os.path.join(root, f"taskres-ray-{os.getuid() if hasattr(os, 'getuid') else 0}")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return folder
+def _own_folder() -> str:
+    """Where a local cluster keeps its sockets, whose paths may not be long, and its logs; of this user alone."""
+    return tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
