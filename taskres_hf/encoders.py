@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,8 @@ class BaseSource:
             return str(path) if path.is_file() else None
         with suppress(OSError):
             options = {**self.hub, "revision": self.revision}
-            return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **options)
+            fetch = partial(cached_file, self.name, name, _raise_exceptions_for_missing_entries=False)
+            return else_cached(fetch, **options)
         return None
 
     def commit(self) -> str | None:
@@ -325,7 +327,7 @@ def load_tokenizer(source: BaseSource) -> Any:
         with source.asking():
             at = {"pretrained_model_name_or_path": source.name, "revision": source.revision, **source.hub}
             tokenizer = else_cached(AutoTokenizer.from_pretrained, trust_remote_code=source.trust_remote_code, **at)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:  # the last of 5.2, without sentencepiece
         if isinstance(error, OSError) and not os.path.isdir(source.name):
             raise
         reason = f"The tokenizer of the base model {source.name!r} cannot be loaded ({error!s:.200})."
@@ -363,7 +365,8 @@ def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = 
                 raise ArtifactError(f"{reason} Set model.image_processor, or mend the file and sign it.") from error
     try:
         with asking_for(f"The image processor of {source.name}", source.name, source.revision):
-            return AutoImageProcessor.from_pretrained(source.name, revision=source.revision, **source.hub, **options)
+            load = partial(AutoImageProcessor.from_pretrained, source.name, **options)
+            return else_cached(load, revision=source.revision, **source.hub)
     except ValueError as error:
         why = " ".join(str(error).split())[:200]
         raise BaseModelError(f"{source.name!r} has no image processor that loads (code is not run): {why}") from error
