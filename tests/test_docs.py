@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages and examples that need more than the library and its light extras.
 _EXTRAS = {
     "app.md": "gradio", "serve.md": "fastapi", "export.md": "onnxruntime", "serve_with_fastapi.py": "fastapi",
-    "export_and_run.py": "onnxruntime",
+    "export_and_run.py": "onnxruntime", "ray_serve.py": "ray",  # which tests/test_ray_serve.py runs
 }  # fmt: skip
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -40,22 +40,23 @@ ORDER = [
     "report",
     "export.fused", "export.formats", "export.web", "export.exporting", "export",
     "pool.naming", "pool.stacked", "pool.bases", "pool.packing", "pool.classifiers", "pool",
+    "cluster.inputs", "cluster.outputs", "cluster.workers", "cluster.running", "cluster",
     "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
     "service.app", "service.running", "service",
     "features", "suite", "benchmarking", "importing",
     "app.looking", "app.session", "app.registry", "app.showing", "app.layout", "app",
     "cli.screen", "cli.values", "cli.run_config", "cli.options", "cli.report", "cli.train", "cli.plan", "cli.compare",
-    "cli.analyze", "cli.difficulty", "cli.engines", "cli.evaluate", "cli.pack", "cli.predict", "cli.suggest",
-    "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export", "cli.paper",
+    "cli.analyze", "cli.difficulty", "cli.engines", "cli.evaluate", "cli.pack", "cli.embed", "cli.predict",
+    "cli.suggest", "cli.serve", "cli.share", "cli.classes", "cli.check", "cli.export", "cli.paper",
     "cli.demo", "cli.browser", "cli.app", "cli",
     "cli.__main__", "__main__", "__init__",
 ]  # fmt: skip
 _LONGEST_FILE = 500
 _LONGEST_FUNCTION = 60  # lines, the docstring not counted
 # The parameters of a command are its options, a line each, and those of `from_base` are what a user may say.
-_LONG_FUNCTIONS = {"cli.train.train", "modeling_taskres.from_base"}
+_LONG_FUNCTIONS = {"cli.train.train", "cli.embed.embed", "cli.predict.predict", "modeling_taskres.from_base"}
 # Relative imports per file, on average: at the top of files, and with those inside functions, which only defer them.
-_MOST_IMPORTS = {"core": (2.49, 2.67), "package": (3.97, 5.0)}
+_MOST_IMPORTS = {"core": (2.49, 2.67), "package": (4.03, 5.05)}
 # What the reference of 0.1 named and where it is now; imports of the old names keep working.
 _MOVED = ("features", "suite", "benchmarking", "importing")
 _OLD_NAMES = {

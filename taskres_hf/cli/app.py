@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
+    "embed": ("embed", "embed", _USE),
     "suggest": ("suggest", "suggest", _USE),
     "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
