@@ -61,7 +61,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,docs,plots,report,heif,openvino,onnx,lora,serve,app]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -e ".[dev,docs,plots,report,heif,openvino,onnx,lora,serve,app,ray]"
 	touch $@
 
 clean:

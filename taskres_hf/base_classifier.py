@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .base_model import (
+    advise_on_dtype,
     check_same_base,
     check_tokens,
     check_weights,
@@ -52,6 +53,7 @@ _OTHER_PROMPTS = (
     "The class names, their order or the templates in config.json are not those the residual was trained with, so its "
     "rows would meet other classes. Restore config.json."
 )
+_SAME_BASE = ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim")
 _NO_IMAGE_SIDE = ("text_", "logit_", "temperature")
 
 
@@ -197,18 +199,21 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
     Raises:
         ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
     """
-    for name in (
-        "base_model_name_or_path",
-        "base_model_revision",
-        "base_model_subfolder",
-        "projection_dim",
-        "text_encoding",
-    ):
+    for name in (*_SAME_BASE, "text_encoding"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigurationError(
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
                 f"{getattr(theirs, name)!r} there."
             )
+    kinds = [getattr(config, "base_classifier", None) for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        told = [
+            {"head": "the rows of the pretrained head", "class_means": "class means"}.get(str(k), "text") for k in kinds
+        ]
+        raise ConfigurationError(
+            f"The classifiers are made on different base classifiers: {told[0]} here and {told[1]} there. "
+            "Make both on the same (base_classifier=), or load the other by itself."
+        )
     if image_sides_differ(*((config.base_fingerprint or {}).get("image") for config in (ours, theirs))):
         raise ConfigurationError(
             "The classifiers have different bases: the weights of their image towers differ, though not their names."
@@ -321,6 +326,7 @@ def base_for_classes(
         write_table(cached_table_path(source, prompts, average), table)
         if base.dtype != target:
             base.to(target)
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 
@@ -411,6 +417,7 @@ def base_for_artifact(
             now = fingerprint(table, prompts, average, image_sketch(light.weights), light.score)
             if not accept_mismatch:
                 check_fingerprint(now, stored, source.name)
+            advise_on_dtype(light.base)
             return PreparedBase(light.base, table, now, source)
         base, commit, target = load_base_fp32(source, dtype, options)
         source = replace(source, revision=commit)
@@ -436,6 +443,7 @@ def base_for_artifact(
         write_table(kept, table)
         if target is not None and base.dtype != target:
             base.to(target)  # type: ignore[arg-type]
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 

@@ -80,7 +80,7 @@ def classify_files(
         raise ConfigurationError("The classifier is of texts: use classify_texts.")
     items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
     items.embedder.get_ready(len(files))
-    top_k = _how_many(head, top_k)
+    top_k = classes_given(head, top_k)
     yield from _classify(head, items, top_k, batch_size or items.embedder.batch_size, progress, 0, rejecting)
 
 
@@ -106,10 +106,10 @@ def classify_texts(
     head = rejecting.head if rejecting else model.classifier
     items = _Texts(TextEmbedder(model.clip, model.tokenizer, model.encoding), texts)
     size = batch_size or items.embedder.batch_size
-    yield from _classify(head, items, _how_many(head, top_k), size, progress, 0, rejecting)
+    yield from _classify(head, items, classes_given(head, top_k), size, progress, 0, rejecting)
 
 
-def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
+def classes_given(head: TaskResClassifier, top_k: int | None) -> int:
     """Classes per picture; 0 for every one from the threshold on.
 
     Raises:
@@ -120,7 +120,9 @@ def _how_many(head: TaskResClassifier, top_k: int | None) -> int:
     return min((0 if head.several_labels else 1) if top_k is None else top_k, len(names))
 
 
-def _answers(head: TaskResClassifier, logits: torch.Tensor, names: Sequence[str], top_k: int) -> Iterator[list[Any]]:
+def best_answers(
+    head: TaskResClassifier, logits: torch.Tensor, names: Sequence[str], top_k: int
+) -> Iterator[list[Any]]:
     """Labels and scores of each picture, the likeliest first."""
     scores = logits.sigmoid() if head.several_labels else logits.softmax(dim=1)
     values, labels = scores.cpu().topk(top_k or len(names), dim=1)
@@ -221,7 +223,7 @@ def _classify(
                     logits = head(embeds.to(head.residual.device))
                 if rejecting is not None:
                     rejected = iter(rejecting.rejection.rejects(embeds).tolist())
-                answers = _answers(head, logits, names, top_k)
+                answers = best_answers(head, logits, names, top_k)
             for place in places:
                 problem = items.errors.pop(place, None)
                 predictions = [] if problem else next(answers)
@@ -296,7 +298,7 @@ def classify_to_file(
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
     names = head.config.class_names
-    top_k = _how_many(head, top_k)
+    top_k = classes_given(head, top_k)
     separator = None if top_k else csv_separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {

@@ -33,9 +33,12 @@ def _register_model() -> None:
         TaskResForSequenceClassification,
     )
 
-    # Two classes of one config, as DeiT has: transformers chooses by `architectures`, and lets the first be made.
-    classes: Any = (TaskResCLIPForImageClassification, TaskResForImageClassification)
-    AutoModelForImageClassification.register(TaskResConfig, classes, exist_ok=True)
+    # Its `from_pretrained` gives the class that a saved classifier is of. Two classes of one config, which transformers
+    # knows too, break `pipeline` in transformers 5.2; so the other stands under a config that no file names, and only
+    # tells `pipeline` that its models are for images.
+    AutoModelForImageClassification.register(TaskResConfig, TaskResCLIPForImageClassification, exist_ok=True)
+    mapping: Any = AutoModelForImageClassification._model_mapping
+    mapping.register(type("_OtherTaskResConfig", (TaskResConfig,), {}), TaskResForImageClassification, exist_ok=True)
     AutoModelForSequenceClassification.register(TaskResConfig, TaskResForSequenceClassification, exist_ok=True)
 
 

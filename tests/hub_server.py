@@ -8,8 +8,10 @@ Hub's own error codes. `HubServer.fail` makes it answer the next requests otherw
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -203,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.fault is not None and isinstance(self.fault.status, int):
             self._send(self.fault.status, self.fault.body, self.fault.headers)
         elif self.fault is not None and self.fault.status in ("drop", "hang"):
-            if self.fault.status == "hang" and not self.hub.over.wait(20):
+            if self.fault.status == "hang" and not self.hub.over.wait(20) and self._still_there():
                 self.hub.waited_out += 1
             self.close_connection = True
         elif self.headers.get("Authorization") is not None and not self._authorised():
@@ -216,6 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
             query = urlsplit(self.path).query
             self._send(307, headers={"Location": raw.replace(old, self.hub.moved[old]) + (query and f"?{query}")})
         return None
+
+    def _still_there(self) -> bool:
+        """Whether the client has not closed the connection."""
+        with contextlib.suppress(BlockingIOError):
+            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return True
 
     def _authorised(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {self.hub.token}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import base_to_new, embedding, material, plan, stress, timing
+from benchmarks import base_to_new, embedding, material, plan, scale, stress, timing
 from benchmarks.tasks import Task
 from benchmarks.timing import Report
 from taskres_hf.embedding import ImageFeatures
@@ -111,3 +111,17 @@ def test_a_case_of_the_plans_is_read_as_it_was_kept_and_judged(monkeypatch: pyte
         assert row["reached"] == pytest.approx(float(one.reached[4].mean()))
     assert "held-out | all" in plan.accuracy_table(second, "title").markdown()
     assert "held-out" in plan.target_table(second, "title").markdown()
+
+
+def test_the_plan_of_a_large_data_set_is_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pictures", "1000000", "--core-rate", "100", "--gpu-rate", "1000", "--cores", "10", "--dim", "500"]
+    monkeypatch.setattr("sys.argv", ["scale", "plan", *options])
+    threads = torch.get_num_threads()
+    scale.main()
+    torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert "| hours of a core at 100 pictures a second | 3 |" in text
+    assert "| blocks of 10,000 | 100 |" in text
+    assert "| a killed worker costs at most | 1.7 core minutes, 1.0000 % of the work |" in text

@@ -9,8 +9,10 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hub_server import HubServer
@@ -20,13 +22,14 @@ from text_models import tiny_text_model, tiny_tokenizer
 import taskres_hf
 from benchmarks.timing import Report
 from taskres_hf.cli.app import COMMANDS, main
+from taskres_hf.encoders import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages and examples that need more than the library and its light extras.
 _EXTRAS = {
     "app.md": "gradio", "serve.md": "fastapi", "export.md": "onnxruntime", "serve_with_fastapi.py": "fastapi",
-    "export_and_run.py": "onnxruntime",
+    "export_and_run.py": "onnxruntime", "ray_serve.py": "ray",  # which tests/test_ray_serve.py runs
 }  # fmt: skip
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -66,7 +69,15 @@ def world(hub: HubServer, base: str, splits: Any, tmp_path: Path, monkeypatch: p
     return here
 
 
+@pytest.fixture
+def families() -> Iterator[None]:
+    """What a page registers is not there for other tests."""
+    with mock.patch.dict(FAMILIES):
+        yield
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("families")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, world: Path) -> None:
     if page.name in _EXTRAS:

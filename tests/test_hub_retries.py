@@ -215,6 +215,10 @@ def test_only_the_large_file_that_was_cut_is_sent_again(hub: HubServer, folder: 
     assert len(set(hub.sent)) == 3
 
 
+@pytest.mark.skipif(
+    all(kind.__name__ != "RemoteProtocolError" for kind in client._DEFAULT_RETRY_ON_EXCEPTIONS),
+    reason="this huggingface_hub does not go on after a cut; the library then says that the Hub cannot be reached",
+)
 @pytest.mark.parametrize("size", [3000, 12_000_000])
 def test_a_download_that_is_cut_goes_on(hub: HubServer, folder: Path, size: int) -> None:
     content = bytes(range(250)) * (size // 250)

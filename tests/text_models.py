@@ -49,9 +49,9 @@ WORDS = [
 ]
 CLASSES = ["cooking", "politics", "sports"]
 TEXTS = {
-    "sports": ["the goal of the match", "a team and a coach", "score a goal", "the ball", "the coach of a team", "a match"],
+    "sports": ["the goal of the match", "a team and a coach", "score a goal", "the ball", "the coach", "a match"],
     "cooking": ["bake the bread", "salt the soup", "the onion soup", "a bread oven", "the oven", "salt the bread"],
-    "politics": ["vote the bill", "the mayor", "the senate law", "a treaty law", "the bill of a mayor", "a senate vote"],
+    "politics": ["vote the bill", "the mayor", "the senate law", "a treaty law", "the bill", "a senate vote"],
 }  # fmt: skip
 _SIZES = {
     "hidden_size": 32,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from ..base_classifier import PreparedBase, check_fingerprint, fingerprint, image_sketch
-from ..base_model import check_own_code, from_files, torch_dtype
+from ..base_model import advise_on_dtype, check_own_code, from_files, torch_dtype
 from ..encoders import BaseSource, EncoderFamily, config_file, read_config
 from ..errors import ArtifactError, BaseModelError
 from .labels import CLASS_MEANS, HEAD, match_labels
@@ -219,4 +219,5 @@ def prepared(
         )
     if dtype is not None and tower.dtype != dtype:
         tower.to(dtype)  # type: ignore[arg-type]
+    advise_on_dtype(tower)
     return PreparedBase(tower, table, now, source)

@@ -16,7 +16,7 @@ import typer
 
 from .screen import Interruption, emit, program, warn
 
-_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Reproduce experiments"
+_USE, _SHARE, _PAPER = "Make and use a classifier", "Look at a classifier and share it", "Measure and reproduce"
 # Name: module, function, heading.
 COMMANDS = {
     "train": ("train", "train", _USE),
@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ("compare", "compare", _USE),
     "evaluate": ("evaluate", "evaluate", _USE),
     "predict": ("predict", "predict", _USE),
+    "embed": ("embed", "embed", _USE),
     "suggest": ("suggest", "suggest", _USE),
     "serve": ("serve", "serve", _USE),
     "demo": ("demo", "demo", _USE),
@@ -39,6 +40,7 @@ COMMANDS = {
     "verify": ("check", "verify", _SHARE),
     "sign": ("check", "sign", _SHARE),
     "export": ("export", "export", _SHARE),
+    "engines": ("engines", "engines", _PAPER),
     "benchmark": ("paper", "benchmark", _PAPER),
     "import": ("paper", "import_checkpoint", _PAPER),
 }

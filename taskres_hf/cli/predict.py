@@ -10,6 +10,7 @@ import typer
 
 from ..errors import DataError
 from . import options as opt
+from .embed import Address, EngineCluster, Keep, RowsPerBlock, Workers, cluster_of, kept_blocks, tell
 from .pack import Classifier, by_several
 from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
 from .texts import TextColumn, is_of_texts, predict_texts
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Images = Annotated[
     list[str],
     typer.Argument(
-        help="Pictures, folders of pictures (searched in depth) and URLs. By a classifier of texts: sentences, tables, "
-        "or - for the lines of the standard input.",
+        help="Pictures, folders of pictures (searched in depth) and URLs; with --output-dir also parquet files and "
+        "WebDataset shards. By a classifier of texts: sentences, tables, or - for the lines of the standard input.",
         show_default=False,
     ),
 ]
@@ -31,6 +32,14 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write .csv, .jsonl or .parquet instead of printing."),
 ]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-dir", metavar="FOLDER",
+        help="Write parquet files, a block each: for data sets (parquet, .tar, folders), alone or with "
+        "--engine-cluster.",
+    ),
+]  # fmt: skip
 AllowSkipped = Annotated[
     bool,
     typer.Option("--allow-skipped", help="End with 0 although pictures were skipped.", rich_help_panel=opt.OUTPUT),
@@ -48,6 +57,7 @@ def predict(
     images: Images,
     top_k: TopK = None,
     output: Output = None,
+    output_dir: OutputDir = None,
     classifier: Classifier = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
@@ -62,6 +72,12 @@ def predict(
     precision: opt.Precision = opt.PrecisionName.AUTO,
     batch_size: opt.BatchSize = None,
     resume: ResumeOutput = False,
+    engine_cluster: EngineCluster = None,
+    address: Address = None,
+    workers: Workers = None,
+    rows_per_block: RowsPerBlock = 10_000,
+    image_column: opt.ImageColumn = None,
+    keep: Keep = None,
     allow_skipped: AllowSkipped = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -71,12 +87,27 @@ def predict(
 
     Example:  taskres predict my-classifier holiday/ cat.jpg --top-k 3 --output labels.csv
     """
-    when_interrupted(lambda: _what_is_kept(output))
+    when_interrupted(lambda: _what_is_kept(output) if output_dir is None else kept_blocks(output_dir))
     if resume and output is None:
         raise typer.BadParameter("it goes on with a file: name it with --output.", param_hint="--resume")
     if unknown_label is not None and not reject:
         raise typer.BadParameter("it names rejected pictures: add --reject.", param_hint="--unknown-label")
     quiet_libraries(quiet or as_json, collect=as_json)
+    if output_dir is not None:
+        if output is not None:
+            raise typer.BadParameter("give it or --output, a single file.", param_hint="--output-dir")
+        say_loading(model, quiet or as_json)
+        written = _in_blocks(
+            model, images, output_dir, _of_pack(model, classifier, None)[1], top_k=top_k, reject=reject,
+            unknown=unknown_label or "unknown", image_column=image_column, keep=keep or [],
+            rows_per_block=rows_per_block, batch_size=batch_size, engine=engine.value, precision=precision.value,
+            device=check_device(device, use_cpu), progress=not (quiet or as_json), strength=strength,
+            cluster=cluster_of(engine_cluster, address, workers), base_model=base_model and resolve_base(base_model),
+            dtype=dtype and dtype.value, revision=revision,
+        )  # fmt: skip
+        return tell(written, as_json, allow_skipped, "classified")
+    _refuse_alone({"--engine-cluster": engine_cluster, "--address": address, "--workers": workers, "--keep": keep,
+                   "--image-column": image_column})  # fmt: skip
     from ..prediction_files import check_output
 
     if output is not None:
@@ -118,6 +149,22 @@ def _listed(images: list[str]) -> list[str]:
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
     return listing.files
+
+
+def _in_blocks(model: str, data: list[str], output_dir: Path, names: list[str], **how: Any) -> Any:
+    """What `--output-dir` asks for. The same numbers on every machine: fp32 by torch, unless said otherwise."""
+    from ..cluster import predict as run
+
+    for option, plain in {"engine": "torch", "precision": "fp32"}.items():
+        how[option] = plain if how[option] == "auto" else how[option]
+    given = {name: value for name, value in how.items() if value is not None or name == "cluster"}
+    return run(model, data, output_dir, names=names or None, **given)
+
+
+def _refuse_alone(given: dict[str, Any]) -> None:
+    """Options of data sets in blocks, where pictures go to one file or to the screen."""
+    for option in (name for name, value in given.items() if value):
+        raise typer.BadParameter("it is for data sets in blocks: add --output-dir FOLDER.", param_hint=option)
 
 
 def _of_pack(model: str, names: list[str] | None, revision: str | None) -> tuple[Pack | None, list[str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -17,20 +19,24 @@ from transformers import PreTrainedModel
 
 from ..encoders import image_weights_digest
 from ..errors import TaskResError
-from .engines.choose import (
+from .engines.choose import ImageEngine, candidates, engine_of_watched, make_engine, stock_engine
+from .engines.proving import (
+    SECONDS_TO_PREPARE,
+    STOCK,
+    Proof,
     agrees,
-    engine_of_watched,
-    is_faster,
-    make_engine,
+    fastest,
     probe_pictures,
-    remembered_choice,
-    stock_engine,
+    prove,
+    remember,
+    remembered,
 )
 from .engines.rewriting import image_side_state, watched_module
 from .preprocessing import Preprocessor
 
 _PREPARED_AHEAD = 64  # pictures prepared before the tower runs, where the two take turns: changing places costs both
-_LARGE_JOB = 100  # batches from which measuring the engines pays: it takes six
+_LARGE_JOB = 400  # batches from which measuring the engines pays: it takes about 24
+_PAYS = 20  # times what converting the tower takes, so that it may be converted only to be measured
 
 
 _T = TypeVar("_T")
@@ -77,9 +83,23 @@ class Embedder:
         self._is_ready = self.engine.is_stock
         self._made_of = image_side_state(self.base)
         self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
-        if self._may_choose and not self._is_ready and remembered_choice(self.base, self.engine) is False:
-            self._run_stock()
+        if self._may_choose and not self._is_ready:
+            self._take(fastest(remembered(self.base), self.candidates()))
         self.preprocess.in_bytes = self.engine.takes_bytes
+
+    def candidates(self) -> dict[str, tuple[str, str]]:
+        """What may be chosen automatically, by name."""
+        return {"-".join(pair): pair for pair in candidates(self.base, self._wanted[1])}
+
+    def _take(self, name: str | None) -> None:
+        """Run in the form of this name from now on; None: in the one there is."""
+        if name == STOCK:
+            self._run_stock()
+        elif name is not None and name != self.engine.name:
+            pair = self.candidates()[name]
+            self.engine = make_engine(self.base, *pair, self.preprocess.normalisation)
+            self._is_ready = self.engine.is_stock
+            self.preprocess.in_bytes = self.engine.takes_bytes
 
     @property
     def key(self) -> list[Any]:
@@ -100,7 +120,7 @@ class Embedder:
         """Convert the tower, now rather than when the first pictures come, and compare it with what it was.
 
         Two probe pictures go both ways; where they come out differently the tower runs as it is, with a warning. Where
-        the engine was chosen automatically and `pictures` are many, the faster of the two is measured and remembered.
+        the engine is automatic and `pictures` are many, the fastest form is measured and remembered.
         A tower that was changed since is converted and compared again.
         """
         if not self.engine.is_stock:
@@ -131,16 +151,58 @@ class Embedder:
                 stacklevel=2,
             )
             self._run_stock()
-        elif (
-            self._may_choose
-            and pictures >= _LARGE_JOB * self.batch_size
-            and remembered_choice(self.base, self.engine) is None
-        ):
-            pictures_of_batch = [probes[number % 2] for number in range(self.batch_size)]
-            batch, values = self.preprocess(pictures_of_batch), self._values(pictures_of_batch)
-            threads = 1 if self._has_core_each(_LARGE_JOB) else torch.get_num_threads()
-            if not is_faster(self.base, self.engine, lambda: self.engine(batch), lambda: stock(values), threads):
-                self._run_stock()
+        elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
+            self._choose_fastest(pictures)
+
+    def _choose_fastest(self, pictures: int) -> None:
+        """Measure what was not measured here and is worth it for so many pictures; run in the fastest right form."""
+        known, pairs = remembered(self.base), self.candidates()
+        slow = {name for name, (engine, _) in pairs.items() if SECONDS_TO_PREPARE[engine]}
+        if any(name not in known for name in pairs if name not in slow):
+            known |= self.prove({name: pair for name, pair in pairs.items() if name not in slow})
+            remember(self.base, known)
+        job = pictures * (known[STOCK].seconds or 0.0)
+        paying = {name for name in slow if job > _PAYS * SECONDS_TO_PREPARE[pairs[name][0]]}
+        if any(name not in known for name in paying):  # all of them anew, since only one run's times can be compared
+            known |= self.prove({name: pair for name, pair in pairs.items() if name not in slow or name in paying})
+            remember(self.base, known)
+        choice = fastest(known, pairs)
+        if choice != self.engine.name:
+            self._take(choice)
+            if not self._is_ready:
+                self.get_ready()
+
+    @torch.no_grad()
+    def prove(self, pairs: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Proof]:
+        """Try forms of the tower on this machine: whether they are right, and what a picture takes.
+
+        Args:
+            pairs: engine and precision by name; by default all that may be chosen automatically. The tower as it is,
+                `"stock"`, is always among them.
+        """
+        pairs = self.candidates() if pairs is None else pairs
+        engines = {STOCK: lambda: stock_engine(self.base)}
+        for name, pair in pairs.items():
+            engines[name] = partial(make_engine, self.base, *pair, self.preprocess.normalisation)
+        before = (self.engine, self._is_ready, self.preprocess.in_bytes)
+        try:
+            return prove(engines, self._probe_embeds, self._pace)
+        finally:
+            self.engine, self._is_ready, self.preprocess.in_bytes = before
+
+    def _probe_embeds(self, engine: ImageEngine) -> Tensor:
+        self.preprocess.in_bytes = engine.takes_bytes
+        return engine(self.preprocess(probe_pictures()))
+
+    def _pace(self, engine: ImageEngine) -> float:
+        """Seconds a picture takes in a large job, with every core at work and its decoding left out."""
+        self.engine, self._is_ready, self.preprocess.in_bytes = engine, True, engine.takes_bytes
+        probes, cores = probe_pictures(), torch.get_num_threads()
+        batches = [[probes[number % 2] for number in range(self.batch_size)] for _ in range(cores)]
+        start = time.perf_counter()
+        for _ in self.stream(batches, lambda picture: picture, False, total=max(_LARGE_JOB, cores)):
+            pass
+        return (time.perf_counter() - start) / (cores * self.batch_size)
 
     def _values(self, pictures: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
         """Inputs of the tower as it is, also where the engine takes bytes."""

@@ -18,7 +18,7 @@ from ..alone.towers import head_rows, located, prepared, read_head, target_dtype
 from ..artifact import find_artifact, read_checked
 from ..base_classifier import PreparedBase
 from ..configuration_taskres import TaskResConfig, split_hub_kwargs
-from ..encoders import BaseSource, advise_on_dtype, load_tokenizer, trusted_base_name
+from ..encoders import BaseSource, load_tokenizer, trusted_base_name
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
@@ -180,7 +180,6 @@ class TaskResForSequenceClassification(TaskResCLIPForImageClassification):
             config, make, base, revision, dtype, trust_remote_code, kwargs
         )
         result._tokenizer = None if tokenizer is None else _tokenizer(BaseSource(""), result.config, tokenizer)
-        advise_on_dtype(result.clip)
         return result
 
     @classmethod

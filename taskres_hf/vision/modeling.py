@@ -15,7 +15,7 @@ from ..alone.linear_head import LinearHead
 from ..alone.towers import head_rows, located, prepared, target_dtype
 from ..base_classifier import PreparedBase
 from ..configuration_taskres import TaskResConfig
-from ..encoders import BaseSource, advise_on_dtype
+from ..encoders import BaseSource
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from .tower import VisionTower, as_tower, embedding_length, load_tower, made_of
@@ -126,7 +126,6 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
             config, make, base, revision, dtype, trust_remote_code, kwargs
         )
         made._image_processor = image_processor
-        advise_on_dtype(made.clip)
         return made
 
     @classmethod

@@ -73,6 +73,11 @@ def _of_timm(config: Mapping[str, Any]) -> bool:
     return "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
 
 
+def _classes_of_timm(config: Mapping[str, Any]) -> Any:
+    """How many classes the head of a timm model has, 0 where there is none; as timm or transformers saved it."""
+    return config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes"))
+
+
 def _head_of(model: PreTrainedModel) -> str | None:
     """The name of the linear layer that a classifier ends with; None where it has none."""
     if "ForImageClassification" not in type(model).__name__:
@@ -103,7 +108,8 @@ def load_tower(source: BaseSource, dtype: Any, options: Mapping[str, Any]) -> tu
 
     def choose(config: Mapping[str, Any]) -> Any:
         kind = "timm_wrapper" if _of_timm(config) else config.get("model_type")
-        return AutoModelForImageClassification if kind in CLASSIFIERS else AutoModel
+        headless = kind == "timm_wrapper" and _classes_of_timm(config) == 0
+        return AutoModelForImageClassification if kind in CLASSIFIERS and not headless else AutoModel
 
     def check(model_type: str, code: bool) -> None:
         check_is_tower(model_type, source.name, code)

@@ -109,7 +109,8 @@ def test_commands_for_pictures_say_so(
     command: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: dict[str, list[object]] = {
-        "report": ["-o", tmp_path / "r.html"], "export": ["-o", tmp_path / "x"], "pack": ["-o", tmp_path / "p.safetensors"],
+        "report": ["-o", tmp_path / "r.html"], "export": ["-o", tmp_path / "x"],
+        "pack": ["-o", tmp_path / "p.safetensors"],
         "merge": [saved, "-o", tmp_path / "m"], "classes": ["--add", "new", "-o", tmp_path / "c"], "serve": [],
     }  # fmt: skip
     code, _, error = run(capsys, command, saved, *given[command])

@@ -1,4 +1,4 @@
-"""`TaskResForSequenceClassification`: its artifact, what it shares with the classes of pictures, and what it refuses."""
+"""`TaskResForSequenceClassification`: its artifact, what it shares with others, and what it refuses."""
 
 from __future__ import annotations
 

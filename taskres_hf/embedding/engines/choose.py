@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -256,107 +250,9 @@ def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Map
     return run
 
 
-# Largest error relative to an embedding's length: it tells another tower from rounding, no more.
-_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
-_CENTRED = 0.9  # least cosine between what two pictures' embeddings differ by
-_ROUNDS = 2
-
-
-def probe_pictures() -> list[PIL.Image.Image]:
-    """Two pictures that have little in common."""
-    generator = np.random.default_rng(0)
-    coarse = [generator.integers(0, 256, (4, 5, 3), dtype=np.uint8), generator.integers(0, 120, (40, 50, 3), np.uint8)]
-    return [PIL.Image.fromarray(pixels).resize((320, 256), PIL.Image.Resampling.BICUBIC) for pixels in coarse]
-
-
-def agrees(embeds: Tensor, expected: Tensor, precision: str) -> bool:
-    """Whether embeddings [2, D] of the probe pictures are those of the tower as it is, but for rounding.
-
-    What most embeddings have in common would hide an error, so what the two differ by is compared too, where a tower
-    tells them apart at all (one with random weights may not).
-    """
-    if embeds.shape != expected.shape or not bool(embeds.isfinite().all()):
-        return not bool(expected.isfinite().all()) and embeds.shape == expected.shape
-    tolerance = _TOLERANCE[precision]
-    lengths = expected.norm(dim=1)
-    if bool(((embeds - expected).norm(dim=1) > tolerance * lengths).any()):
-        return False
-    difference, wanted = embeds[0] - embeds[1], expected[0] - expected[1]
-    told_apart = bool(wanted.norm() > tolerance * lengths.mean())
-    return not told_apart or bool(torch.cosine_similarity(difference, wanted, dim=0) >= _CENTRED)
-
-
-def remembered_choice(base: PreTrainedModel, engine: ImageEngine) -> bool | None:
-    """Whether this engine was measured to be faster than the tower as it is, on this machine; None if never."""
-    with suppress(ArtifactError):
-        seconds = read_sealed(_file()).get(_key(base, engine))
-        if isinstance(seconds, Mapping) and all(isinstance(seconds.get(key), float) for key in ("engine", "stock")):
-            return bool(seconds["engine"] <= seconds["stock"])
-    return None
-
-
-def is_faster(
-    base: PreTrainedModel, engine: ImageEngine, run: Callable[[], Any], stock: Callable[[], Any], threads: int
-) -> bool:
-    """Time both on so many threads, in turn, and remember which was faster; `run` and `stock` embed the same."""
-    best = {"engine": float("inf"), "stock": float("inf")}
-    cores = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for number in range(_ROUNDS + 1):
-            for name, work in (("engine", run), ("stock", stock)):
-                seconds = _seconds(work)
-                if number:  # the first round warms up
-                    best[name] = min(best[name], seconds)
-    finally:
-        torch.set_num_threads(cores)
-    with suppress(ArtifactError):  # what cannot be remembered is measured again
-        write_sealed(_file(), {**_remembered(), _key(base, engine): best})
-    return best["engine"] <= best["stock"]
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _remembered() -> dict[str, Any]:
-    try:
-        return read_sealed(_file())
-    except ArtifactError:
-        return {}
-
-
-def _file() -> Path:
-    return cache_root() / "engines.json"
-
-
-def _key(base: PreTrainedModel, engine: ImageEngine) -> str:
-    """What a speed depends on: the processor, the libraries, the tower's shape and the engine."""
-    vision = getattr(base.config, "vision_config", base.config)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    shape = [base.config.model_type, *(getattr(vision, name, None) for name in names)]
-    return json.dumps([_processor(), os.cpu_count(), torch.__version__, shape, engine.name])
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
-
-
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
-
-
 _LARGEST_REUSED = 31 << 20  # bytes; glibc's limit is 32 MiB
-
-
 _LARGE = 512  # width of a tower from which bf16 pays
 
 
@@ -386,7 +282,7 @@ def make_engine(
     on_cpu = parameter.device.type == "cpu"
     half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
     clip_like = family_of(base).clip_layers
-    wide = getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE
+    wide = _is_wide(base)
     if precision == "auto" and engine != "onnxruntime":
         precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
     precision = "fp32" if precision == "auto" else precision
@@ -417,6 +313,29 @@ def make_engine(
             normalisation is not None,
         )
     return openvino_engine(base, precision) if engine == "openvino" else onnxruntime_engine(base, precision)
+
+
+def candidates(base: PreTrainedModel, precision: str = "auto") -> list[tuple[str, str]]:
+    """Engine and precision of what may be chosen automatically for a base beside the tower as it is.
+
+    What is installed, fits and changes no more than last bits; the quickest to get ready first. `precision` "fp32"
+    leaves bf16 out. OpenVINO's bf16 moves accuracies more than torch's, and `torch.compile` was slower than the
+    rewritten tower where it was tried, so neither is among them.
+    """
+    parameter = next(getattr(base, "vision_model", base).parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return []
+    found = [("torch", "fp32")]
+    if precision == "auto" and _is_wide(base) and cpu_has_bf16():
+        found.append(("torch", "bf16"))
+    if family_of(base).clip_layers:
+        packages = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
+        found += [(name, "fp32") for name, needed in packages.items() if all(map(importlib.util.find_spec, needed))]
+    return found
+
+
+def _is_wide(base: PreTrainedModel) -> bool:
+    return bool(getattr(getattr(base.config, "vision_config", None), "hidden_size", 0) >= _LARGE)
 
 
 def engine_of_watched(base: PreTrainedModel, instead_of: str) -> ImageEngine | None:

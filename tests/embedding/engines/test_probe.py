@@ -15,9 +15,10 @@ from torch.nn.utils import parametrize
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.embedding import embedder as embedding
 from taskres_hf.embedding.embedder import Embedder
-from taskres_hf.embedding.engines import choose, onednn
-from taskres_hf.embedding.engines.choose import agrees, make_engine, probe_pictures
+from taskres_hf.embedding.engines import choose, onednn, proving
+from taskres_hf.embedding.engines.choose import ImageEngine, make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
+from taskres_hf.embedding.engines.proving import Proof, agrees, fastest, probe_pictures
 
 Model = TaskResCLIPForImageClassification
 
@@ -182,89 +183,152 @@ def test_what_most_embeddings_have_in_common_does_not_hide_an_error(precision: s
     assert len({picture.tobytes() for picture in probe_pictures()}) == 2
 
 
-def _timed(monkeypatch: pytest.MonkeyPatch, cache: Path, engine: float, stock: float) -> list[float]:
-    """Let measuring find these seconds, in turn; what was measured."""
+def _paced(monkeypatch: pytest.MonkeyPatch, cache: Path, **seconds: float) -> list[str]:
+    """Let each form take these seconds a picture (`stock`, `torch_bf16`, ...), others 9; what was timed, in order."""
     monkeypatch.setenv("TASKRES_CACHE", str(cache))
-    measured: list[float] = []
+    measured: list[str] = []
 
-    def seconds(work: Any) -> float:
-        if len(measured) < 2:  # each form once
-            work()
-        measured.append(stock if len(measured) % 2 else engine)
-        return measured[-1]
+    def pace(self: Embedder, engine: ImageEngine) -> float:
+        name = "stock" if engine.is_stock else engine.name
+        measured.append(name)
+        return seconds.get(name.replace("-", "_"), 9.0)
 
-    monkeypatch.setattr(choose, "_seconds", seconds)
+    monkeypatch.setattr(Embedder, "_pace", pace)
     return measured
 
 
-@pytest.mark.parametrize(("seconds", "name"), [(1.0, "torch-bf16"), (3.0, "torch-fp32")])
-def test_the_automatic_engine_is_not_slower_than_the_tower_as_it_is(
-    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float, name: str
-) -> None:
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies bf16, and a tower that is large enough for it."""
     monkeypatch.setattr(choose, "_LARGE", 1)
     monkeypatch.setattr(choose, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(embedding, "_LARGE_JOB", 3)
-    measured = _timed(monkeypatch, tmp_path, seconds, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("stock", "fp32", "bf16", "name"),
+    [(2.0, 3.0, 1.0, "torch-bf16"), (2.0, 3.0, 4.0, "stock"), (2.0, 1.0, 1.5, "torch-fp32")],
+)
+def test_the_automatic_engine_is_the_fastest_right_one(
+    model: Model, wide: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    stock: float, fp32: float, bf16: float, name: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(embedding, "_PAYS", float("inf"))  # nothing is converted for it
+    measured = _paced(monkeypatch, tmp_path, stock=stock, torch_fp32=fp32, torch_bf16=bf16)
+
+    def chosen(embedder: Embedder) -> str:
+        return "stock" if embedder.engine.is_stock else embedder.engine.name
+
     small = Embedder(model.clip, model.image_processor, "auto", "auto")
     small.get_ready(small.batch_size)
-    assert small.engine.name == "torch-bf16"
+    assert chosen(small) == "torch-bf16"
     assert not measured  # it would take longer than it could save
     large = Embedder(model.clip, model.image_processor, "auto", "auto")
     large.get_ready(3 * large.batch_size)
-    assert measured
-    assert large.engine.name == name
+    assert set(measured) == {"stock", "torch-fp32", "torch-bf16"}
+    assert chosen(large) == name
     del measured[:]
     again = Embedder(model.clip, model.image_processor, "auto", "auto")  # of any size: remembered
-    assert again.engine.name == name
+    assert chosen(again) == name
     again.get_ready(3 * again.batch_size)
     assert not measured
+    exact = Embedder(model.clip, model.image_processor, "auto", "fp32")
+    assert chosen(exact) == ("torch-fp32" if fp32 < stock else "stock")
     for precision in ("bf16", "fp32"):  # what was asked for is what runs
         asked = Embedder(model.clip, model.image_processor, "torch", precision)
         asked.get_ready(10**6)
-        assert asked.engine.name == f"torch-{precision}"
-        assert not asked.engine.is_stock
+        assert chosen(asked) == f"torch-{precision}"
 
 
-def test_a_choice_stays_on_several_cores(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Measured anew, two forms that are as fast would take turns, and with them last bits of what is embedded."""
-    monkeypatch.setattr(embedding, "_LARGE_JOB", 4)
-    measured = _timed(monkeypatch, tmp_path, 3.0, 2.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        Embedder(model.clip, model.image_processor, "auto").get_ready(10**4)
-        del measured[:]
-        again = Embedder(model.clip, model.image_processor, "auto")
-        again.get_ready(10**4)
-    finally:
-        torch.set_num_threads(threads)
-    assert again.engine.is_stock
-    assert not measured
+def test_converting_is_tried_where_the_job_is_long(
+    model: Model, wide: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    measured = _paced(monkeypatch, tmp_path, stock=2.0, torch_fp32=1.5, torch_bf16=1.6, openvino_fp32=1.0)
+    monkeypatch.setattr(embedding, "SECONDS_TO_PREPARE", {"torch": 0.0, "openvino": 100.0, "onnxruntime": 1e9})
+    embedder = Embedder(model.clip, model.image_processor, "auto", "auto")
+    embedder.get_ready(3 * embedder.batch_size)
+    assert "openvino-fp32" not in measured
+    assert embedder.engine.name == "torch-fp32"
+    embedder = Embedder(model.clip, model.image_processor, "auto", "auto")
+    embedder.get_ready(10**4)
+    assert set(measured) == {"stock", "torch-fp32", "torch-bf16", "openvino-fp32"}
+    assert embedder.engine.name == "openvino-fp32"
+    pictures = probe_pictures()
+    stock = Embedder(model.clip, model.image_processor, "torch", "fp32")(pictures)
+    torch.testing.assert_close(embedder(pictures), stock, atol=1e-4, rtol=1e-4)
+
+
+def test_a_form_that_is_wrong_or_cannot_run_is_never_chosen(
+    model: Model, wide: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However fast it is."""
+    _paced(monkeypatch, tmp_path, torch_fp32=0.1, torch_bf16=0.2, torch_int8=0.3, stock=5.0)
+    real = choose.rewritten
+
+    def turned(base: Any, dtype: Any = None, *rest: Any) -> Any:
+        if dtype is torch.bfloat16:
+            raise RuntimeError("no such instruction\nat 0x0")
+        tower = real(base, dtype, *rest)
+        tower._modules["visual_projection"] = nn.Sequential(tower._modules["visual_projection"], Turned())
+        return tower
+
+    class Turned(nn.Module):
+        def forward(self, embeds: Tensor) -> Tensor:
+            return embeds + 0.2 * embeds.norm(dim=-1, keepdim=True) * F.normalize(embeds.flip(-1), dim=-1)
+
+    monkeypatch.setattr(choose, "rewritten", turned)
+    embedder = Embedder(model.clip, model.image_processor, "auto", "auto")
+    proofs = embedder.prove()
+    assert proofs["torch-fp32"].reason == "gives other embeddings"
+    assert proofs["torch-fp32"].seconds is None
+    assert proofs["torch-bf16"].reason == "RuntimeError: no such instruction"
+    assert fastest(proofs, embedder.candidates()) in ("stock", "openvino-fp32", "onnxruntime-fp32")
+    assert embedder.engine.name == "torch-bf16"  # trying leaves the embedder as it was
+
+
+def test_a_cosine_tells_more_of_what_is_chosen_automatically() -> None:
+    """Errors that one who asked for bf16 accepts, but nobody who asked for nothing."""
+    torch.manual_seed(0)
+    expected = F.normalize(torch.ones(64), dim=0) + 0.3 * F.normalize(torch.randn(2, 64), dim=1)
+    off = expected + 0.04 * F.normalize(torch.randn(2, 64), dim=1)
+    assert agrees(off, expected, "bf16")
+    assert not agrees(off, expected, "bf16", proving.CENTRED)
+
+
+def test_no_choice_without_the_tower_as_it_is() -> None:
+    assert fastest({"torch-fp32": Proof(None, 0.1)}, ["torch-fp32"]) is None
+    assert fastest({}, ["torch-fp32"]) is None
+    proofs = {"stock": Proof(None, 1.0), "torch-bf16": Proof(None, 0.1), "torch-int8": Proof("on request", 0.01)}
+    assert fastest(proofs, ["torch-fp32", "torch-int8"]) == "stock"
 
 
 def test_what_is_remembered_is_of_this_machine_and_tower(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(embedding, "_LARGE_JOB", 1)
-    _timed(monkeypatch, tmp_path, 3.0, 2.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # of which one is used while measuring, as in embedding
-    try:
-        Embedder(model.clip, model.image_processor, "auto").get_ready(10**4)
-        assert torch.get_num_threads() == 2
-        assert Embedder(model.clip, model.image_processor, "auto").engine.is_stock
-    finally:
-        torch.set_num_threads(threads)
+    _paced(monkeypatch, tmp_path, stock=2.0)
+    Embedder(model.clip, model.image_processor, "auto").get_ready(10**4)
     assert Embedder(model.clip, model.image_processor, "auto").engine.is_stock
-    for attribute, value in (
-        ("_processor", lambda: "another"),
-        ("torch", type("T", (), {**vars(torch), "__version__": "9"})),
-    ):
+    for attribute, value in (("processor", lambda: "another"), ("_versions", lambda: ["9"])):
         with monkeypatch.context() as patch:
-            patch.setattr(choose, attribute, value)
+            patch.setattr(proving, attribute, value)
             assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock
-    (tmp_path / "engines.json").write_text(json.dumps({"x": 1})[:-1])
-    assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock
+    for content in (json.dumps({"x": 1})[:-1], "[]", "{}"):
+        (tmp_path / "engines.json").write_text(content)
+        assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock
+
+
+def test_the_pace_is_of_pictures_that_are_all_embedded(model: Model) -> None:
+    embedder = Embedder(model.clip, model.image_processor, "auto")
+    threads = torch.get_num_threads()
+    for cores in (1, 2):
+        torch.set_num_threads(cores)
+        try:
+            assert embedder._pace(choose.stock_engine(model.clip)) > 0
+            assert torch.get_num_threads() == cores
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _classes(model: Model) -> dict[str, type]:
