@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .base_model import (
+    advise_on_dtype,
     check_same_base,
     check_tokens,
     check_weights,
@@ -203,6 +204,15 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "
                 f"{getattr(theirs, name)!r} there."
             )
+    kinds = [getattr(config, "base_classifier", None) for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        told = [
+            {"head": "the rows of the pretrained head", "class_means": "class means"}.get(str(k), "text") for k in kinds
+        ]
+        raise ConfigurationError(
+            f"The classifiers are made on different base classifiers: {told[0]} here and {told[1]} there. "
+            "Make both on the same (base_classifier=), or load the other by itself."
+        )
     if image_sides_differ(*((config.base_fingerprint or {}).get("image") for config in (ours, theirs))):
         raise ConfigurationError(
             "The classifiers have different bases: the weights of their image towers differ, though not their names."
@@ -315,6 +325,7 @@ def base_for_classes(
         write_table(cached_table_path(source, prompts, average), table)
         if base.dtype != target:
             base.to(target)
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 
@@ -405,6 +416,7 @@ def base_for_artifact(
             now = fingerprint(table, prompts, average, image_sketch(light.weights), light.score)
             if not accept_mismatch:
                 check_fingerprint(now, stored, source.name)
+            advise_on_dtype(light.base)
             return PreparedBase(light.base, table, now, source)
         base, commit, target = load_base_fp32(source, dtype, options)
         source = replace(source, revision=commit)
@@ -430,6 +442,7 @@ def base_for_artifact(
         write_table(kept, table)
         if target is not None and base.dtype != target:
             base.to(target)  # type: ignore[arg-type]
+    advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from .encoders import (
     BaseSource,
     config_file,
     content_of,
+    cpu_has_bf16,
     family_of,
     other_format,
     read_config,
@@ -34,6 +36,7 @@ from .errors import (
     MissingExtraError,
     TextTowerNotLoadedError,
 )
+from .openclip import CONFIG_FILE, load_open_clip
 
 # What has both towers and still is no base, by `model_type`.
 _NO_SINGLE_EMBEDDING = {
@@ -70,7 +73,12 @@ def load_base(
     path = config_file(source)
     commit = None if os.path.isdir(source.name) else extract_commit_hash(path, None)
     _check_model_type(source, path)
-    model, missing = from_files(source, commit, AutoModel, dtype, model_kwargs, family_of)
+    model: Any
+    missing: list[str]
+    if os.path.basename(path) == CONFIG_FILE:
+        model, missing = load_open_clip(source, commit, dtype, model_kwargs), []
+    else:
+        model, missing = from_files(source, commit, AutoModel, dtype, model_kwargs, family_of)
     if missing:
         raise BaseModelError(
             f"The base model {source.name!r} lacks {len(missing)} weights, such as {missing[0]}: transformers would "
@@ -103,7 +111,11 @@ def from_files(
     at = {**source.hub, "revision": commit or source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         with source.asking():
-            check(AutoConfig.from_pretrained(source.name, **at))
+            config = AutoConfig.from_pretrained(source.name, **at)
+            check(config)
+            if isinstance(getattr(config, "model_args", None), dict):
+                config.model_args.pop("num_classes", None)  # timm writes it there too, and transformers gives it itself
+                options = {**options, "config": config}
             model, notes = auto.from_pretrained(
                 source.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **at, **options
             )
@@ -374,6 +386,23 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     return known  # type: ignore[no-any-return]
 
 
+def advise_on_dtype(base: PreTrainedModel) -> None:
+    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
+    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
+    if native is not None and base.device.type == "cpu" and not native():
+        warnings.warn(
+            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
+            "which is several times slower than fp32. Pass dtype=torch.float32.",
+            stacklevel=3,
+        )
+
+
+def _cpu_has_fp16() -> bool:
+    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
+    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
+    return probe is not None and bool(probe())
+
+
 # ---------------------------------------------------------------------- what it is, and what is none
 
 
@@ -385,6 +414,8 @@ def _check_model_type(source: BaseSource, path: str) -> None:
     """
     name, config = source.name, read_config(source, path)
     kind = config.get("model_type")
+    if os.path.basename(path) == CONFIG_FILE:
+        return
     if kind in FAMILIES:
         if "auto_map" in config:
             check_own_code(source)

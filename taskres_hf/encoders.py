@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.import_utils import is_torchvision_available
 
 from .errors import ArtifactError, BaseModelError, ConfigurationError, asking_for, else_cached, warn_if_moved
+from .openclip import load_open_clip_tokenizer, of_transformers, open_clip_config, open_clip_image_processor, plain_name
 from .storage import is_path, read_json, write_json
 
 _PADDINGS = ("longest", "max_length")
@@ -90,6 +91,8 @@ FAMILIES: dict[str, EncoderFamily] = {
     "jina_clip": EncoderFamily(),  # code of its own: runs only where trust_remote_code allows it
     "align": EncoderFamily(score="temperature"),
     "siglip": EncoderFamily(**_SIGLIP, text_modules=("text_model",), clip_layers=True),
+    # Read by open_clip itself, see `openclip`: its tokenizers pad as in pretraining; without a bias theirs is 0.
+    "open_clip": EncoderFamily(padding="max_length", attention_mask=False, score="exp_scale_bias"),
     "siglip2": EncoderFamily(**_SIGLIP, image_inputs=("pixel_values", "pixel_attention_mask", "spatial_shapes")),
 }
 
@@ -171,6 +174,7 @@ class BaseSource:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hub", HubOptions(self.hub))  # which keeps the token to itself
+        object.__setattr__(self, "name", plain_name(self.name))
 
     def asking(self) -> AbstractContextManager[None]:
         """Around downloads: a `HubError` that names the base, how it was asked for and what to do."""
@@ -198,33 +202,33 @@ class BaseSource:
         """The commit its revision is now; the revision itself where that cannot be told, None for a folder."""
         if not self.name or is_path(self.name):
             return None
-        path = self.file("config.json")
+        path = self.file("config.json") or open_clip_config(self, None)
         return (extract_commit_hash(path, None) if path else None) or self.revision
 
 
 # A file that tells what a folder or repository is instead, and what to do then.
 _OTHER_FORMATS = {
     "model_index.json": ("a diffusers pipeline", "Give a CLIP model that has both towers, not a pipeline."),
-    "open_clip_config.json": ("an open_clip checkpoint", "{open_clip}"),
     "open_clip_model.safetensors": ("an open_clip checkpoint", "{open_clip}"),
     "open_clip_pytorch_model.bin": ("an open_clip checkpoint", "{open_clip}"),
     "adapter_config.json": ("a PEFT adapter", "Merge it into its base model, save that, and give that folder."),
     "modules.json": ("a sentence-transformers model", "Give the CLIP model inside it, such as its folder 0_CLIPModel."),
 }
 OPEN_CLIP = (
-    "Use the same model in transformers' format (many have one on the Hub), or convert it with the script "
-    "convert_clip_original_pytorch_to_hf.py of transformers."
+    "Give it as open_clip saves it for the Hub, open_clip_config.json beside open_clip_model.safetensors, or the same "
+    "model in transformers' format (many have one on the Hub)."
 )
 
 
 def config_file(source: BaseSource) -> str:
-    """The base's config.json."""
+    """The base's config.json, or what open_clip has in its place."""
     name = source.name
     if is_path(name) and not os.path.isdir(name):
         kind = "is a file: give the folder of the model" if os.path.isfile(name) else "does not exist: check the path"
         raise BaseModelError(f"The base model {name!r} {kind}, or a Hub id such as openai/clip-vit-base-patch32.")
     if os.path.isdir(name):
         path = source.file("config.json")
+        path = open_clip_config(source, path) or path
         if path is not None:
             return path
     else:
@@ -236,11 +240,15 @@ def config_file(source: BaseSource) -> str:
             if found is not None:
                 if not isinstance(known, str) or source.revision is None:
                     warn_if_moved("base model", name, source.revision, source.hub)
-                return str(found)
+                return str(open_clip_config(source, found) or found)
         except OSError as error:
             cause = error.__cause__  # of the two, the second says only that the Hub could not be asked
             if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
                 raise
+        with source.asking():
+            found = open_clip_config(source, None)
+        if found is not None:
+            return found
     raise BaseModelError(
         other_format(source)
         or f"The base model {name!r} has no config.json; {content_of(source)}. Give a model in "
@@ -289,7 +297,7 @@ def base_name(base_model: Any) -> str:
         family_of(base_model)
         return str(base_model.config._name_or_path)
     if isinstance(base_model, str | os.PathLike):
-        return str(os.fspath(base_model))
+        return plain_name(str(os.fspath(base_model)))
     hint = ": give merge_and_unload() of it" if hasattr(base_model, "merge_and_unload") else ""
     raise BaseModelError(
         f"The base model must be a Hub id, a folder or a transformers model; got a {type(base_model).__name__}{hint}."
@@ -323,6 +331,8 @@ def load_tokenizer(source: BaseSource) -> Any:
     Raises:
         BaseModelError: its files are not there; transformers would make an empty one.
     """
+    if open_clip_config(source, source.file("config.json")) is not None:
+        return load_open_clip_tokenizer(source)
     try:
         with source.asking():
             at = {"pretrained_model_name_or_path": source.name, "revision": source.revision, **source.hub}
@@ -366,8 +376,12 @@ def load_image_processor(source: BaseSource, values: Mapping[str, Any] | None = 
     try:
         with asking_for(f"The image processor of {source.name}", source.name, source.revision):
             load = partial(AutoImageProcessor.from_pretrained, source.name, **options)
-            return else_cached(load, revision=source.revision, **source.hub)
-    except ValueError as error:
+            return of_transformers(else_cached(load, revision=source.revision, **source.hub))
+    except (ValueError, OSError) as error:
+        if open_clip_config(source, source.file("config.json")) is not None:
+            return open_clip_image_processor(source)
+        if isinstance(error, OSError):
+            raise
         why = " ".join(str(error).split())[:200]
         raise BaseModelError(f"{source.name!r} has no image processor that loads (code is not run): {why}") from error
 
@@ -469,23 +483,6 @@ def image_weights_digest(base: PreTrainedModel) -> str:
         sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
     return digest.hexdigest()
-
-
-def advise_on_dtype(base: PreTrainedModel) -> None:
-    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
-    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
-    if native is not None and base.device.type == "cpu" and not native():
-        warnings.warn(
-            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
-            "which is several times slower than fp32. Pass dtype=torch.float32.",
-            stacklevel=3,
-        )
-
-
-def _cpu_has_fp16() -> bool:
-    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
-    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
-    return probe is not None and bool(probe())
 
 
 def cpu_has_bf16() -> bool:

@@ -19,7 +19,6 @@ from .classes import ChangesClasses
 from .configuration_taskres import TaskResConfig, apply_config, base_options, model_class_of, split_hub_kwargs
 from .encoders import (
     BaseSource,
-    advise_on_dtype,
     base_name,
     image_features,
     load_image_processor,
@@ -148,7 +147,6 @@ class TaskResCLIPForImageClassification(
 
         made = cls._on_base(config, make, base_model, revision, dtype, trust_remote_code, kwargs)
         made._image_processor, made._tokenizer = image_processor, tokenizer
-        advise_on_dtype(made.clip)
         return made  # type: ignore[no-any-return]
 
     @classmethod
@@ -254,7 +252,6 @@ class TaskResCLIPForImageClassification(
         model.classifier.shift, model.classifier.class_bias = tensors.get(SHIFT), tensors.get(CLASS_BIAS)
         model._base_source, model._processor_values = source, processor
         model._processor_source = BaseSource(name, revision, {**hub, **({"subfolder": subfolder} if subfolder else {})})
-        advise_on_dtype(base)
         _place_head(model).train(False)
         return (model, {key: set() for key in _NOTES}) if output_loading_info else model
 

@@ -15,7 +15,7 @@ from test_encoders import NAMES, copied
 from transformers import AutoTokenizer, CLIPModel
 
 from taskres_hf import TaskResCLIPForImageClassification as Model
-from taskres_hf import encoders
+from taskres_hf import base_model
 from taskres_hf.errors import BaseModelError, ConfigurationError, MissingExtraError
 
 
@@ -61,11 +61,11 @@ def test_dtypes_that_no_base_runs_in(base: str) -> None:
 
 
 def test_a_dtype_that_the_processor_lacks_is_said_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: False)
     with pytest.warns(UserWarning, match=r"bfloat16.*several times slower.*dtype=torch.float32") as caught:
         Model.from_base(base, NAMES, dtype=torch.bfloat16)
     assert len(caught) == 1
-    monkeypatch.setattr(encoders, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Model.from_base(base, NAMES, dtype=torch.bfloat16)

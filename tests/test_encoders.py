@@ -63,7 +63,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, bytes], str]] = {
     ),
     "tensorflow": (("model.safetensors",), {"tf_model__h5": b"x"}, "tf_model.h5"),
     "no weights": (("model.safetensors",), {}, r"no model\.safetensors"),
-    "open_clip": (("config.json", "model.safetensors"), {"open_clip_config__json": b"{}"}, "open_clip checkpoint"),
+    "open_clip": (("config.json",), {"open_clip_config__json": b"{}"}, r"open_clip_config\.json .* damaged"),
     "open_clip config": (("config.json",), {"config__json": b'{"model_cfg": {}}'}, "open_clip checkpoint"),
     "diffusers": (("config.json", "model.safetensors"), {"model_index__json": b"{}"}, "diffusers pipeline"),
     "sentence-transformers": (("config.json",), {"modules__json": b"[]"}, "0_CLIPModel"),

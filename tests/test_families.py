@@ -121,7 +121,7 @@ def test_the_table_of_the_docs() -> None:
     rows = []
     for name, row in sorted(FAMILIES.items()):
         marks = ["its own" if row.text_length else row.padding, row.score, "yes" if row.clip_layers else "no"]
-        marks.append("of its own" if name == "jina_clip" else "of transformers")
+        marks.append({"jina_clip": "of its own", "open_clip": "of open_clip"}.get(name, "of transformers"))
         rows.append(f"| `{name}` | {' | '.join(marks)} |")
     _, *found = re.findall(r"^\| `.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)  # under the heading
     assert found == rows

@@ -9,6 +9,10 @@ from torch import Tensor
 from ..vision.linear_head import SCALE
 from .whitened import WhitenedFit, fit_beside, number_type, refuse_broken
 
+# A head's logits are smaller than CLIP's, so a fit beside them is too sure of itself by more, and must not be thrown
+# away for that: at 4 it was, see docs/vision-only.md.
+_RELUCTANCE = 0.3
+
 
 @torch.no_grad()
 def fit_whitened_beside(
@@ -34,8 +38,9 @@ def fit_whitened_beside(
     f, w = (one.detach().to("cpu", dtype) for one in (images, weight))
     length = max(float(f.pow(2).sum(1).mean().sqrt()), 1e-12)
     own = torch.zeros(len(w), dtype=dtype) if bias is None else bias.detach().to("cpu", dtype)
+    unit = F.normalize(f, dim=1)
     rows, more, chosen = fit_beside(
-        f / length, F.normalize(f, dim=1), labels.cpu(), f @ w.T + own, SCALE, views, iterations
+        f / length, unit, labels.cpu(), f @ w.T + own, SCALE, views, iterations, _RELUCTANCE
     )
     return WhitenedFit(
         (chosen["temperature"] * (w + rows / length)).double(), (chosen["temperature"] * own).double() + more, chosen

@@ -68,8 +68,7 @@ def refuse_broken(images: Tensor) -> None:
         )
 
 
-def number_type(logits: int) -> torch.dtype:
-    """What to count in."""
+def number_type(logits: int) -> torch.dtype:  # to count in
     return torch.float32 if logits > _MANY else torch.float64
 
 
@@ -101,8 +100,9 @@ def fit_whitened(
 
 
 def fit_beside(
-    f: Tensor, unit: Tensor, y: Tensor, text: Tensor, logit_scale: float, views: int, iterations: int
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    f: Tensor, unit: Tensor, y: Tensor, text: Tensor, logit_scale: float, views: int, iterations: int,
+    reluctance: float = 4.0,  # of a temperature other than 1, where the fit is held against zero-shot
+) -> tuple[Tensor, Tensor, dict[str, Any]]:  # fmt: skip
     """What is learned beside logits `text` [V * N, K]: rows [K, D] before the temperature, bias [K] after it."""
     # `unit` are the embeddings f [V * N, D] at unit length, by which pictures are compared.
     large, classes = text.numel() > _LARGE, text.shape[1]
@@ -116,7 +116,7 @@ def fit_beside(
     strength = SHARE * (1.0 - told * (1.0 - means_told)) * (1.0 + _FOR_MEANS * means_told**2)
     chosen: dict[str, Any] = {}
     if held.spaces:
-        kept, temperature, chosen["gain"] = held.judge(strength)
+        kept, temperature, chosen["gain"] = held.judge(strength, reluctance)
     else:
         pictures = float(weights.sum())
         kept = pictures / (pictures + _TEXT_PICTURES * told)
@@ -355,7 +355,7 @@ class _HeldOut:
         places = torch.cat(self.out)
         return _information(logits, self.problem.y[places], self.problem.weights[places])
 
-    def judge(self, strength: float) -> tuple[float, float, float]:
+    def judge(self, strength: float, reluctance: float) -> tuple[float, float, float]:
         """How much of the fit to keep against zero-shot, the temperature, and by how much the fit raises the log of
         what all classes together claim of a picture: what a class that is added later must be given too.
         """
@@ -377,7 +377,7 @@ class _HeldOut:
             tried = [(_log_loss(t * logits, y, weights) + reluctance * math.log(t) ** 2, t) for t in temperatures]
             return min(tried)
 
-        kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, 4.0)[0] - best(text, 4.0)[0] - 3.0)))
+        kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, reluctance)[0] - best(text, reluctance)[0] - 3.0)))
         fitted = text + kept * more
         temperature = best(fitted, 0.3)[1]
         claims = [torch.logsumexp(temperature * logits, dim=1) for logits in (fitted, text)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..base_classifier import PreparedBase
 from ..configuration_taskres import TaskResConfig
-from ..encoders import BaseSource, advise_on_dtype
+from ..encoders import BaseSource
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from .labels import CLASS_MEANS, HEAD, choose_labels
@@ -135,7 +135,6 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
             config, make, base, revision, dtype, trust_remote_code, kwargs
         )
         made._image_processor = image_processor
-        advise_on_dtype(made.clip)
         return made
 
     @classmethod

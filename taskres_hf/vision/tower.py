@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.hub import extract_commit_hash
 
 from ..base_classifier import PreparedBase, check_fingerprint, fingerprint, image_sketch
-from ..base_model import check_own_code, check_weights, from_files, torch_dtype
+from ..base_model import advise_on_dtype, check_own_code, check_weights, from_files, torch_dtype
 from ..encoders import FAMILIES, BaseSource, EncoderFamily, config_file, read_config
 from ..errors import ArtifactError, BaseModelError
 from .labels import CLASS_MEANS, HEAD, match_labels
@@ -97,6 +97,11 @@ def _of_timm(config: Mapping[str, Any]) -> bool:
     return "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
 
 
+def _classes_of_timm(config: Mapping[str, Any]) -> Any:
+    """How many classes the head of a timm model has, 0 where there is none; as timm or transformers saved it."""
+    return config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes"))
+
+
 def _head_of(model: PreTrainedModel) -> str | None:
     """The name of the linear layer that a classifier ends with; None where it has none."""
     if "ForImageClassification" not in type(model).__name__:
@@ -157,7 +162,8 @@ def load_tower(source: BaseSource, dtype: Any, options: Mapping[str, Any]) -> tu
         check_is_tower(found.model_type, source.name, code="auto_map" in config)
 
     kind = "timm_wrapper" if _of_timm(config) else config.get("model_type")
-    auto: Any = AutoModelForImageClassification if kind in CLASSIFIERS else AutoModel
+    headless = kind == "timm_wrapper" and _classes_of_timm(config) == 0
+    auto: Any = AutoModelForImageClassification if kind in CLASSIFIERS and not headless else AutoModel
     placed = "device_map" in options or "quantization_config" in options
     first = dtype if placed else torch.float32
     model, missing = from_files(source, commit, auto, first, options, check)
@@ -274,6 +280,7 @@ def prepared(
         )
     if dtype is not None and tower.dtype != dtype:
         tower.to(dtype)  # type: ignore[arg-type]
+    advise_on_dtype(tower)
     return PreparedBase(tower, table, now, source)
 
 

@@ -173,6 +173,17 @@ def test_two_tasks_over_one_tower(classifier: Callable[[str], str]) -> None:
     assert model.class_names == ["one", "two", "three"]
 
 
+def test_rows_of_a_head_and_class_means_do_not_serve_each_other(
+    classifier: Callable[[str], str], labels: list[str]
+) -> None:
+    """Their tower is one, and the refusal does not say otherwise."""
+    model = Model.from_base(classifier("vit"), labels[:2])
+    other = Model.from_base(classifier("vit"), ["red", "blue"])
+    for one, two in ((model, other), (other, model)):
+        with pytest.raises(ConfigurationError, match=r"different base classifiers: .*base_classifier="):
+            one.use_classifier(two)
+
+
 # ---------------------------------------------------------------------- the command line
 
 
