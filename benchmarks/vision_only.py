@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
 from taskres_hf import TaskResForImageClassification, TaskResTrainer, TaskResTrainingArguments
+from taskres_hf.alone.linear_head import LENGTH, SCALE, LinearHead
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.encoders import BaseSource, load_image_processor
 from taskres_hf.few_shot import few_shot_indices
@@ -37,7 +38,6 @@ from taskres_hf.residual import TaskResClassifier
 from taskres_hf.tables import Table
 from taskres_hf.training.recipes import recipe_for
 from taskres_hf.training.steps import fit
-from taskres_hf.vision.linear_head import LENGTH, SCALE, LinearHead
 
 from . import options as opt
 from .tasks import Task, described, draws, tasks

@@ -15,6 +15,7 @@ _PUBLIC = {
     "TaskResCLIPForImageClassification": "modeling_taskres",
     "ClassifierPool": "pool",
     "TaskResForImageClassification": "vision.modeling",
+    "TaskResForSequenceClassification": "language.modeling",
     "TaskResTrainer": "training",
     "TaskResTrainingArguments": "training",
     "sample_few_shot": "few_shot",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .data import load_training_data as load_training_data
     from .errors import TaskResError as TaskResError
     from .few_shot import sample_few_shot as sample_few_shot
+    from .language.modeling import TaskResForSequenceClassification as TaskResForSequenceClassification
     from .modeling_taskres import TaskResCLIPForImageClassification as TaskResCLIPForImageClassification
     from .pool import ClassifierPool as ClassifierPool
     from .residual import TaskResClassifier as TaskResClassifier

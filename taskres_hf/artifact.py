@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import ArtifactError, ConfigurationError, asking_for, else_cached, warn_if_moved
 from .prompts import class_prompts, prompts_digest
 from .schema import (
+    ALONE_VERSION,
     CLASS_BIAS,
     CONFIG,
     FORMAT_VERSION,
@@ -74,9 +75,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CLASS_BIAS", "CONFIG", "FORMAT_VERSION", "HEAD_VERSION", "PLAIN_VERSION", "PROCESSOR", "RESIDUAL", "SHIFT",
-    "WEIGHTS", "as_json", "check_loads", "commit_of", "find_artifact", "library_versions", "read_artifact",
-    "read_checked", "write_artifact",
+    "ALONE_VERSION", "CLASS_BIAS", "CONFIG", "FORMAT_VERSION", "HEAD_VERSION", "PLAIN_VERSION", "PROCESSOR",
+    "RESIDUAL", "SHIFT", "WEIGHTS", "as_json", "check_loads", "commit_of", "find_artifact", "library_versions",
+    "read_artifact", "read_checked", "write_artifact",
 ]  # fmt: skip
 _NESTED = "processor_config.json"  # where other libraries look for a processor first
 

@@ -53,6 +53,7 @@ _OTHER_PROMPTS = (
     "The class names, their order or the templates in config.json are not those the residual was trained with, so its "
     "rows would meet other classes. Restore config.json."
 )
+_SAME_BASE = ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim")
 _NO_IMAGE_SIDE = ("text_", "logit_", "temperature")
 
 
@@ -198,7 +199,7 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
     Raises:
         ConfigurationError: in name, commit, length of an embedding or the image tower's weights.
     """
-    for name in ("base_model_name_or_path", "base_model_revision", "base_model_subfolder", "projection_dim"):
+    for name in (*_SAME_BASE, "text_encoding"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigurationError(
                 f"The classifiers have different bases: {name} is {getattr(ours, name)!r} here and "

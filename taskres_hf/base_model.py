@@ -47,6 +47,7 @@ _OWN_CODE = (
     "trust_remote_code=True to from_base (--trust-remote-code), base_trust_remote_code=True to from_pretrained."
 )
 _IMAGE_ALONE = "TaskResForImageClassification.from_base learns on such a model without any text."
+_TEXT_ALONE = "TaskResForSequenceClassification.from_base classifies texts with it."
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -436,7 +437,7 @@ def _check_model_type(source: BaseSource, path: str) -> None:
     elif "vision" in str(kind) or {"image_size", "num_channels", "patch_size"} & set(config):
         what, advice = "an image model alone", f"{_IMAGE_ALONE} {advice}"
     elif "text" in str(kind) or "vocab_size" in config:
-        what = "a text-only model"
+        what, advice = "a text-only model", f"{_TEXT_ALONE} {advice}"
     else:
         what = "another kind of model"
     raise BaseModelError(

@@ -65,6 +65,7 @@ def model_card(
     """
     base, data, metrics = config.get("base_model_name_or_path"), config.get("data") or {}, config.get("metrics") or {}
     several = config.get("problem_type") == _SEVERAL
+    of_texts = config.get("text_encoding") is not None
     fields = _metadata(config, repo_id, tags)
     names = {int(index): name for index, name in config["id2label"].items()}
     template = resources.files("taskres_hf").joinpath("card_template.md").read_text(encoding="utf-8")
@@ -74,6 +75,8 @@ def model_card(
         repo_id=repo_id or "path/or/repo",
         base=base if is_hub_id(base) else _code(Path(base or "unknown").name),
         config=config,
+        kind="text" if of_texts else "image",
+        noun="text" if of_texts else "picture",
         classes=[cell(names[index]) for index in sorted(names)],
         templates=[_code(template) for template in config.get("templates") or []],
         metrics=metrics,
@@ -88,7 +91,7 @@ def model_card(
         few_shot=_cells(config.get("few_shot")),
         training=_cells(config.get("training")),
         changes=[cell(text) for text in told_changes(_mapping(config.get("training")))],
-        data=_cells({key: value for key, value in data.items() if not isinstance(value, Mapping)}),
+        data=_cells({_told(key, of_texts): one for key, one in data.items() if not isinstance(one, Mapping)}),
         versions=_cells(config.get("library_versions")),
     )
     card = RepoCard(str(text))
@@ -108,10 +111,11 @@ def _metadata(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | 
     several = config.get("problem_type") == _SEVERAL
     measured = "map" if several else "accuracy"
     clip = set() if config.get("base_classifier") else {"clip"}
+    task = "image-classification" if config.get("text_encoding") is None else "text-classification"
     fields: dict[str, Any] = {
         "library_name": "taskres_hf",
-        "pipeline_tag": "image-classification",
-        "tags": sorted({"taskres", "few-shot", "image-classification", *clip, *(tags or [])}),
+        "pipeline_tag": task,
+        "tags": sorted({"taskres", "few-shot", task, *clip, *(tags or [])}),
         "metrics": ["map", "f1"] if several else ["accuracy"],
     }
     if is_hub_id(base):
@@ -122,7 +126,7 @@ def _metadata(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | 
         fields["model_name"] = repo_id or "TaskRes classifier"
         fields["eval_results"] = [
             EvalResult(
-                task_type="image-classification",
+                task_type=task,
                 dataset_type=dataset or "custom",
                 dataset_name=data.get("name") or dataset or "custom",
                 metric_type=measured,
@@ -131,6 +135,10 @@ def _metadata(config: Mapping[str, Any], repo_id: str | None, tags: list[str] | 
             )
         ]
     return fields
+
+
+def _told(key: str, of_texts: bool) -> str:
+    return key.replace("images", "texts").replace("pictures", "texts") if of_texts else key
 
 
 def _interval(value: Any) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .artifact import FORMAT_VERSION, HEAD_VERSION, PLAIN_VERSION, library_versions
+from .artifact import ALONE_VERSION, FORMAT_VERSION, HEAD_VERSION, PLAIN_VERSION, library_versions
 from .errors import ConfigurationError
 from .prompts import DEFAULT_TEMPLATE, check_class_names, class_prompts, resolve_templates, sentences_by_class
 from .residual import AS_PUBLISHED, MULTI_LABEL, checked_alpha, setting
@@ -34,6 +34,7 @@ _FIXED = (
     "base_model_name_or_path", "base_model_revision", "projection_dim", "id2label", "templates", "class_descriptions",
     "prompt_names", "underscores", "prompt_average", "residual_side", "logit_scale", "logit_bias", "base_fingerprint",
     "normalize_weight", "logit_scale_factor", "problem_type", "base_classifier",
+    "text_encoding",
 )  # fmt: skip
 
 
@@ -89,7 +90,9 @@ class TaskResConfig(PreTrainedConfig):
         processor_sha256: checksum of preprocessor_config.json; None where the artifact has none.
         format_version: version of the artifact's layout.
         base_classifier: None over a dual encoder. Over an image tower alone `"head"`, whose labels the prompts then
-            are, or `"class_means"`, see `TaskResForImageClassification`.
+            are, or `"class_means"`, see `TaskResForImageClassification`. Of texts one of these or `"class_names"`.
+        text_encoding: of a classifier of texts, how one becomes an embedding (`language.encoding.TextEncoding`); else
+            None.
         problem_type: `"multi_label_classification"` where a picture may have several labels, or none; else one.
 
     Raises:
@@ -129,6 +132,7 @@ class TaskResConfig(PreTrainedConfig):
         logit_scale_factor: float = 1.0,
         format_version: int = PLAIN_VERSION,
         base_classifier: str | None = None,
+        text_encoding: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         recorded = dict(zip(RECORDED, (few_shot, training, metrics, data, enhanced_base, rejection), strict=True))
@@ -145,8 +149,7 @@ class TaskResConfig(PreTrainedConfig):
         self.templates = [DEFAULT_TEMPLATE] if templates is None else list(templates)
         self.class_descriptions = sentences_by_class(class_descriptions)
         self.prompt_names = prompt_names
-        self.underscores = underscores
-        self.prompt_average = prompt_average
+        self.underscores, self.prompt_average = underscores, prompt_average
         self.residual_side = residual_side
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
@@ -155,6 +158,7 @@ class TaskResConfig(PreTrainedConfig):
         self.residual_sha256 = residual_sha256
         self.processor_sha256 = processor_sha256
         self.format_version, self.base_classifier = format_version, base_classifier
+        self.text_encoding = text_encoding
         super().__init__(**kwargs)
         self.architectures = self.architectures or []  # by which transformers chooses between our two classes
 
@@ -264,13 +268,13 @@ class TaskResConfig(PreTrainedConfig):
         newest = biased or plain != set(AS_PUBLISHED) or self.problem_type == MULTI_LABEL
         self.library_versions, self.format_version = library_versions(), HEAD_VERSION if newest else PLAIN_VERSION
         if self.base_classifier is not None:
-            self.format_version = FORMAT_VERSION
+            self.format_version = ALONE_VERSION if self.text_encoding is None else FORMAT_VERSION
         values = {**self.to_diff_dict(), "base_model_name_or_path": base_name, "alpha": self.alpha}
         values["id2label"] = {str(key): value for key, value in (self.id2label or {}).items()}
         dtype = str(self.dtype).removeprefix("torch.")
         values["dtype"] = dtype if dtype in ("bfloat16", "float16") else "float32"  # no base is loaded in another
         dropped = {"auto_map", *plain} | (set() if enhanced else {"enhanced_base"})
-        dropped |= {key for key in ("rejection", "base_classifier") if not getattr(self, key)}
+        dropped |= {key for key in ("rejection", "base_classifier", "text_encoding") if not getattr(self, key)}
         values = {key: value for key, value in values.items() if key not in dropped}
         return values if auto_map is None else {**values, "auto_map": auto_map}
 
@@ -353,19 +357,33 @@ def split_hub_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     return hub, {key: value for key, value in kwargs.items() if key not in _HUB_KWARGS}
 
 
-def model_class_of(config: TaskResConfig, asked: Any) -> Any:
-    """The class that serves a saved classifier: the one asked for, or that of image towers alone.
+def model_class_of(config: TaskResConfig, asked: Any, by_auto: bool = False) -> Any:
+    """The class that serves a saved classifier: the one asked for, or where that is the general one, its own.
+
+    Args:
+        by_auto: whether a config came with it, as from `AutoModelForImageClassification`, whose callers give pictures.
 
     Raises:
-        ConfigurationError: that one is asked for, and the classifier is over a dual encoder.
+        ConfigurationError: the class asked for serves another kind.
     """
-    if config.base_classifier is not None:
-        from .vision.modeling import TaskResForImageClassification
+    from . import TaskResForImageClassification, TaskResForSequenceClassification
 
-        return TaskResForImageClassification if asked._reads_text else asked
-    if not asked._reads_text:
+    own: Any = TaskResForImageClassification if config.base_classifier is not None else None
+    own = own if config.text_encoding is None else TaskResForSequenceClassification
+    if own in (None, TaskResForImageClassification) and asked is TaskResForSequenceClassification:
+        raise ConfigurationError(
+            "The classifier is of pictures, not of texts: load it with TaskResCLIPForImageClassification, or with "
+            "AutoModelForImageClassification and pipeline('image-classification')."
+        )
+    for_pictures = asked is not own and (by_auto or asked is TaskResForImageClassification)
+    if own is TaskResForSequenceClassification and for_pictures:
+        raise ConfigurationError(
+            "The classifier is of texts, not of pictures: load it with TaskResForSequenceClassification, or with "
+            "AutoModelForSequenceClassification and pipeline('text-classification')."
+        )
+    if own is None and asked is TaskResForImageClassification:
         raise ConfigurationError(
             "The classifier is over a dual encoder, not over an image tower alone: load it with "
             "TaskResCLIPForImageClassification.from_pretrained, or with AutoModelForImageClassification."
         )
-    return asked
+    return own or asked

@@ -57,6 +57,7 @@ def describe(name_or_path: str | os.PathLike[str], revision: str | None = None, 
         },
         "enhanced_base": SHIFT in tensors and not config.get("base_classifier"),
         "base_classifier": config.get("base_classifier"),
+        "text_encoding": config.get("text_encoding"),
         "shots": few_shot.get("shots"),
         "seed": few_shot.get("seed"),
         "train_images": few_shot.get("num_images"),
@@ -117,11 +118,12 @@ def measured_on(metrics: Mapping[str, Any], strength: float = 1.0) -> str:
     """How an accuracy came about, in words: what it was measured on, on how many pictures, and at which strength where
     that is another than the classifier's own.
     """
-    count = f"{metrics.get('num_images', '?')} pictures"
+    noun = f"{metrics.get('noun', 'picture')}s"
+    count = f"{metrics.get('num_images', '?')} {noun}"
     if metrics.get("strength", 1.0) != strength:
         count += f", at strength {metrics.get('strength', 1.0)}"
     if metrics.get("method") == "cross-validation":
-        return f"the training pictures, {metrics.get('folds', '?')}-fold cross-validation ({count})"
+        return f"the training {noun}, {metrics.get('folds', '?')}-fold cross-validation ({count})"
     split = metrics.get("split") or "an evaluation set"
     chosen = ", which also chose the epoch" if metrics.get("method") == "validation" else ""
     return f"{split}{chosen} ({count})"

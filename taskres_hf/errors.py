@@ -6,6 +6,7 @@
     ├── DataError (ValueError)             a dataset cannot be used as it is
     │   ├── FewShotError                   a class has fewer images than the shots asked for
     │   └── ImageError                     a picture cannot be read
+    │       └── TextError                  a text is missing, empty or no text
     ├── BaseModelError (ValueError)        the base model is not one this library can wrap
     │   ├── BaseMismatchError              the base is no longer the one the residual was trained on
     │   └── TextTowerNotLoadedError        the text tower was not loaded (an AttributeError too)
@@ -49,6 +50,10 @@ class FewShotError(DataError):
 
 class ImageError(DataError):
     """A picture cannot be read."""
+
+
+class TextError(ImageError):
+    """A text is missing, empty or something else than text: as a picture that cannot be read."""
 
 
 class BaseModelError(TaskResError, ValueError):

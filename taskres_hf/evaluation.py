@@ -194,16 +194,19 @@ def compare_multi_label(
 
 _WHERE_ZERO_SHOT_IS_BETTER = {
     None: "Try more pictures or other prompts, or serve zero-shot.",
+    "class_names": "Try more texts or other templates, or serve zero-shot.",
     "head": "Zero-shot is the pretrained head alone: try more pictures, or serve that (strength 0).",
     "class_means": "Zero-shot is giving every picture the first class: try more pictures, or another base.",
 }
 
 
-def loss_to_zero_shot(metrics: Mapping[str, Any], base_classifier: str | None = None) -> str | None:
+def loss_to_zero_shot(
+    metrics: Mapping[str, Any], base_classifier: str | None = None, noun: str = "picture"
+) -> str | None:
     """A sentence that names the classes that lost, where training made the classifier worse than zero-shot.
 
     Args:
-        base_classifier: of the config; what zero-shot is over an image tower alone.
+        base_classifier: of the config; what zero-shot is over one tower alone. noun: what was classified.
     """
     if "map" in metrics:
         if metrics["map"] >= metrics["zero_shot_map"]:
@@ -225,6 +228,6 @@ def loss_to_zero_shot(metrics: Mapping[str, Any], base_classifier: str | None = 
     more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
     return (
         f"The trained classifier is below zero-shot: {100 * metrics['accuracy']:.1f} % against "
-        f"{100 * metrics['zero_shot_accuracy']:.1f} % of {metrics['num_images']} pictures. Classes that lost: "
-        f"{', '.join(lost[:10])}{more}. {_WHERE_ZERO_SHOT_IS_BETTER[base_classifier]}"
+        f"{100 * metrics['zero_shot_accuracy']:.1f} % of {metrics['num_images']} {noun}s. Classes that lost: "
+        f"{', '.join(lost[:10])}{more}. {_WHERE_ZERO_SHOT_IS_BETTER[base_classifier].replace('picture', noun)}"
     )

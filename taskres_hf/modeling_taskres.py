@@ -57,8 +57,8 @@ class TaskResCLIPForImageClassification(
     input_modalities: Any = ("image",)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = []  # noqa: RUF012 (the base class annotates it)
-    # What differs over an image tower alone, see `vision.modeling`.
-    _head_class, _base_for_artifact, _reads_text = TaskResClassifier, staticmethod(base_for_artifact), True
+    # What differs over one tower alone, see `vision.modeling` and `language.modeling`.
+    _head_class, _base_for_artifact = TaskResClassifier, staticmethod(base_for_artifact)
 
     def __init__(
         self, config: TaskResConfig, base: PreTrainedModel | None = None, base_classifier: Tensor | None = None
@@ -224,7 +224,7 @@ class TaskResCLIPForImageClassification(
         paths = find_artifact(pretrained_model_name_or_path, revision, subfolder, **hub)
         values, tensors, processor = read_artifact(*paths)
         loaded = TaskResConfig.from_dict(values)
-        cls = model_class_of(loaded, cls)
+        cls = model_class_of(loaded, cls, config is not None)
         apply_config(loaded, config, options)
         options = base_options(options, "from_pretrained", model_args)
         absorbed = getattr(config, "_attn_implementation_internal", None)  # AutoModel puts it into the config
@@ -435,8 +435,8 @@ class TaskResCLIPForImageClassification(
         config.architectures, config.dtype = [type(self).__name__], self.clip.dtype
         code = AUTO_MAP if include_code else None
         values = as_json(config.to_save(base_name, SHIFT in tensors, CLASS_BIAS in tensors, code))
-        has_processor = self._image_processor is not None or self._processor_source is not None
-        extra = side_files(self.image_processor if has_processor else None, include_code)
+        prepares = "image" in self.input_modalities and bool(self._image_processor or self._processor_source)
+        extra = side_files(self.image_processor if prepares else None, include_code)
         extra["README.md"] = card_for(values, kwargs.get("repo_id"), kwargs.get("tags"), Path(folder) / "README.md")
         write_artifact(folder, values, tensors, extra)
 

@@ -1,4 +1,4 @@
-"""Classify picture files with a trained model and write the answers as CSV, JSON lines or parquet.
+"""Classify picture files, or texts, with a trained model and write the answers as CSV, JSON lines or parquet.
 
 Answers go to `NAME.partial` beside the output as they come, one checked line each. When all are there, the output is
 made from it in one step: it is whole or absent, and a run that was killed goes on where it stopped.
@@ -23,8 +23,8 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from .embedding.embedder import Embedder
-from .errors import ArtifactError, ConfigurationError, ImageError
+from .embedding import Embedder, TextEmbedder
+from .errors import ArtifactError, ConfigurationError, ImageError, TextError
 from .modeling_taskres import TaskResCLIPForImageClassification
 from .pictures import Remarks, read_image
 from .prediction_files import as_utf8, check_output, csv_separator, write_predictions
@@ -76,10 +76,37 @@ def classify_files(
     """
     rejecting = model.rejecting(unknown) if reject else None
     head = rejecting.head if rejecting else model.classifier
-    embedder = Embedder(model.clip, model.image_processor, engine, precision)
-    embedder.get_ready(len(files))
+    if head.config.text_encoding is not None:
+        raise ConfigurationError("The classifier is of texts: use classify_texts.")
+    items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
+    items.embedder.get_ready(len(files))
     top_k = classes_given(head, top_k)
-    yield from _classify(head, embedder, files, top_k, batch_size or embedder.batch_size, progress, 0, rejecting)
+    yield from _classify(head, items, top_k, batch_size or items.embedder.batch_size, progress, 0, rejecting)
+
+
+def classify_texts(
+    model: Any,
+    texts: Sequence[Any],
+    *,
+    top_k: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    reject: bool = False,
+    unknown: str = "unknown",
+) -> Iterator[dict[str, Any]]:
+    """Classes of texts, in order; what is empty or no text is reported, not raised.
+
+    Args:
+        model: a `TaskResForSequenceClassification`. top_k, batch_size, reject, unknown: as in `classify_files`.
+
+    Yields:
+        As `classify_files`, with `text` in the place of `file`.
+    """
+    rejecting = model.rejecting(unknown) if reject else None
+    head = rejecting.head if rejecting else model.classifier
+    items = _Texts(TextEmbedder(model.clip, model.tokenizer, model.encoding), texts)
+    size = batch_size or items.embedder.batch_size
+    yield from _classify(head, items, classes_given(head, top_k), size, progress, 0, rejecting)
 
 
 def classes_given(head: TaskResClassifier, top_k: int | None) -> int:
@@ -105,36 +132,86 @@ def best_answers(
         yield [{"label": names[label], "score": score} for label, score in pairs if score >= least]
 
 
+class _Pictures:
+    """Picture files, and why some cannot be read."""
+
+    column, what, unit = "file", "Classifying", "img"
+
+    def __init__(self, embedder: Embedder, files: Sequence[str | os.PathLike[str]]) -> None:
+        self.embedder, self.files = embedder, files
+        self.paths = [os.fsdecode(file) for file in files]
+        self.errors: dict[int, str] = {}
+        self.remarks = Remarks()
+
+    def digest(self) -> str:
+        return digest_of(os.fsencode(name) for file in self.files for name in (file, os.path.abspath(file)))
+
+    def load(self, place: int) -> PIL.Image.Image | None:
+        try:
+            picture = read_image(self.paths[place], remarks=self.remarks)
+            self.embedder.preprocess.check(picture)
+        except ImageError as error:
+            named = visible(self.paths[place]) in str(error)
+            self.errors[place] = str(error) if named else f"'{visible(self.paths[place])}': {error}"
+            return None
+        return picture
+
+    def called(self, place: int) -> str:
+        return f"'{visible(self.paths[place])}'"
+
+    def cell(self, place: int) -> str:
+        return as_utf8(self.paths[place])
+
+    def finish(self) -> None:
+        self.remarks.warn(stacklevel=3)
+
+
+class _Texts:
+    """Texts, and why some are none."""
+
+    column, what, unit = "text", "Classifying", " texts"
+
+    def __init__(self, embedder: TextEmbedder, texts: Sequence[Any]) -> None:
+        self.embedder, self.paths = embedder, list(texts)
+        self.errors: dict[int, str] = {}
+
+    def digest(self) -> str:
+        return digest_of([json.dumps([str(text) for text in self.paths]).encode()])
+
+    def load(self, place: int) -> str | None:
+        try:
+            self.embedder.check(self.paths[place])
+            return str(self.paths[place])
+        except TextError as error:
+            self.errors[place] = f"{self.called(place)}: {error}"
+            return None
+
+    def called(self, place: int) -> str:
+        return f"row {place + 1}"
+
+    def cell(self, place: int) -> str:
+        value = self.paths[place]
+        return as_utf8("" if value is None else str(value))
+
+    def finish(self) -> None:
+        self.embedder.warn_of_cut(len(self.paths))
+
+
 def _classify(
     head: TaskResClassifier,
-    embedder: Embedder,
-    files: Sequence[str | os.PathLike[str]],
+    items: Any,
     top_k: int,
     batch_size: int,
     progress: bool,
     done: int = 0,
     rejecting: Any = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the files from number `done` on, by a head with the names that belong to it."""
-    names = head.config.class_names
-    paths = [os.fsdecode(file) for file in files]
-    batches = [range(start, min(start + batch_size, len(paths))) for start in range(done, len(paths), batch_size)]
-    errors: dict[int, str] = {}
-    remarks = Remarks()
-
-    def load(place: int) -> PIL.Image.Image | None:
-        try:
-            picture = read_image(paths[place], remarks=remarks)
-            embedder.preprocess.check(picture)
-        except ImageError as error:
-            named = visible(paths[place]) in str(error)
-            errors[place] = str(error) if named else f"'{visible(paths[place])}': {error}"
-            return None
-        return picture
-
-    with tqdm(total=len(paths), initial=done, desc="Classifying", unit="img", disable=not progress) as bar:
-        total = math.ceil(len(paths) / batch_size)
-        for places, embeds in embedder.stream(batches, load, augmented=False, total=total):
+    """Rows of the items from number `done` on, by a head with the names that belong to it."""
+    names, count = head.config.class_names, len(items.paths)
+    batches = [range(start, min(start + batch_size, count)) for start in range(done, count, batch_size)]
+    with tqdm(total=count, initial=done, desc=items.what, unit=items.unit, disable=not progress) as bar:
+        total = math.ceil(count / batch_size)
+        for places, embeds in items.embedder.stream(batches, items.load, augmented=False, total=total):
             answers: Iterator[list[dict[str, Any]]] = iter(())
             finite: Iterator[bool] = iter(())
             rejected: Iterator[bool] = iter(())
@@ -148,15 +225,15 @@ def _classify(
                     rejected = iter(rejecting.rejection.rejects(embeds).tolist())
                 answers = best_answers(head, logits, names, top_k)
             for place in places:
-                problem = errors.pop(place, None)
+                problem = items.errors.pop(place, None)
                 predictions = [] if problem else next(answers)
                 unknown = next(rejected) if rejecting is not None and not problem else None
                 if not problem and not next(finite):
-                    predictions, problem = [], f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                row = {"file": as_utf8(paths[place]), "predictions": predictions, "error": problem}
+                    predictions, problem = [], f"{items.called(place)} has no scores: the model gives NaN for it."
+                row = {items.column: items.cell(place), "predictions": predictions, "error": problem}
                 yield row if rejecting is None else rejecting.said_of(row, unknown)
             bar.update(len(places))
-    remarks.warn(stacklevel=3)
+    items.finish()
 
 
 # ---------------------------------------------------------------------- to a file
@@ -191,7 +268,7 @@ def classify_to_file(
     reject: bool = False,
     unknown: str = "unknown",
 ) -> WrittenPredictions:
-    """Classify picture files into a .csv, .jsonl or .parquet file; a run that was stopped can go on.
+    """Classify picture files (or texts) into a .csv, .jsonl or .parquet file; a run that was stopped can go on.
 
     The output appears, or replaces another, when every file has its row. Until then rows are in `OUTPUT.partial`, which
     is left there when the run is interrupted, killed or out of disk space.
@@ -211,7 +288,12 @@ def classify_to_file(
     check_output(output)
     rejecting = model.rejecting(unknown) if reject else None
     head = rejecting.head if rejecting else model.classifier
-    embedder = Embedder(model.clip, model.image_processor, engine, precision)
+    if model.config.text_encoding is not None:
+        text_model: Any = model
+        items: Any = _Texts(TextEmbedder(text_model.clip, text_model.tokenizer, text_model.encoding), files)
+    else:
+        items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
+    embedder = items.embedder
     # To go on, not to measure again: forms of the tower that are as fast as each other differ in the last bits.
     embedder.get_ready(0 if resume else len(files))
     size = batch_size or embedder.batch_size
@@ -220,7 +302,7 @@ def classify_to_file(
     separator = None if top_k else csv_separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
-        "files": digest_of(os.fsencode(name) for file in files for name in (file, os.path.abspath(file))),
+        "files": items.digest(),
         "classifier": digest_of(
             [
                 head.weight().detach().cpu().numpy().tobytes(),
@@ -237,9 +319,9 @@ def classify_to_file(
         run["rejection"] = digest_of([json.dumps([rejecting.rejection.as_dict(), unknown]).encode()])
     with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:
         done = writer.rows
-        for row in _classify(head, embedder, files, top_k, size, progress, done, rejecting):
+        for row in _classify(head, items, top_k, size, progress, done, rejecting):
             writer.write(row)
-        skipped = writer.finish(top_k, reject, separator)
+        skipped = writer.finish(top_k, reject, separator, items.column)
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -299,7 +381,7 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int, reject: bool = False, separator: str | None = None) -> list[str]:
+    def finish(self, top_k: int, reject: bool = False, separator: str | None = None, column: str = "file") -> list[str]:
         """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
@@ -314,7 +396,7 @@ class PredictionWriter:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k, reject, separator)
+            write_predictions(self.output, rows(), top_k, reject, separator, column)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()

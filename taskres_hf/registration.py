@@ -24,11 +24,14 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    from .configuration_taskres import TaskResConfig
-    from .modeling_taskres import TaskResCLIPForImageClassification
-    from .vision.modeling import TaskResForImageClassification
+    from . import (
+        TaskResCLIPForImageClassification,
+        TaskResConfig,
+        TaskResForImageClassification,
+        TaskResForSequenceClassification,
+    )
 
     # Its `from_pretrained` gives the class that a saved classifier is of. Two classes of one config, which transformers
     # knows too, break `pipeline` in transformers 5.2; so the other stands under a config that no file names, and only
@@ -36,11 +39,21 @@ def _register_model() -> None:
     AutoModelForImageClassification.register(TaskResConfig, TaskResCLIPForImageClassification, exist_ok=True)
     mapping: Any = AutoModelForImageClassification._model_mapping
     mapping.register(type("_OtherTaskResConfig", (TaskResConfig,), {}), TaskResForImageClassification, exist_ok=True)
+    AutoModelForSequenceClassification.register(TaskResConfig, TaskResForSequenceClassification, exist_ok=True)
+
+
+def _register_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from .language.modeling import TaskResTokenizer
+
+    AutoTokenizer.register(TaskResTokenizer.config_class, TaskResTokenizer, exist_ok=True)
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.models.auto.tokenization_auto": _register_tokenizer,
 }
 _READY: set[str] = set()  # registries that have been executed
 

@@ -122,7 +122,7 @@ class TaskResClassifier(nn.Module):
     class_bias: Tensor | None
     facts: dict[str, Any]
     config: Any = None  # of the model that it serves in
-    base_bias: Tensor | None  # of a pretrained head, see `vision.linear_head`
+    base_bias: Tensor | None  # of a pretrained head, see `alone.linear_head`
     takes_raw_embeddings = False  # of their own length, which then counts
 
     def __init__(
@@ -235,11 +235,9 @@ class TaskResClassifier(nn.Module):
             )
 
     def check_has_text(self, what: str) -> None:
-        """Refuse what is made of text, or not made for a head of rows without one (`vision.linear_head.LinearHead`).
-
-        Raises:
-            ConfigurationError: begins with `what`.
-        """
+        """Raise a ConfigurationError that begins with `what`: of texts here, over an image tower alone in `alone`."""
+        if getattr(self.config, "text_encoding", None) is not None:
+            raise ConfigurationError(f"{what} is for classifiers of pictures; this one is of texts.")
 
     def mean_square(self) -> float:
         """Of the length of the base classifier's rows: what steps and penalties are relative to."""

@@ -26,8 +26,8 @@ SHIFT = "base_shift"
 CLASS_BIAS = "class_bias"
 # Of an artifact: 2 adds the image side to `base_fingerprint`; 3 the class bias, several labels per picture and the
 # settings in `AS_PUBLISHED`. What uses none of those is written as version 2, which earlier releases read; from the
-# others they must keep their hands. 4 is over an image tower alone (`base_classifier`).
-FORMAT_VERSION, HEAD_VERSION, PLAIN_VERSION = 4, 3, 2
+# others they must keep their hands. 4 is over an image tower alone (`base_classifier`), 5 of texts (`text_encoding`).
+FORMAT_VERSION, ALONE_VERSION, HEAD_VERSION, PLAIN_VERSION = 5, 4, 3, 2
 
 _REQUIRED = (
     "base_model_name_or_path",
@@ -168,6 +168,12 @@ _REJECTION: dict[str, Check] = {
     "means": lambda value: _base64(value) and _finite_halves(base64.b64decode(value)),
 }  # fmt: skip
 
+# How a text becomes an embedding, see `language.encoding.TextEncoding`.
+_TEXT_ENCODING: dict[str, Check] = {
+    "pooling": _one_of("mean", "cls", "max", "head"), "prompt": _text,
+    "max_length": lambda value: _whole(value) and value > 0,
+}  # fmt: skip
+
 # What each key of config.json must be, where it is there and not null.
 _KEYS: dict[str, Check] = {
     "rejection": lambda value: isinstance(value, dict) and all(key in value and check(value[key])
@@ -185,7 +191,9 @@ _KEYS: dict[str, Check] = {
     "residual_side": _one_of("text", "image"), "alpha": _number, "logit_scale": _positive, "logit_bias": _number,
     "enhanced_base": _object(), "library_versions": _object(_text), "residual_sha256": _text,
     "processor_sha256": _text, "dtype": _text,
-    "base_classifier": _one_of("head", "class_means"),
+    "base_classifier": _one_of("head", "class_means", "class_names"),
+    "text_encoding": lambda value: isinstance(value, dict) and set(value) == set(_TEXT_ENCODING)
+                                   and all(check(value[key]) for key, check in _TEXT_ENCODING.items()),
     "problem_type": _one_of("single_label_classification", _MULTI_LABEL), "architectures": _list(_text),
     "auto_map": _object(),
     "few_shot": _record(shots=_count, seed=_whole, num_images=_count, indices=_list(_count)),
@@ -194,6 +202,7 @@ _KEYS: dict[str, Check] = {
         continued_from=_object(), changes=_list(_change), threshold=lambda value: _positive(value) and value < 1,
     ),
     "metrics": _record(
+        noun=_one_of("picture", "text"),
         accuracy=_number, zero_shot_accuracy=_number, accuracy_interval=_list(_number), method=_text, split=_text,
         folds=_count, num_images=_count, strength=_number, per_class=_object(_object()),
         map=_number, zero_shot_map=_number, micro_f1=_number, macro_f1=_number, zero_shot_micro_f1=_number,
@@ -309,20 +318,40 @@ def _problem_of_settings(config: Mapping[str, Any], biased: bool) -> str | None:
             )
     used = [key for key in _SETTINGS if config.get(key, 1) != 1] + [CLASS_BIAS] * biased
     used += ["problem_type"] * (config.get("problem_type") == _MULTI_LABEL)
-    alone = config.get("base_classifier") is not None
-    if alone != (config.get("format_version", 1) == FORMAT_VERSION):
-        return (
-            f"format_version {FORMAT_VERSION} is for classifiers over an image tower alone, which base_classifier says "
-            "of it, and the two differ. Save the artifact again."
-        )
-    if alone and (
-        set(used) & {"logit_scale_factor", "normalize_weight", "problem_type"}
-        or config.get("residual_side", "text") != "text"
-    ):
-        return f"a classifier over an image tower alone has no {', '.join(used)} or image side. Save it again."
+    if problem := _problem_of_kind(config, used):
+        return problem
     if used and config.get("format_version", 1) <= PLAIN_VERSION:
         return (
             f"it has {', '.join(used)}, and a format_version of before there were such: earlier versions of the "
             "library would overlook them. Set them on the model and save it."
         )
+    return None
+
+
+def _problem_of_kind(config: Mapping[str, Any], used: list[str]) -> str | None:
+    """Why a config is of no one kind: over a dual encoder, over an image tower alone, of texts."""
+    rows, encoding, version = (
+        config.get("base_classifier"),
+        config.get("text_encoding"),
+        config.get("format_version", 1),
+    )
+    if (rows in ("head", "class_means") and encoding is None) != (version == ALONE_VERSION):
+        return (
+            f"format_version {ALONE_VERSION} is for classifiers over an image tower alone, which base_classifier says "
+            "of it, and the two differ. Save the artifact again."
+        )
+    lacks = rows is None if encoding is not None else rows == "class_names"
+    if (encoding is not None) != (version == FORMAT_VERSION) or lacks:
+        return (
+            f"format_version {FORMAT_VERSION} is for classifiers of texts, which text_encoding and base_classifier say "
+            "of it, and they differ. Save the artifact again."
+        )
+    if rows is None:
+        return None
+    if encoding is not None and (encoding["pooling"] == "head") != (rows == "head"):
+        return "text_encoding and base_classifier differ in whether there is a head. Save the artifact again."
+    fixed = {"problem_type"} | (set() if rows == "class_names" else {"logit_scale_factor", "normalize_weight"})
+    if set(used) & fixed or config.get("residual_side", "text") != "text":
+        kind = "over an image tower alone" if encoding is None else "of texts"
+        return f"a classifier {kind} has no {', '.join(used)} or image side. Save it again."
     return None

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 from hub_server import HubServer
 from image_towers import save_processor, tiny_classifier
+from text_models import tiny_text_model, tiny_tokenizer
 
 import taskres_hf
 from benchmarks.timing import Report
@@ -46,6 +47,10 @@ def world(hub: HubServer, base: str, splits: Any, tmp_path: Path, monkeypatch: p
         tiny_classifier("vit", labels or ("LABEL_0", "LABEL_1")).save_pretrained(folder)
         save_processor(folder)
         hub.add_folder(name, folder)
+    encoder = tmp_path / "encoder"
+    tiny_text_model("bert").save_pretrained(encoder)
+    tiny_tokenizer().save_pretrained(encoder)
+    hub.add_folder("sentence-transformers/all-MiniLM-L6-v2", encoder)
     here = tmp_path / "world"
     for split in ("train", "test"):
         for label, name in ((0, "cat"), (1, "dog")):

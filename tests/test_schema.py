@@ -50,7 +50,7 @@ def test_missing_config_keys(trained: Path, tmp_path: Path, key: str) -> None:
 def test_newer_format_and_broken_json(trained: Path, tmp_path: Path) -> None:
     folder = copied(trained, tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "format_version": 5}))
+    (folder / "config.json").write_text(json.dumps({**config, "format_version": 6}))
     with pytest.raises(ArtifactError, match="upgrade"):
         _load(folder)
     (folder / "config.json").write_text("{")
@@ -148,6 +148,6 @@ def test_a_newer_format_is_told_before_its_tensors(newest: Path) -> None:
     tensors = load_file(newest / "model.safetensors")
     save_file({**tensors, "of_the_future": torch.ones(3)}, newest / "model.safetensors")
     config = json.loads((newest / "config.json").read_text())
-    (newest / "config.json").write_text(json.dumps({**config, "format_version": 5}))
+    (newest / "config.json").write_text(json.dumps({**config, "format_version": 6}))
     with pytest.raises(ArtifactError, match="upgrade"):
         _load(newest)

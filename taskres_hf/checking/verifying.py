@@ -14,7 +14,6 @@ from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..training import TaskResTrainer, TaskResTrainingArguments, recorded_arguments
 from ..training.measuring import remember
-from ..vision.modeling import TaskResForImageClassification
 
 Row = dict[str, Any]
 MATCHES, DIFFERS, UNKNOWN = "matches", "differs", "not checked"
@@ -74,6 +73,8 @@ def verify(
             *(_row(what, None, note=note) for what in ("few-shot draw", "accuracy") if _claims(config, what)),
         ]
     provenance, options = config.get("data") or {}, {**data_options}
+    if config.get("text_encoding") is not None:
+        options["texts"] = True
     if model.classifier.several_labels:
         written = provenance.get("labels") or {}
         options |= {"multi_label": True, "label_separator": written.get("separator")}
@@ -125,8 +126,9 @@ def _base_rows(model: TaskResCLIPForImageClassification) -> list[Row]:
     """`t` made anew, beside the fingerprint of the one that the residual was trained on."""
     config, stored = model.config, model.config.base_fingerprint or {}
     source = model._base_source
-    if isinstance(model, TaskResForImageClassification):
-        table, now = model.base_again()
+    again: Any = model
+    if config.base_classifier is not None:
+        table, now = again.base_again()
     else:
         table, now = make_base_classifier(model.clip, source, config.class_prompts(), config.prompt_average)
     rows = [
@@ -140,7 +142,12 @@ def _base_rows(model: TaskResCLIPForImageClassification) -> list[Row]:
     if served:
         rows.append(_row("base: t as served", served <= allowed * float(table.abs().max()), note=f"by {served:.2g}"))
     if stored.get("image"):
-        rows.append(_row("base: image tower", not image_sides_differ(now.get("image"), stored["image"])))
+        rows.append(
+            _row(
+                "base: model" if config.text_encoding else "base: image tower",
+                not image_sides_differ(now.get("image"), stored["image"]),
+            )
+        )
     else:
         rows.append(_row("base: image tower", None, note="the artifact holds nothing about it"))
     if stored.get("score"):
@@ -163,7 +170,7 @@ def _draw_rows(config: Mapping[str, Any], train: LabelledImages) -> list[Row]:
         drawn = drawn if len(found) == len(drawn) else found
         at = [train.indices[place] for place in drawn]
         same: bool | None = recorded == at
-        note = f"{len(at)} pictures, {shots} shots, seed {few_shot.get('seed')}"
+        note = f"{len(at)} {train.noun}s, {shots} shots, seed {few_shot.get('seed')}"
         if not same and (few_shot.get("unreadable") or few_shot.get("replaced")):
             same, note = None, "pictures that could not be read were left out or replaced"
         rows.append(_row("few-shot draw", same, recorded, at, note))
@@ -172,13 +179,13 @@ def _draw_rows(config: Mapping[str, Any], train: LabelledImages) -> list[Row]:
         known = all(row in place for row in recorded)
         rows.append(_row("few-shot draw", None if known else False, note="the rows were given, not drawn"))
         drawn = [place[row] for row in recorded if row in place]
-    stored = provenance.get("train_pictures")
+    stored, what = provenance.get("train_pictures"), f"training {train.noun}s"
     if stored is not None and _came_together(config):
-        return [*rows, _row("training pictures", None, note="they are of several trainings")]
+        return [*rows, _row(what, None, note="they are of several trainings")]
     if stored is None:
-        return [*rows, _row("training pictures", None, note="none are recorded")]
+        return [*rows, _row(what, None, note="none are recorded")]
     now = remember([train.digest(place) for place in drawn])
-    return [*rows, _row("training pictures", now == stored, stored.get("count"), now["count"], "by their content")]
+    return [*rows, _row(what, now == stored, stored.get("count"), now["count"], "by their content")]
 
 
 def _came_together(config: Mapping[str, Any]) -> bool:
@@ -202,7 +209,7 @@ def _metric_rows(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[
     rows = []
     for key in ("num_images", "data_digest"):
         if recorded.get(key) is not None and key in found:
-            what = "pictures measured on" if key == "data_digest" else "their number"
+            what = f"{recorded.get('noun', 'picture')}s measured on" if key == "data_digest" else "their number"
             rows.append(_row(what, recorded[key] == found[key], recorded[key], found[key]))
     for key in ("map", "zero_shot_map", "micro_f1", "macro_f1") if "map" in recorded else ():
         same = key in found and abs(float(recorded[key]) - float(found[key])) < 1e-6

@@ -9,6 +9,7 @@ import typer
 
 from . import options as opt
 from .screen import emit, percent, quiet_libraries, rejection_line, say, say_loading, show_table, when_interrupted
+from .texts import TextColumn, reading_texts
 from .values import check_device, label_options, one_dataset, resolve_base
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def evaluate(
     on_error: opt.OnError = opt.BrokenPicture.RAISE,
     image_column: opt.ImageColumn = None,
     label_column: opt.LabelColumn = None,
+    text_column: TextColumn = None,
     label_separator: opt.LabelSeparator = None,
     label_columns: opt.LabelColumns = None,
     class_folder: opt.ClassFolder = None,
@@ -64,15 +66,14 @@ def evaluate(
 
     where = {"revision": revision, "base_model": base_model and resolve_base(base_model)}
     classifier = _loaded(model, quiet or as_json, **where, dtype=dtype and dtype.value, strength=strength)
-    if report is not None:
-        classifier.classifier.check_one_label("The report")
+    _check_report(report, classifier.classifier)
     options: dict[str, Any] = {
         "config_name": config_name, "image_column": image_column, "label_column": label_column,
         "class_folder": class_folder and class_folder.value, "drop_unlabelled": drop_unlabelled,
         "default_names": classifier.class_names,
     }  # fmt: skip
-    labels = label_options(classifier.config, label_separator, label_columns)
-    pictures = load_evaluation_data(source, split, revision=dataset_revision, **options, **labels)
+    labels = label_options(classifier.config, label_separator, label_columns) | reading_texts(classifier, text_column)
+    pictures = load_evaluation_data(source, split, revision=dataset_revision, **{**options, **labels})
     if not as_json and pictures.account:
         say("\n".join(pictures.account.lines()))
     trainer = TaskResTrainer(classifier, arguments, eval_dataset=pictures)
@@ -98,8 +99,12 @@ def _background(classifier: Any, pictures: LabelledImages) -> dict[str, Any]:
     return {"account": account, "rejection": rejection_in_short(classifier.config.rejection)}
 
 
-def _check_report(report: Path | None) -> None:
-    if report is not None:
+def _check_report(report: Path | None, head: Any = None) -> None:
+    """Refuse a report that cannot be written, or of a classifier that has none."""
+    if report is not None and head is not None:
+        head.check_one_label("The report")
+        head.check_has_text("The report")
+    elif report is not None:
         from ..report import check_report_output
 
         check_report_output(report)
@@ -121,7 +126,7 @@ def _show(metrics: dict[str, Any]) -> None:
     rows += [["all, trained", images, percent(metrics["accuracy"])]]
     rows += [["all, zero-shot", images, percent(metrics["zero_shot_accuracy"])]]
     rows += [["macro-F1, trained", images, percent(metrics["macro_f1"])]]
-    show_table(["class", "pictures", "accuracy"], rows, title=_title(metrics), bold=[-3])
+    show_table(["class", f"{metrics.get('noun', 'picture')}s", "accuracy"], rows, title=_title(metrics), bold=[-3])
     if metrics["rejection"]:
         say(rejection_line(metrics["rejection"], metrics))
     if "report" in metrics:
@@ -129,7 +134,7 @@ def _show(metrics: dict[str, Any]) -> None:
 
 
 def _title(metrics: dict[str, Any]) -> str:
-    title = f"{metrics['split']}: {metrics['num_images']} pictures"
+    title = f"{metrics['split']}: {metrics['num_images']} {metrics.get('noun', 'picture')}s"
     title += f", at strength {metrics['strength']:g}" if metrics.get("strength", 1.0) != 1.0 else ""
     return title + (", those it was trained on included" if metrics["train_pictures_included"] else "")
 

@@ -83,6 +83,7 @@ class Side(Choice):
 class RowsOf(Choice):
     HEAD = "head"
     CLASS_MEANS = "class_means"
+    CLASS_NAMES = "class_names"
 
 
 class Underscores(Choice):
@@ -142,7 +143,8 @@ Revision = Annotated[
 
 DATA_HELP = (
     "A folder of pictures (class/file.jpg, with or without train/ and test/ above), a table of paths and labels "
-    "(.csv, .tsv, .jsonl, .parquet), a folder of train.parquet and test.parquet, or a Hub dataset id."
+    "(.csv, .tsv, .jsonl, .parquet), a folder of train.parquet and test.parquet, or a Hub dataset id. Over a base of "
+    "texts: a table of texts and labels."
 )
 DatasetArgument = Annotated[str | None, typer.Argument(metavar="DATASET", help=DATA_HELP, show_default=False)]
 DatasetOption = Annotated[
@@ -253,7 +255,8 @@ TrainBase = Annotated[
         metavar="MODEL",
         show_default=False,
         help=f"Hub id or folder of a CLIP-like model, or 'shipped' for the small one in this package. "
-        f"Default: ${BASE_VARIABLE}, else {DEFAULT_BASE}. A model of images alone will do too.",
+        f"Default: ${BASE_VARIABLE}, else {DEFAULT_BASE}. A model of images alone will do too, "
+        "and one of texts for texts.",
     ),
 ]
 Shots = Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures per class to draw; all by default.")]
@@ -340,7 +343,8 @@ Alpha = Annotated[float, typer.Option(metavar="X", help="Scale of the residual."
 BaseClassifier = Annotated[
     RowsOf | None,
     typer.Option(
-        help="Over an image model alone: its 'head' or 'class_means'. Default: the head if it knows every class.",
+        help="Over a model of pictures or of texts alone: its 'head', 'class_means', or of texts 'class_names'. "
+        "Default: the head if it knows every class.",
         rich_help_panel=MODEL,
     ),
 ]

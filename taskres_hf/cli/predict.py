@@ -13,6 +13,7 @@ from . import options as opt
 from .embed import Address, EngineCluster, Keep, RowsPerBlock, Workers, cluster_of, kept_blocks, tell
 from .pack import Classifier, by_several
 from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
+from .texts import TextColumn, is_of_texts, predict_texts
 from .values import check_device, resolve_base
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Images = Annotated[
     list[str],
     typer.Argument(
         help="Pictures, folders of pictures (searched in depth) and URLs; with --output-dir also parquet files and "
-        "WebDataset shards.",
+        "WebDataset shards. By a classifier of texts: sentences, tables, or - for the lines of the standard input.",
         show_default=False,
     ),
 ]
@@ -60,6 +61,7 @@ def predict(
     classifier: Classifier = None,
     device: opt.Device = None,
     strength: opt.Strength = None,
+    text_column: TextColumn = None,
     reject: opt.Rejecting = False,
     unknown_label: opt.UnknownLabel = None,
     revision: opt.Revision = None,
@@ -96,7 +98,7 @@ def predict(
             raise typer.BadParameter("give it or --output, a single file.", param_hint="--output-dir")
         say_loading(model, quiet or as_json)
         written = _in_blocks(
-            model, images, output_dir, _of_pack(model, classifier)[1], top_k=top_k, reject=reject,
+            model, images, output_dir, _of_pack(model, classifier, None)[1], top_k=top_k, reject=reject,
             unknown=unknown_label or "unknown", image_column=image_column, keep=keep or [],
             rows_per_block=rows_per_block, batch_size=batch_size, engine=engine.value, precision=precision.value,
             device=check_device(device, use_cpu), progress=not (quiet or as_json), strength=strength,
@@ -106,37 +108,47 @@ def predict(
         return tell(written, as_json, allow_skipped, "classified")
     _refuse_alone({"--engine-cluster": engine_cluster, "--address": address, "--workers": workers, "--keep": keep,
                    "--image-column": image_column})  # fmt: skip
-    from ..pictures import list_images
     from ..prediction_files import check_output
 
     if output is not None:
         check_output(output)
     device = check_device(device, use_cpu)
+    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
+    how: dict[str, Any] = {
+        "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
+        "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
+    }  # fmt: skip
+    if is_of_texts(model, revision):
+        say_loading(model, quiet or as_json)
+        loaded = _loaded(model, None, [], device, {**options, "strength": strength, "revision": revision})
+        _end(*predict_texts(loaded, images, text_column, output, resume, how, as_json), allow_skipped, "texts")
+        return
+    files = _listed(images)
+    say_loading(model, quiet or as_json)
+    packed, names = _of_pack(model, classifier, revision)
+    if packed is not None and len(names) > 1:
+        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
+        options |= {"device": device, "engine": engine.value, "precision": precision.value}
+        _end(by_several(packed, names, files, top_k, as_json, **options), len(files), allow_skipped)
+        return
+    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
+    if output is not None:
+        skipped = _to_file(loaded, files, output, resume, how, as_json)
+    else:
+        skipped = _to_screen(loaded, files, how, as_json)
+    _end(skipped, len(files), allow_skipped)
+
+
+def _listed(images: list[str]) -> list[str]:
+    """Picture files; what else was found is said."""
+    from ..pictures import list_images
+
     listing = list_images(images)
     for line in listing.lines():
         warn(line)
     if not listing.files:
         raise DataError(f"There are no pictures in {', '.join(images)}.")
-    say_loading(model, quiet or as_json)
-    options: dict[str, Any] = {"base_model": base_model and resolve_base(base_model), "dtype": dtype and dtype.value}
-    packed, names = _of_pack(model, classifier)
-    if packed is not None and revision is not None:
-        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
-    if packed is not None and len(names) > 1:
-        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
-        options |= {"device": device, "engine": engine.value, "precision": precision.value}
-        _end(by_several(packed, names, listing.files, top_k, as_json, **options), listing.files, allow_skipped)
-        return
-    loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
-    how: dict[str, Any] = {
-        "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
-        "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
-    }  # fmt: skip
-    if output is not None:
-        skipped = _to_file(loaded, listing.files, output, resume, how, as_json)
-    else:
-        skipped = _to_screen(loaded, listing.files, how, as_json)
-    _end(skipped, listing.files, allow_skipped)
+    return listing.files
 
 
 def _in_blocks(model: str, data: list[str], output_dir: Path, names: list[str], **how: Any) -> Any:
@@ -155,7 +167,7 @@ def _refuse_alone(given: dict[str, Any]) -> None:
         raise typer.BadParameter("it is for data sets in blocks: add --output-dir FOLDER.", param_hint=option)
 
 
-def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str]]:
+def _of_pack(model: str, names: list[str] | None, revision: str | None) -> tuple[Pack | None, list[str]]:
     """The packed file that a name means, and the classifiers of it to ask; None where it is no packed file."""
     from ..pool.packing import Pack, is_pack
 
@@ -163,6 +175,8 @@ def _of_pack(model: str, names: list[str] | None) -> tuple[Pack | None, list[str
         if names:
             raise typer.BadParameter(f"it is for packed files, and {model!r} is none.", param_hint="--classifier")
         return None, []
+    if revision is not None:
+        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
     packed = Pack(model)
     return packed, list(dict.fromkeys(names or packed.names))
 
@@ -189,9 +203,9 @@ def _refuse(given: dict[str, Any]) -> None:
         raise typer.BadParameter("it is for one classifier: name it with --classifier.", param_hint=option)
 
 
-def _end(skipped: int, files: list[str], allow_skipped: bool) -> None:
+def _end(skipped: int, count: int, allow_skipped: bool, what: str = "pictures") -> None:
     if skipped:
-        warn(f"{skipped} of {len(files)} pictures were skipped.")
+        warn(f"{skipped} of {count} {what} were skipped.")
         if not allow_skipped:
             raise typer.Exit(3)
 

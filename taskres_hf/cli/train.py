@@ -22,6 +22,7 @@ from .screen import (
     warn,
     when_interrupted,
 )
+from .texts import Pooling, TextColumn, TextPrompt, base_is_of_texts, make_text_model
 from .values import (
     check_device,
     check_output_folder,
@@ -88,6 +89,10 @@ def train(
     alpha: opt.Alpha = 0.5,
     residual_side: opt.ResidualSide = opt.Side.TEXT,
     base_classifier: opt.BaseClassifier = None,
+    # ---- texts
+    text_column: TextColumn = None,
+    pooling: Pooling = None,
+    text_prompt: TextPrompt = None,
     # ---- training
     recipe: opt.RecipeOption = opt.Recipe.AUTO,
     num_train_epochs: opt.Epochs = None,
@@ -126,6 +131,7 @@ def train(
     run = read_run(context, config)
     run["dataset"] = one_dataset(context, run["dataset"] if dataset_option is None else dataset, dataset_option)
     _settle(run)
+    run["texts"] = base_is_of_texts(run)
     arguments = _arguments(run)
     report = run["report"] and Path(run["report"])
     if report:
@@ -249,6 +255,8 @@ def _load(run: dict[str, Any], **changes: Any) -> TrainingData:
     )
     names += ("class_folder", "drop_unlabelled", "seed", "multi_label", "label_separator", "label_columns")
     options = {name: run[name] for name in names} | changes
+    if run["texts"]:
+        options |= {"texts": True, "image_column": run["text_column"]}
     return load_training_data(run["dataset"], revision=run["dataset_revision"], **options)
 
 
@@ -298,6 +306,8 @@ def _make_model(run: dict[str, Any], class_names: list[str]) -> TaskResCLIPForIm
     names = ("residual_side", "class_descriptions", "underscores", "prompt_names", "prompt_average")
     try:
         say_loading(f"the base model {run['base_model']}", run["quiet"] or run["as_json"])
+        if run["texts"]:
+            return make_text_model(run, class_names)
         if (alone := _over_image_tower(run, class_names)) is not None:
             return alone
         return TaskResCLIPForImageClassification.from_base(
@@ -377,12 +387,13 @@ def _save(model: TaskResCLIPForImageClassification, run: dict[str, Any]) -> dict
     half = torch.float16 if run["fp16_residual"] else torch.float32
     model.save_pretrained(folder, residual_dtype=half, include_code=run["include_code"])
     type(model).from_pretrained(folder, base_model=model.clip)  # what does not load again is no result
-    stored = dict(run, dataset=_portable(run["dataset"]))
+    stored = {key: value for key, value in dict(run, dataset=_portable(run["dataset"])).items() if key != "texts"}
     stored |= {name: _portable(run[name]) for name in ("base_model", "from_classifier") if run[name] is not None}
     if model.config.base_model_revision and run["from_classifier"] is None:
         stored["base_revision"] = model.config.base_model_revision
     write_run(folder, stored)
-    result = {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
+    result: dict[str, Any] = {"noun": "text"} if run["texts"] else {}
+    result |= {"output_dir": str(folder), "run": str(folder / RUN_FILE), "classes": len(model.class_names)}
     result["train_images"] = (model.config.few_shot or {}).get("num_images")
     result["rejection"] = rejection_in_short(model.config.rejection)
     result["bytes"] = sum((folder / name).stat().st_size for name in ("config.json", "model.safetensors"))
@@ -414,7 +425,8 @@ def _portable(name: str) -> str:
 
 def _show(result: dict[str, Any]) -> None:
     classes, images = result["classes"], result["train_images"]
-    title = f"{classes} classes from {images} pictures"
+    noun = result.get("noun", "picture")
+    title = f"{classes} classes from {images} {noun}s"
     if "map" in result:
         from ..description import measured_on
 
@@ -437,7 +449,7 @@ def _show(result: dict[str, Any]) -> None:
         say(f"Report: {result['report']}")
     if "url" in result:
         say(f"Uploaded to {result['url']}")
-    say(f"Next: taskres predict {_quoted(result['output_dir'])} PICTURES")
+    say(f"Next: taskres predict {_quoted(result['output_dir'])} {noun.upper()}S")
 
 
 def _quoted(text: str) -> str:

@@ -224,7 +224,6 @@ IMAGE_NAMES = (
 
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label", "cls")
 
-
 STREAMED = (
     "A streamed dataset has no fixed order to sample shots from. Take what you need first, for example "
     "Dataset.from_generator(lambda: iter(stream.take(10_000)), features=stream.features)."
@@ -256,6 +255,8 @@ class LabelledImages:
             gives no pictures, other ones each time, or other labels.
     """
 
+    noun = "picture"
+
     def __init__(
         self,
         dataset: Dataset,
@@ -267,7 +268,7 @@ class LabelledImages:
         drop_unlabelled: bool = False,
     ) -> None:
         check_dataset(dataset)
-        self.image_column = find_column(dataset, image_column, "image", IMAGE_NAMES, Image)
+        self.image_column = self._content_column(dataset, image_column, label_column)
         self.label_column = find_column(dataset, label_column, "label", LABEL_NAMES, ClassLabel)
         feature = dataset.features[self.label_column]
         labels = column_values(dataset, self.label_column)
@@ -297,6 +298,9 @@ class LabelledImages:
         images.split, images.account, images._cells = split, None, cells
         images._leave_out_unlabelled(drop_unlabelled)
         return images
+
+    def _content_column(self, dataset: Dataset, given: str | None, label_column: str | None) -> str:
+        return find_column(dataset, given, "image", IMAGE_NAMES, Image)
 
     def _cells_of(self, dataset: Dataset, label_column: str | None) -> Cells:
         return DatasetCells(dataset, self.image_column, label_column)

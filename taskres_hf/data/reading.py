@@ -69,7 +69,7 @@ class Account:
         splits: every split, also those that are not used.
         left_out: files, rows and classes that were not used.
         class_pairs: label in the source to class name, where they differ.
-        notes: what else a reader should know, one sentence each.
+        notes: what else a reader should know, one sentence each. noun: what one row is, `picture` or `text`.
     """
 
     source: str
@@ -78,6 +78,7 @@ class Account:
     left_out: tuple[LeftOut, ...] = ()
     class_pairs: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    noun: str = "picture"
 
     def as_dict(self) -> dict[str, Any]:
         """The account for JSON, of bounded size however many classes and files there are."""
@@ -101,7 +102,7 @@ class Account:
             counts = list(split.classes.values())
             use = _USES.get(split.use, split.use)
             origin = f" from {printable(split.origin)}" if split.origin not in ("", split.name) else ""
-            text = f"{printable(split.name)}{origin}: {_count(split.pictures, 'picture')}"
+            text = f"{printable(split.name)}{origin}: {_count(split.pictures, self.noun)}"
             if counts:
                 few, many = min(counts), max(counts)
                 each = f"{few}" if few == many else f"{few} to {many}"

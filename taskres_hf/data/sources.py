@@ -136,6 +136,7 @@ class SourceOptions:
     class_folder: str | None = None
     class_names: Any = None
     multi_label: MultiLabel | None = None
+    texts: bool = False
 
     @property
     def columns(self) -> TableOptions:
@@ -162,18 +163,18 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     if isinstance(source, (IterableDataset, IterableDatasetDict)):
         raise DataError(STREAMED)
     if isinstance(source, Dataset):
-        reading = _reading_of({str(source.split or "train"): source}, "dataset")
+        reading = reading_of({str(source.split or "train"): source}, "dataset")
         reading.chosen = True
         return reading
     if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
-        return _reading_of(source, "dataset")
+        return reading_of(source, "dataset")
     if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
         here = FolderListing(Path.cwd(), scan=False)
         return read_table(table_from_frame(source), Paths(here, ""), options.columns)
     if not isinstance(source, (str, os.PathLike)):
         raise DataError(f"A source of type {type(source).__name__} cannot be read. {READABLE}")
     if not is_path(source):
-        return _from_hub(str(source), options)
+        return from_hub(str(source), options)
     path = Path(os.fspath(source)).expanduser()
     if path.is_dir():
         return _read_folder(path, options)
@@ -182,11 +183,11 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     raise DataError(f"There is no dataset at {printable(path)}: no such file or folder. {READABLE}")
 
 
-def _reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
+def reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
     return Reading(kind, [SplitReading(str(name), dataset=part) for name, part in splits.items()])
 
 
-def _from_hub(name: str, options: SourceOptions) -> Reading:
+def from_hub(name: str, options: SourceOptions) -> Reading:
     try:
         loaded = load_dataset(
             name, options.config_name, revision=options.revision, token=options.token, cache_dir=options.cache_dir
@@ -198,7 +199,7 @@ def _from_hub(name: str, options: SourceOptions) -> Reading:
         error.args = (f"{first}: {error}", *error.args[1:])
         raise
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-    return _reading_of(splits, "dataset of the Hub")
+    return reading_of(splits, "dataset of the Hub")
 
 
 # ---------------------------------------------------------------------- files
@@ -280,7 +281,7 @@ def _read_folder(path: Path, options: SourceOptions) -> Reading:
             stored = load_from_disk(str(path))
         except Exception as error:  # a damaged copy raises whatever its reader stumbles over
             raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
-        return _reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
+        return reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
     listing = FolderListing(path)
     parquet = [name for name in listing.files if suffix(name) == ".parquet" and _holds_pictures(path / name)]
     if parquet and listing.pictures():

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import DataError, FewShotError
+from .labelled import LabelledImages
+from .reading import shorten
 
 
 def positives(labels: Iterable[Sequence[float]], classes: int) -> list[int]:
@@ -128,3 +130,30 @@ def few_shot_rows(
             raise FewShotError(f"{message}. Add pictures, ask for fewer shots, or allow it with on_short='warn'.")
         warnings.warn(f"{message}. All they have is taken.", stacklevel=3)
     return [rows[place] for place in draw_shots(known, shots, seed)]
+
+
+def set_aside_share(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The pictures to train on and a random share of each class to measure on."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise DataError(f"holdout= is a share of the training pictures between 0 and 1, such as 0.2; got {share!r}.")
+    if hasattr(images, "set_aside"):  # of several labels each
+        return images.set_aside(share, seed)  # type: ignore[no-any-return]
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(images.labels):
+        members.setdefault(label, []).append(row)
+    alone = [images.class_names[label] for label, rows in members.items() if len(rows) < 2]
+    if alone:
+        raise DataError(
+            f"{len(alone)} classes have one {images.noun} only, so none can be held out: {shorten(alone)}. Add "
+            f"{images.noun}s, or leave holdout out: without held-out {images.noun}s the trainer measures by "
+            "cross-validation."
+        )
+    generator = random.Random(seed)
+    chosen: set[int] = set()
+    for label in sorted(members):
+        count = min(max(round(share * len(members[label])), 1), len(members[label]) - 1)
+        chosen.update(generator.sample(members[label], count))
+    train = images.select([row for row in range(len(images)) if row not in chosen])
+    held_out = images.select(sorted(chosen))
+    held_out.split = "holdout"
+    return train, held_out

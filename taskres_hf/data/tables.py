@@ -175,7 +175,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _usual(table: Table, names: Sequence[str]) -> list[str]:
+def usual_columns(table: Table, names: Sequence[str]) -> list[str]:
+    """Columns of these names, whatever case and separators."""
     plain = {_plain(column): column for column in table.columns}
     return [plain[name] for name in names if name in plain]
 
@@ -194,7 +195,7 @@ def find_label_column(table: Table, given: str | None, taken: Sequence[str | Non
     """
     if given is not None:
         return _given(table, given, "label")
-    candidates = [column for column in _usual(table, _LABEL_NAMES) if column not in taken]
+    candidates = [column for column in usual_columns(table, _LABEL_NAMES) if column not in taken]
     rest = [column for column in table.columns if column not in taken]
     if not candidates:
         return rest[0] if len(rest) == 1 else None
@@ -219,7 +220,7 @@ def _partition(values: Sequence[Any]) -> tuple[int, ...]:
     return tuple(first.setdefault(str(value), len(first)) for value in values)
 
 
-def _check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
+def check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
     """Refuse what is no class: several labels in a cell, or a measurement.
 
     Raises:
@@ -339,7 +340,7 @@ def find_path_column(table: Table, given: str | None, paths: Paths) -> str | Non
     if given is not None:
         return _given(table, given, "image")
     first = {column: next((v for v in values if v not in (None, "")), None) for column, values in table.columns.items()}
-    usual = [column for column in _usual(table, _PATH_NAMES) if isinstance(first[column], (str, int))]
+    usual = [column for column in usual_columns(table, _PATH_NAMES) if isinstance(first[column], (str, int))]
     named = [column for column in usual if isinstance(first[column], str) and is_picture(str(first[column]))]
     if not named:  # a name that says nothing, or names without their ending, such as id_code
         named = [column for column, value in first.items() if isinstance(value, str) and is_picture(value)]
@@ -379,7 +380,7 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
             f"No column of {table.name} was recognised as the pictures' paths among {shorten(table.columns, 20)}. Name "
             "it with image_column= (--image-column)."
         )
-    splits, named = _split_column(table, column, options, split)
+    splits, named = split_column(table, column, options, split)
     asked = options.multi_label
     one_each = asked is not None and asked.columns is not None
     label = None if one_each else find_label_column(table, options.label_column, [column, splits])
@@ -397,7 +398,7 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
         labels = read_sets(*written, label, asked, options.class_names, [column, splits], files, named, reading)
     elif label is not None:
         labels = labels_of_cells(table.columns[label])
-        _check_labels(table, label, labels)
+        check_labels(table, label, labels)
     used = (
         [f"pictures {column!r}"] + ([f"labels {label!r}"] if label else []) + ([f"splits {splits!r}"] if splits else [])
     )
@@ -417,7 +418,7 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
     return reading
 
 
-def _split_column(table: Table, path: str, options: TableOptions, split: str) -> tuple[str | None, list[str]]:
+def split_column(table: Table, path: str, options: TableOptions, split: str) -> tuple[str | None, list[str]]:
     """The column that says which split a row is of, if any, and the split of each row.
 
     Columns such as `split` hold names of splits; columns such as `is_valid` say yes or no.

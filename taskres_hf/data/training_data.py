@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,8 @@ from .labelled import (
 from .multi_label import ONE_LABEL_EACH, MultiLabel, MultiLabelImages, flat
 from .reading import Account, LeftOut, Reading, SplitAccount, SplitReading, natural_key, shorten, split_name
 from .sources import SourceOptions, read_source
+from .stratified import set_aside_share
+from .texts import LabelledTexts, TextCells, read_texts
 
 
 class TrainingData(NamedTuple):
@@ -60,6 +61,7 @@ def load_training_data(
     multi_label: bool = False,
     label_separator: str | None = None,
     label_columns: Sequence[str] | str | None = None,
+    texts: bool = False,
 ) -> TrainingData:
     """Read labelled pictures from anything that holds them; what was read as what is in the account.
 
@@ -80,6 +82,7 @@ def load_training_data(
             one column per class. The sets are then `MultiLabelImages`.
         label_separator: between labels in one cell: `|`, `;`, `,` or a space; recognised when None.
         label_columns: names of the columns of 0 and 1, one per class; `"auto"` for all that hold nothing else.
+        texts: texts instead of pictures (`data.texts`); `image_column` is then the column of texts.
 
     Returns:
         `(train, held_out, account)`; both sets have the same classes in the same order.
@@ -91,11 +94,16 @@ def load_training_data(
         raise DataError("Choose one: holdout= takes part of the training split, eval_split= another split.")
     given = SourceOptions(
         config_name, revision, token, cache_dir, image_column, label_column, train_split, eval_split, class_folder,
-        class_names, MultiLabel.asked(multi_label, label_separator, label_columns),
+        class_names, MultiLabel.asked(multi_label, label_separator, label_columns), texts,
     )  # fmt: skip
     reading = _read(source, given)
     trained = _choose_training(reading, train_split)
-    options = {"image_column": image_column, "label_column": label_column, "multi_label": given.multi_label}
+    options = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "multi_label": given.multi_label,
+        "texts": texts,
+    }
     class_names = reading.class_names if class_names is None else class_names
     held = None if holdout is not None else _choose_held_out(reading, trained, eval_split, options)
     train, naming = _labelled(trained, [held] if held else [], class_names, drop_unlabelled, options)
@@ -105,13 +113,15 @@ def load_training_data(
         held_out, lost = _aligned(held, train.class_names, naming, class_names, drop_unlabelled, options)
         left_out += lost
     if holdout is not None:
-        train, held_out = _set_aside(train, holdout, seed)
+        train, held_out = set_aside_share(train, holdout, seed)
         reading.notes.append(
-            f"{len(held_out)} pictures ({holdout:g} of each class, seed {seed}) are held out of train."
+            f"{len(held_out)} {train.noun}s ({holdout:g} of each class, seed {seed}) are held out of train."
         )
     splits = _account_splits(reading, trained, held, train, held_out, options)
     notes = [*reading.notes, *naming.notes, *_class_notes(reading, train, held_out)]
-    account = Account(_public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, tuple(notes))
+    account = Account(
+        _public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, tuple(notes), train.noun
+    )
     for images in (train, held_out):
         if images is not None:
             images.account = account
@@ -136,6 +146,7 @@ def load_evaluation_data(
     multi_label: bool = False,
     label_separator: str | None = None,
     label_columns: Sequence[str] | str | None = None,
+    texts: bool = False,
 ) -> LabelledImages:
     """One split to measure on, with `account` set; other arguments as in `load_training_data`.
 
@@ -149,10 +160,15 @@ def load_evaluation_data(
     given = SourceOptions(
         config_name, revision, token, cache_dir, image_column, label_column, None, split, class_folder,
         class_names if class_names is not None else default_names,
-        MultiLabel.asked(multi_label, label_separator, label_columns),
+        MultiLabel.asked(multi_label, label_separator, label_columns), texts,
     )  # fmt: skip
     reading = _read(source, given)
-    options = {"image_column": image_column, "label_column": label_column, "multi_label": given.multi_label}
+    options = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "multi_label": given.multi_label,
+        "texts": texts,
+    }
     class_names = reading.class_names if class_names is None else class_names
     chosen = (
         _measurable(_named(reading, split), options) if split is not None else _default_held_out(reading, None, options)
@@ -165,7 +181,9 @@ def load_evaluation_data(
     splits = _account_splits(reading, None, chosen, None, images, options)
     left_out = [*reading.left_out, *_unlabelled(chosen, images)]
     notes = (*reading.notes, *naming.notes)
-    images.account = Account(_public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, notes)
+    images.account = Account(
+        _public_name(source), reading.kind, splits, tuple(left_out), naming.pairs, notes, images.noun
+    )
     _note_how(images, reading, given.multi_label)
     return images
 
@@ -177,8 +195,8 @@ def _note_how(images: LabelledImages, reading: Reading, asked: MultiLabel | None
 
 
 def _read(source: Any, given: SourceOptions) -> Reading:
-    """`read_source`, which gives one label per picture for some sources where several were asked for: refused here."""
-    reading = read_source(source, given)
+    """`read_source` or `read_texts`; the first gives one label a picture for some sources where several are asked."""
+    reading = (read_texts if given.texts else read_source)(source, given)
     for split in reading.splits if given.multi_label else []:
         if split.dataset is None and not all(label is None or isinstance(label, tuple) for label in split.labels):
             raise DataError(ONE_LABEL_EACH.format(name=_public_name(source)))
@@ -239,7 +257,7 @@ def _choose_held_out(
 def _measurable(split: SplitReading, options: Mapping[str, Any]) -> SplitReading:
     if not any(not is_missing(label) for label in _labels(split, options)):
         raise DataError(
-            f"The split {split.name!r} has no labels, so nothing can be measured on its {len(split)} pictures."
+            f"The split {split.name!r} has no labels, so nothing can be measured on its {len(split)} {_noun(options)}."
         )
     return split
 
@@ -253,8 +271,14 @@ def _default_held_out(
         if split is not None and split is not trained and len(split):
             if any(not is_missing(label) for label in _labels(split, options)):
                 return split
-            reading.notes.append(f"{split.name}: {len(split)} pictures without labels; nothing is measured on them.")
+            reading.notes.append(
+                f"{split.name}: {len(split)} {_noun(options)} without labels; nothing is measured on them."
+            )
     return None
+
+
+def _noun(options: Mapping[str, Any]) -> str:
+    return "texts" if options["texts"] else "pictures"
 
 
 def _labels(split: SplitReading, options: Mapping[str, Any]) -> Sequence[Any]:
@@ -297,15 +321,18 @@ def _of_dataset(
     split: SplitReading, class_names: Any, default_names: Any, drop_unlabelled: bool, options: Mapping[str, Any]
 ) -> LabelledImages:
     asked, columns = options["multi_label"], {key: options[key] for key in ("image_column", "label_column")}
+    kind: Any = LabelledImages
+    if options["texts"]:
+        kind, columns["text_column"] = LabelledTexts, columns.pop("image_column")
     names = {"class_names": class_names, "default_names": default_names, "drop_unlabelled": drop_unlabelled}
     assert split.dataset is not None
     if asked is None:
-        images = LabelledImages(split.dataset, **names, **columns)
+        images = kind(split.dataset, **names, **columns)
     else:
         how = {"separator": asked.separator, "label_columns": asked.columns}
         images = MultiLabelImages(split.dataset, **names, **columns, **how)
     images.split = split.name
-    return images
+    return images  # type: ignore[no-any-return]
 
 
 def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Naming:
@@ -326,7 +353,7 @@ def _naming_of(dataset: Dataset, images: LabelledImages, class_names: Any) -> Na
     pairs = {old: name for old, name in sorted(pairs.items(), key=lambda pair: natural_key(pair[0])) if old != name}
     others = [name for name in dataset.column_names if name not in (images.image_column, images.label_column)]
     also = f" (not used: {shorten(others)})" if others else ""
-    note = f"Columns: pictures {images.image_column!r}, labels {images.label_column!r}{also}."
+    note = f"Columns: {images.noun}s {images.image_column!r}, labels {images.label_column!r}{also}."
     return Naming(images.class_names, {}, pairs, [note])
 
 
@@ -336,7 +363,8 @@ def _from_labels(split: SplitReading, naming: Naming, drop_unlabelled: bool) -> 
         how: dict[str, Any] = {"split": split.name, "drop_unlabelled": drop_unlabelled}
         return MultiLabelImages.from_sets(split.cells, split.labels, naming, **how)
     ids = [-1 if is_missing(label) else naming.ids[label] for label in split.labels]
-    return LabelledImages.from_cells(split.cells, ids, naming.names, split=split.name, drop_unlabelled=drop_unlabelled)
+    kind = LabelledTexts if isinstance(split.cells, TextCells) else LabelledImages
+    return kind.from_cells(split.cells, ids, naming.names, split=split.name, drop_unlabelled=drop_unlabelled)
 
 
 def _aligned(
@@ -356,14 +384,14 @@ def _aligned(
         _check_common(split, rows, lost, names)
         assert split.cells is not None
         part = SplitReading(split.name, split.origin, None, split.cells.select(rows), [split.labels[r] for r in rows])
-        return _from_labels(part, naming, drop_unlabelled), _foreign(split, lost)
+        return _from_labels(part, naming, drop_unlabelled), _foreign(split, lost, _noun(options))
     images = _of_dataset(split, class_names, names, drop_unlabelled, options)
     find = finder(names)
     known = {name for name in images.class_names if find(name) is not None}
     lost = Counter(name for name in map(images.class_names.__getitem__, images.labels) if name not in known)
     rows = [row for row, label in enumerate(images.labels) if images.class_names[label] not in lost]
     _check_common(split, rows, lost, names)
-    return (images.select(rows) if lost else images).aligned(names), _foreign(split, lost)
+    return (images.select(rows) if lost else images).aligned(names), _foreign(split, lost, _noun(options))
 
 
 def _aligned_sets(
@@ -402,32 +430,6 @@ def _foreign(split: SplitReading, lost: Mapping[str, int], what: str = "pictures
 def _unlabelled(split: SplitReading, images: LabelledImages) -> list[LeftOut]:
     count = len(split) - len(images)
     return [LeftOut(f"{split.name} rows without a label", count)] if count else []
-
-
-def _set_aside(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """The pictures to train on and a random share of each class to measure on."""
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise DataError(f"holdout= is a share of the training pictures between 0 and 1, such as 0.2; got {share!r}.")
-    if isinstance(images, MultiLabelImages):
-        return images.set_aside(share, seed)
-    members: dict[int, list[int]] = {}
-    for row, label in enumerate(images.labels):
-        members.setdefault(label, []).append(row)
-    alone = [images.class_names[label] for label, rows in members.items() if len(rows) < 2]
-    if alone:
-        raise DataError(
-            f"{len(alone)} classes have one picture only, so none can be held out: {shorten(alone)}. Add pictures, or "
-            "leave holdout out: without held-out pictures the trainer measures by cross-validation."
-        )
-    generator = random.Random(seed)
-    chosen: set[int] = set()
-    for label in sorted(members):
-        count = min(max(round(share * len(members[label])), 1), len(members[label]) - 1)
-        chosen.update(generator.sample(members[label], count))
-    train = images.select([row for row in range(len(images)) if row not in chosen])
-    held_out = images.select(sorted(chosen))
-    held_out.split = "holdout"
-    return train, held_out
 
 
 # ---------------------------------------------------------------------- the account
@@ -470,7 +472,7 @@ def _class_notes(reading: Reading, train: LabelledImages, held_out: LabelledImag
     counts = class_counts(train.labels, train.class_names)
     absent = [name for name, count in counts.items() if not count]
     if absent:
-        notes.append(f"Classes without a training picture: {shorten(absent)}.")
+        notes.append(f"Classes without a training {train.noun}: {shorten(absent)}.")
     empty = [name for name in reading.empty if name not in absent]
     if empty:
         notes.append(f"Folders without any picture, which make no class: {shorten(empty)}.")
@@ -478,5 +480,5 @@ def _class_notes(reading: Reading, train: LabelledImages, held_out: LabelledImag
         measured = class_counts(held_out.labels, held_out.class_names)
         unmeasured = [name for name, count in measured.items() if not count and counts[name]]
         if unmeasured:
-            notes.append(f"Classes without a picture in {held_out.split}: {shorten(unmeasured)}.")
+            notes.append(f"Classes without a {train.noun} in {held_out.split}: {shorten(unmeasured)}.")
     return notes

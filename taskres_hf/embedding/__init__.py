@@ -1,4 +1,4 @@
-"""Pictures to frozen embeddings, computed once and kept."""
+"""Pictures and texts to frozen embeddings, computed once and kept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ _PUBLIC = {
     "Embedder": "embedder",
     "ImageFeatures": "features",
     "StoredFeatures": "stored",
+    "TextEmbedder": "texts",
     "augment": "preprocessing",
     "crop_size": "preprocessing",
     "embed_images": "features",
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .preprocessing import augment as augment
     from .preprocessing import crop_size as crop_size
     from .stored import StoredFeatures as StoredFeatures
+    from .texts import TextEmbedder as TextEmbedder
 
 
 def __getattr__(name: str) -> Any:

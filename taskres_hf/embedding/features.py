@@ -29,6 +29,7 @@ from ..pictures import Remarks
 from .cache import EmbeddingCache
 from .embedder import Embedder
 from .preprocessing import augment, crop_size
+from .texts import TextEmbedder
 
 _FORMAT = 5
 
@@ -44,6 +45,7 @@ class ImageFeatures:
         digest: digest of the pictures' content and labels, in order.
         skipped: positions of pictures that could not be read and were left out.
         digests: SHA-256 of each picture's content, N hexadecimal strings; empty where embeddings came without pictures.
+        noun: what messages call one of them.
     """
 
     image_embeds: Tensor
@@ -52,6 +54,7 @@ class ImageFeatures:
     digest: str
     skipped: tuple[int, ...] = ()
     digests: tuple[str, ...] = ()
+    noun: str = "picture"
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -78,7 +81,7 @@ class ImageFeatures:
 
 
 def embed_images(
-    embedder: Embedder,
+    embedder: Embedder | TextEmbedder,
     images: LabelledImages,
     *,
     views: int = 0,
@@ -125,6 +128,8 @@ def embed_images(
         cache = _cache(cache_dir, embedder, jobs)
         _embed(embedder, jobs, cache, size, progress, accelerator)
         jobs.remarks.warn()
+        if isinstance(embedder, TextEmbedder):
+            embedder.warn_of_cut(len(readable))
     done = cache.done.view(-1, len(readable)).all(dim=0)
     for (index, _), good in zip(readable, done.tolist(), strict=True):
         if not good:
@@ -140,6 +145,7 @@ def embed_images(
         _content(images, digests),
         tuple(sorted(problems)),
         tuple(digest for digest, good in zip(digests, done.tolist(), strict=True) if good),
+        images.noun,
     )
 
 
@@ -174,7 +180,7 @@ class _Jobs:
     def __len__(self) -> int:
         return len(self.readable) * max(self.views, 1)
 
-    def load(self, job: int, embedder: Embedder) -> PIL.Image.Image | None:
+    def load(self, job: int, embedder: Any) -> PIL.Image.Image | None:
         """The picture of a job as the tower takes it, or None if it cannot be read."""
         view, row = divmod(job, len(self.readable))
         index, digest = self.readable[row]
@@ -207,7 +213,7 @@ class _Jobs:
         return f"Row {self.images.indices[index]}: {name}{message}"
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None, embedder: Embedder, jobs: _Jobs) -> EmbeddingCache:
+def _cache(cache_dir: str | os.PathLike[str] | None, embedder: Any, jobs: _Jobs) -> EmbeddingCache:
     if cache_dir is None:
         return EmbeddingCache(None, len(jobs))
     digests = [digest for _, digest in jobs.readable]
@@ -216,7 +222,7 @@ def _cache(cache_dir: str | os.PathLike[str] | None, embedder: Embedder, jobs: _
     return EmbeddingCache(Path(cache_dir) / f"{name}.safetensors", len(jobs))
 
 
-def _anything_left(cache: EmbeddingCache, jobs: _Jobs, embedder: Embedder, accelerator: Any) -> bool:
+def _anything_left(cache: EmbeddingCache, jobs: _Jobs, embedder: Any, accelerator: Any) -> bool:
     """Whether a process has something to embed or to collect.
 
     Of a finished set only pictures are missing that could not be read; whether they can be now is tried first, which
@@ -233,7 +239,7 @@ def _anything_left(cache: EmbeddingCache, jobs: _Jobs, embedder: Embedder, accel
 
 
 def _embed(
-    embedder: Embedder, jobs: _Jobs, cache: EmbeddingCache, batch_size: int, progress: bool, accelerator: Any
+    embedder: Any, jobs: _Jobs, cache: EmbeddingCache, batch_size: int, progress: bool, accelerator: Any
 ) -> None:
     """Put the embeddings of all jobs that can be read into the cache."""
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
@@ -251,7 +257,8 @@ def _embed(
 
     pad_to = min(batch_size, embedder.batch_size)
     with tqdm(
-        total=len(mine), initial=len(mine) - sum(map(len, left)), desc="Embedding pictures", unit="img",
+        total=len(mine), initial=len(mine) - sum(map(len, left)), desc=f"Embedding {jobs.images.noun}s",
+        unit="img" if jobs.images.noun == "picture" else " texts",
         disable=not progress or rank != 0, leave=False,
     ) as bar:  # fmt: skip
         try:
@@ -289,8 +296,8 @@ def _report(problems: dict[int, str], images: LabelledImages, on_error: str) -> 
     listed = "\n".join(f"  {message}" for _, message in sorted(problems.items())[:20])
     more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
     if len(problems) == len(images):
-        raise ImageError(f"None of the pictures can be read ({len(images)} of {len(images)}):\n{listed}{more}")
-    message = f"{len(problems)} of {len(images)} pictures cannot be read:\n{listed}{more}"
+        raise ImageError(f"None of the {images.noun}s can be read ({len(images)} of {len(images)}):\n{listed}{more}")
+    message = f"{len(problems)} of {len(images)} {images.noun}s cannot be read:\n{listed}{more}"
     if on_error == "raise":
         raise ImageError(f"{message}\nRemove them, or leave them out with on_error='skip' (--on-error skip).")
     warnings.warn(f"{message}\nThey are left out.", stacklevel=3)

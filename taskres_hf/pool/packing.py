@@ -336,15 +336,15 @@ def _artifact(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> tuple[C
 
 
 def check_reads_text(base_classifier: str | None, where: str) -> None:
-    """Refuse a classifier over an image tower alone, by `config.base_classifier`: neither pool nor pack is for those.
+    """Refuse a classifier over one tower alone, by `config.base_classifier`: neither pool nor pack is for those.
 
     Raises:
         ConfigurationError: it is one.
     """
     if base_classifier is not None:
         raise ConfigurationError(
-            f"The classifier {where} is over an image tower alone, and pools and packed files are for classifiers over "
-            "a dual encoder. Use it by itself: from_pretrained, or taskres serve with several folders."
+            f"The classifier {where} is over an image tower alone or of texts, and pools and packed files are for "
+            "classifiers over a dual encoder. Use it by itself, with from_pretrained."
         )
 
 

@@ -94,8 +94,8 @@ class TaskResTrainingArguments:
         reject: also choose below which score a picture counts as one of no class, so that at most this share of
             pictures of the classes does, such as 0.05 (`TaskResTrainer.choose_rejection`); None chooses nothing.
         label_map: dataset class name to model class name where they differ (also as JSON), or `"position"`.
-        image_column, label_column, drop_unlabelled, on_error: how datasets are read, see `data.labelled.LabelledImages`
-            and `embedding.features.embed_images`.
+        image_column, text_column, label_column, drop_unlabelled, on_error: how datasets are read, see
+            `data.labelled.LabelledImages`, `data.texts.LabelledTexts` and `embedding.features.embed_images`.
         closed_form: use the gradient by hand where one process trains.
         report_to: trackers for Accelerate's `log_with`, such as `"tensorboard"`; `"all"` that are installed; `"none"`,
             None or `[]` (default) for none.
@@ -139,6 +139,7 @@ class TaskResTrainingArguments:
     reject: float | None = None
     label_map: Mapping[str, str] | str | None = None
     image_column: str | None = None
+    text_column: str | None = None
     label_column: str | None = None
     drop_unlabelled: bool = False
     on_error: OnError = "raise"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vision.linear_head import SCALE
+from ..alone.linear_head import SCALE
 from .whitened import WhitenedFit, fit_beside, number_type, refuse_broken
 
 # A head's logits are smaller than CLIP's, so a fit beside them is too sure of itself by more, and must not be thrown

@@ -127,7 +127,11 @@ def tune_projection(
 def published_base(model: TaskResCLIPForImageClassification) -> tuple[Tensor, dict[str, Any] | None] | None:
     """`t` [K, D] with the underscores of class names kept, and its fingerprint; None where nothing differs."""
     config = model.config
-    if config.underscores == "keep" or not any("_" in name for name in model.class_names):
+    if (
+        config.underscores == "keep"
+        or config.text_encoding is not None
+        or not any("_" in name for name in model.class_names)
+    ):
         return None
     # Made by the one function that makes base classifiers; from the name where this base lacks a text tower or fp32.
     reusable = has_text_tower(model.clip) and model.clip.dtype == torch.float32

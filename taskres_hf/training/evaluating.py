@@ -111,7 +111,9 @@ class MeasuresClassifiers:
         data, found = self.cross_validated_logits(folds)
         metrics = cross_validated_metrics(found, data, self.compute_metrics)
         split = split_name(self.train_dataset)
-        return ShownMetrics({**metrics, "method": "cross-validation", **({"split": split} if split else {})})
+        return ShownMetrics(
+            {**metrics, **_of_texts(data), "method": "cross-validation", **({"split": split} if split else {})}
+        )
 
     def cross_validated_logits(self, folds: int = 5) -> tuple[ImageFeatures, OutOfFold]:
         """The training pictures, and what `cross_validate` measures: logits of each by a head not trained on it.
@@ -212,7 +214,9 @@ class MeasuresClassifiers:
 
     def _announced(self, metrics: Metrics, prefix: str = "") -> Metrics:
         """The metrics, after a warning where training did harm, and the event."""
-        if warning := loss_to_zero_shot(metrics, self.model.config.base_classifier):
+        config = self.model.config
+        noun = "picture" if config.text_encoding is None else "text"
+        if warning := loss_to_zero_shot(metrics, config.base_classifier, noun):
             warnings.warn(warning, stacklevel=3)
         self._events("on_evaluate", metrics=prefixed(metrics, prefix or "eval"))
         return ShownMetrics(prefixed(metrics, prefix) if prefix else metrics)
@@ -232,6 +236,7 @@ class MeasuresClassifiers:
         metrics = full_metrics(
             logits, zero_shot, new.labels, self.model.class_names, self.compute_metrics, label_threshold(head.facts)
         )
+        metrics |= _of_texts(data)
         metrics["method"] = "validation" if self._chose_the_epoch(dataset) else "held-out"
         if split := split_name(dataset):
             metrics["split"] = split
@@ -251,3 +256,8 @@ class MeasuresClassifiers:
 
     def _new_pictures(self, dataset: Any) -> ImageFeatures:
         return without_training_pictures(self.model.config.data, self.embed(dataset), self._embeddings.names(dataset))
+
+
+def _of_texts(data: ImageFeatures) -> Metrics:
+    """What metrics say of what was measured on, where it is no pictures."""
+    return {} if data.noun == "picture" else {"noun": data.noun}

@@ -90,15 +90,20 @@ def goes_on_from(config: Any, head: TaskResClassifier, recipe: str, digest: str)
     if not earlier or head.is_zero_shot or data.get("train_digest") in (None, digest):
         return None
     if recipe == "auto" or earlier.get("recipe") == "auto":
+        alone = head.several_labels or _noun(config) == "texts"  # what cannot be merged
         warnings.warn(
-            f"This classifier was trained before, on {data.get('train_images', 'other')} pictures. "
+            f"This classifier was trained before, on {data.get('train_images', 'other')} {_noun(config)}. "
             f"{'Recipe auto fits' if recipe == 'auto' else 'What recipe auto fitted is not gone on from: this trains'} "
-            "from zero-shot, so those are forgotten. Give old and new pictures together"
-            f"{'.' if head.several_labels else ', or bring both classifiers together afterwards (taskres merge).'}",
+            f"from zero-shot, so those are forgotten. Give old and new {_noun(config)} together"
+            f"{'.' if alone else ', or bring both classifiers together afterwards (taskres merge).'}",
             stacklevel=3,
         )
         return None
     return {"training": dict(earlier), "data": dict(data), "few_shot": dict(config.few_shot or {})}
+
+
+def _noun(config: Any) -> str:
+    return "pictures" if getattr(config, "text_encoding", None) is None else "texts"
 
 
 def remember_start(config: Any, before: Mapping[str, Any]) -> None:
@@ -144,6 +149,8 @@ def picture_names(images: LabelledImages | None) -> Name:
         if images is None:
             return f"row {position}"
         cell = images.source(position)
+        if images.noun != "picture":
+            return str(cell)
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         return str(path) if isinstance(path, str) and path else f"row {images.indices[position]}"
 
@@ -162,8 +169,8 @@ def warn_of_conflicts(data: ImageFeatures, name: Name) -> int:
     if groups:
         listed = shorten(" and ".join(f"{name(row)} as {called[labels[row]]!r}" for row in group) for group in groups)
         warnings.warn(
-            f"{len(groups)} pictures are there under more than one label: {listed}. Decide what each is, or leave it "
-            "out; with both labels it only blurs the classes.",
+            f"{len(groups)} {data.noun}s are there under more than one label: {listed}. Decide what each is, or leave "
+            "it out; with both labels it only blurs the classes.",
             stacklevel=5,
         )
     return len(groups)
@@ -241,12 +248,12 @@ def without_training_pictures(provenance: Mapping[str, Any] | None, data: ImageF
     if not rows:
         return data
     listed = shorten(map(name, rows[:6]), 5) if len(rows) < 6 else f"{shorten(map(name, rows[:5]))} and so on"
-    what = f"{len(rows)} of {len(data)} pictures are ones that this classifier was trained on ({listed})"
+    what = f"{len(rows)} of {len(data)} {data.noun}s are ones that this classifier was trained on ({listed})"
     ask = "To measure on them all the same: evaluate(include_train_pictures=True), or --include-train-pictures."
     if len(rows) == len(data) or not complete:
-        reason = "" if complete else ", and of so many training pictures not all can be told"
+        reason = "" if complete else f", and of so many training {data.noun}s not all can be told"
         raise OnlyTrainingPicturesError(
-            f"{what}{reason}: accuracy on them says nothing about others. Measure on pictures that were held out, "
+            f"{what}{reason}: accuracy on them says nothing about others. Measure on {data.noun}s that were held out, "
             f"or by cross-validation (TaskResTrainer.cross_validate). {ask}"
         )
     warnings.warn(f"{what}; they are left out. {ask}", stacklevel=5)
@@ -305,8 +312,8 @@ def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: i
     tested = [row for row in first.values() if counts[labels[row]] > 1]
     if not tested:
         raise DataError(
-            "No class has two different pictures, so nothing can be measured honestly by cross-validation: the only "
-            "picture of a class is needed to train it. Add pictures, or measure on a held-out split."
+            "No class has two different pictures (or texts), so nothing can be measured honestly by cross-validation: "
+            "the only one of a class is needed to train it. Add some, or measure on a held-out split."
         )
     truth = [labels[row] for row in tested]
     splitter = StratifiedKFold(min(folds, max(Counter(truth).values())), shuffle=True, random_state=seed)
@@ -430,7 +437,7 @@ def cross_validated_metrics(found: OutOfFold, data: ImageFeatures, compute: Comp
     untested = [data.class_names[label] for label in single]
     if untested:
         warnings.warn(
-            f"{len(untested)} of {len(data.class_names)} classes have a single picture, which is needed to train "
+            f"{len(untested)} of {len(data.class_names)} classes have a single {data.noun}, which is needed to train "
             f"them: nothing was measured of {shorten(untested)}. The accuracy is that of the others alone.",
             stacklevel=3,
         )

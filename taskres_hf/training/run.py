@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.trainer_callback import EarlyStoppingCallback, ExportableState, TrainerControl, TrainerState
 
 from ..base_classifier import same_base
-from ..embedding import Embedder, ImageFeatures
+from ..embedding import Embedder, ImageFeatures, TextEmbedder
 from ..errors import ArtifactError, ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..storage import (
@@ -401,7 +401,7 @@ def describe_run(
     args: TaskResTrainingArguments,
     recipe: Recipe,
     chosen: TrainingPictures,
-    embedder: Embedder | None,
+    embedder: Embedder | TextEmbedder | None,
     held_out: ImageFeatures | None,
 ) -> dict[str, Any]:
     """Everything the outcome of a run depends on, under the names that a refusal uses.

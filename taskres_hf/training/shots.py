@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..data import LabelledImages, MultiLabelImages, class_counts
-from ..embedding import Embedder, ImageFeatures, StoredFeatures, crop_size, embed_images
+from ..data import LabelledImages, LabelledTexts, MultiLabelImages, class_counts
+from ..embedding import Embedder, ImageFeatures, StoredFeatures, TextEmbedder, crop_size, embed_images
 from ..errors import ConfigurationError, DataError, FewShotError
 from ..few_shot import few_shot_indices
 from ..modeling_taskres import TaskResCLIPForImageClassification
@@ -36,12 +36,17 @@ class DatasetEmbeddings:
 
     def __init__(self, model: TaskResCLIPForImageClassification, args: TaskResTrainingArguments, accelerator: Any):
         self.model, self.args, self.accelerator = model, args, accelerator
-        self._embedder: Embedder | None = None
+        if model.config.text_encoding is not None:
+            _refuse_for_texts(args)
+        self._embedder: Embedder | TextEmbedder | None = None
         self._made: dict[tuple[int, int], tuple[Any, Any, ImageFeatures]] = {}
 
     @property
-    def embedder(self) -> Embedder:
+    def embedder(self) -> Embedder | TextEmbedder:
         """Base, processor and engine; made when first needed."""
+        if self._embedder is None and self.model.config.text_encoding is not None:
+            text_model: Any = self.model
+            self._embedder = TextEmbedder(text_model.clip, text_model.tokenizer, text_model.encoding)
         if self._embedder is None:
             args, engine, precision = self.args, self.args.engine, self.args.precision
             if args.recipe == "paper":  # as published unless asked otherwise
@@ -70,11 +75,18 @@ class DatasetEmbeddings:
                 )
             self.model.classifier.check_labels(several=isinstance(dataset, ImageFeatures) and dataset.labels.ndim == 2)
             return dataset
+        texts = self.model.config.text_encoding is not None
+        if isinstance(dataset, LabelledImages) and isinstance(dataset, LabelledTexts) != texts:
+            kinds = ("texts", "pictures") if texts else ("pictures", "texts")
+            raise DataError(f"The model is a classifier of {kinds[0]}, and the data set holds {kinds[1]}.")
         if not isinstance(dataset, LabelledImages):
             several: Any = MultiLabelImages if self.model.classifier.several_labels else LabelledImages
+            column = {"image_column": self.args.image_column}
+            if texts:
+                several, column = LabelledTexts, {"text_column": self.args.text_column}
             dataset = several(
                 dataset,
-                image_column=self.args.image_column,
+                **column,
                 label_column=self.args.label_column,
                 default_names=names,
                 drop_unlabelled=self.args.drop_unlabelled,
@@ -122,6 +134,24 @@ class DatasetEmbeddings:
         )
 
 
+_FOR_PICTURES = {
+    "views": 0, "augment_online": None, "exact_preprocessing": False, "draft_decoding": False, "crop": "processor",
+}  # fmt: skip
+
+
+def _refuse_for_texts(args: TaskResTrainingArguments) -> None:
+    """Refuse settings that are for pictures.
+
+    Raises:
+        ConfigurationError: names them.
+    """
+    given = [name for name, default in _FOR_PICTURES.items() if getattr(args, name) not in (default, False)]
+    given += [name for name, known in (("engine", "torch"), ("precision", "fp32"))
+              if getattr(args, name) not in ("auto", known)]  # fmt: skip
+    if given:
+        raise ConfigurationError(f"{', '.join(given)}: for pictures, and the classifier is of texts. Leave it out.")
+
+
 Embed = Callable[[LabelledImages, int], ImageFeatures]
 
 
@@ -162,7 +192,7 @@ def training_pictures(
         ConfigurationError: settings that need pictures, where there are embeddings.
     """
     labels = source.labels if isinstance(source, LabelledImages) else source.labels.tolist()
-    check_classes(labels, class_names, args.on_short)
+    check_classes(labels, class_names, args.on_short, noun=getattr(source, "noun", "picture"))
     if isinstance(source, StoredFeatures):
         if args.shots is not None or args.augment_online or args.views:
             raise ConfigurationError(
@@ -178,9 +208,9 @@ def training_pictures(
         return TrainingPictures(
             data, None, False, _few_shot(args, rows, len(rows)), warn_of_conflicts(data, picture_names(None))
         )
-    online = _augments_online(args, image_processor)
+    online = not isinstance(source, LabelledTexts) and _augments_online(args, image_processor)
     data, rows, replaced = _embed_readable(source, rows, args, embed)
-    check_classes(data.labels.tolist(), class_names, args.on_short, "that can be read")
+    check_classes(data.labels.tolist(), class_names, args.on_short, "that can be read", source.noun)
     if args.shots is not None and data.skipped and args.on_short == "raise":
         few_shot_indices(data.labels.tolist(), args.shots, args.seed, on_short="raise", class_names=class_names)
     lost = set(data.skipped)
@@ -194,7 +224,9 @@ def training_pictures(
     return TrainingPictures(data, images, online, few_shot, warn_of_conflicts(data, picture_names(images)))
 
 
-def check_classes(labels: Sequence[Any], class_names: Sequence[str], on_short: str, which: str = "") -> None:
+def check_classes(
+    labels: Sequence[Any], class_names: Sequence[str], on_short: str, which: str = "", noun: str = "picture"
+) -> None:
     """Refuse a class without any picture, unless `on_short="ignore"`; name one that is on all of several labels.
 
     Raises:
@@ -202,7 +234,7 @@ def check_classes(labels: Sequence[Any], class_names: Sequence[str], on_short: s
     """
     absent = [name for name, count in class_counts(labels, class_names).items() if count == 0]
     if absent and on_short != "ignore":
-        kind = f"training picture {which}".strip()
+        kind = f"training {noun} {which}".strip()
         raise FewShotError(
             f"{len(absent)} of {len(class_names)} classes have no {kind}: {absent[:5]}. Add at least one each, "
             "leave the classes out of the model, or accept it with on_short='ignore'."
@@ -302,7 +334,9 @@ def _embed_readable(
         replaced += len(places) - len(unread)
     if not replaced:
         return data, rows, 0
-    warnings.warn(f"{replaced} drawn pictures cannot be read; others of their classes take their place.", stacklevel=5)
+    warnings.warn(
+        f"{replaced} drawn {source.noun}s cannot be read; others of their classes take their place.", stacklevel=5
+    )
     return embed(source.select(rows), args.views), rows, replaced
 
 

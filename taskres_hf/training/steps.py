@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from ..alone.linear_head import SCALE, LinearHead
 from ..data import LabelledImages
 from ..embedding import Embedder, ImageFeatures, StoredFeatures, augment, crop_size
 from ..embedding.engines.onednn import product
 from ..errors import ConfigurationError
 from ..residual import AS_PUBLISHED, TaskResClassifier
-from ..vision.linear_head import SCALE, LinearHead
 from .beside_head import fit_whitened_beside
 from .multi_label import fit_multi_label
 from .recipes import Recipe, epoch_batches, learning_rate

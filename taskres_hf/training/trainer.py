@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data import LabelledImages
-from ..embedding import Embedder, ImageFeatures, StoredFeatures
+from ..embedding import Embedder, ImageFeatures, StoredFeatures, TextEmbedder
 from ..errors import ConfigurationError, DataError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
@@ -221,7 +221,8 @@ class TaskResTrainer(MeasuresClassifiers):
             return batches_from_disk(chosen.data, head, recipe, args.seed, args.buffer_mb, *share)
         if chosen.online and chosen.images is not None:
             digests, turn = chosen.data.digests, args.embed_batch_size
-            return batches_augmented(chosen.images, digests, self.embedder, head, recipe, args.seed, turn, *share)
+            embedder: Any = self.embedder  # of pictures: texts are not augmented
+            return batches_augmented(chosen.images, digests, embedder, head, recipe, args.seed, turn, *share)
         return batches_in_memory(chosen.data, head, recipe, args.seed, *share)
 
     def _recipe(self, head: TaskResClassifier, data: ImageFeatures | StoredFeatures) -> Recipe:
@@ -288,7 +289,7 @@ class TaskResTrainer(MeasuresClassifiers):
         return self._embeddings.of(dataset, views)
 
     @property
-    def embedder(self) -> Embedder:
+    def embedder(self) -> Embedder | TextEmbedder:
         """Base, processor and engine; made when first needed."""
         return self._embeddings.embedder
 

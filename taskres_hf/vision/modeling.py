@@ -10,24 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..alone.labels import CLASS_MEANS, HEAD, choose_labels
+from ..alone.linear_head import LinearHead
+from ..alone.towers import head_rows, located, prepared, target_dtype
 from ..base_classifier import PreparedBase
 from ..configuration_taskres import TaskResConfig
 from ..encoders import BaseSource
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from .labels import CLASS_MEANS, HEAD, choose_labels
-from .linear_head import LinearHead
-from .tower import (
-    VisionTower,
-    as_tower,
-    embedding_length,
-    head_rows,
-    load_tower,
-    located,
-    prepared,
-    target_dtype,
-    tower_fingerprint,
-)
+from .tower import VisionTower, as_tower, embedding_length, load_tower, made_of
 
 
 def _base_for_artifact(
@@ -44,7 +35,7 @@ def _base_for_artifact(
     tower, commit = (as_tower(shared), None) if shared is not None else load_tower(source, dtype, options)
     target = None if shared is not None else target_dtype(tower, dtype, options)
     stored = None if accept_mismatch else config.base_fingerprint or {}
-    return prepared(tower, config, located(source, shared, commit), target, stored)
+    return prepared(tower, config, located(source, shared, commit), made_of(tower, config), target, stored)
 
 
 class TaskResForImageClassification(TaskResCLIPForImageClassification):
@@ -56,10 +47,10 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
 
     Attributes:
         clip, backbone: the base, a `vision.tower.VisionTower`; frozen, always in eval mode.
-        classifier: the head, a `vision.linear_head.LinearHead`.
+        classifier: the head, a `alone.linear_head.LinearHead`.
     """
 
-    _head_class, _base_for_artifact, _reads_text = LinearHead, staticmethod(_base_for_artifact), False
+    _head_class, _base_for_artifact = LinearHead, staticmethod(_base_for_artifact)
     clip: VisionTower
     classifier: LinearHead
 
@@ -128,7 +119,7 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
                 config.prompt_names = {name: word for name, word in words.items() if name != word} or None
             config.projection_dim = embedding_length(tower)
             target = None if loaded is not None else target_dtype(tower, dtype, options)
-            return prepared(tower, config, located(source, loaded, commit), target)
+            return prepared(tower, config, located(source, loaded, commit), made_of(tower, config), target)
 
         base: Any = as_tower(base_model) if isinstance(base_model, PreTrainedModel) else base_model
         made: TaskResForImageClassification = cls._on_base(
@@ -156,8 +147,7 @@ class TaskResForImageClassification(TaskResCLIPForImageClassification):
 
     def base_again(self) -> tuple[Tensor, dict[str, Any]]:
         """The base classifier [K, D] made anew, and its fingerprint."""
-        table, _ = head_rows(self.clip, self.config)
-        return table, tower_fingerprint(self.clip, self.config, table)
+        return made_of(self.clip, self.config)
 
     @property
     def tokenizer(self) -> NoReturn:

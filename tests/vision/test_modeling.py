@@ -253,7 +253,9 @@ def test_it_is_served_with_the_scores_of_pipeline(saved: Path, pictures: Path) -
 def test_no_pool_and_no_packed_file(saved: Path, trained: Path, tmp_path: Path) -> None:
     model, pool, to = Model.from_pretrained(saved), ClassifierPool(), tmp_path / "pool.safetensors"
     for source in (saved, model):
-        with pytest.raises(ConfigurationError, match="over an image tower alone, and pools and packed files"):
+        with pytest.raises(
+            ConfigurationError, match="over an image tower alone or of texts, and pools and packed files"
+        ):
             pool.add("one", source)
     with pytest.raises(ConfigurationError, match="over an image tower alone"):
         ClassifierPool(model)

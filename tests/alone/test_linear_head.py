@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from taskres_hf.alone.linear_head import LENGTH, LinearHead
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.training.recipes import make_recipe
 from taskres_hf.training.steps import fit
-from taskres_hf.vision.linear_head import LENGTH, LinearHead
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, BIAS = torch.randn(4, 6, generator=GENERATOR), torch.randn(4, generator=GENERATOR)

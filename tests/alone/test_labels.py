@@ -10,8 +10,8 @@ import pytest
 from image_towers import save_processor, tiny_classifier
 
 from taskres_hf import TaskResForImageClassification as Model
+from taskres_hf.alone.labels import match_labels
 from taskres_hf.errors import ClassNamesError, ConfigurationError
-from taskres_hf.vision.labels import match_labels
 
 LABELS = ["tabby, tabby cat", "tiger cat", "crane", "crane, machine", "Great_White-Shark", "missile", "missile"]
 

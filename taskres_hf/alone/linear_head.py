@@ -1,4 +1,4 @@
-"""The head over an image tower alone: a linear classifier as it is, beside which the residual is learned.
+"""The head over one tower alone: a linear classifier as it is, beside which the residual is learned.
 
     logits = f @ (W + s * alpha * x).T + b + s * class_bias          over a pretrained head W [K, D], b [K]
     logits = S * norm(f) @ (s * (m + alpha * x)).T + s * class_bias  over a tower without one
@@ -44,6 +44,7 @@ class LinearHead(TaskResClassifier):
         self.takes_raw_embeddings = bool(base.any())
 
     def check_has_text(self, what: str) -> None:
+        super().check_has_text(what)
         raise ConfigurationError(
             f"{what} is for classifiers over a dual encoder; this one is over an image tower alone, which reads no "
             "text."
