@@ -312,7 +312,7 @@ def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: i
     tested = [row for row in first.values() if counts[labels[row]] > 1]
     if not tested:
         raise DataError(
-            "No class has two different pictures (or texts), so nothing can be measured honestly by cross-validation: "
+            "No class has two different pictures, so nothing can be measured honestly by cross-validation: "
             "the only one of a class is needed to train it. Add some, or measure on a held-out split."
         )
     truth = [labels[row] for row in tested]

@@ -23,7 +23,10 @@ from taskres_hf.cluster import embed, predict, read_manifest
 from taskres_hf.cluster.running import Cluster, _connected
 from taskres_hf.errors import ConfigurationError
 
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "taskres_hf[ray]"')
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "taskres_hf[ray]"'),
+    pytest.mark.skipif("TASKRES_TEST_RAY" not in os.environ, reason="needs quiet cores: set TASKRES_TEST_RAY=1"),
+]
 TWO = Cluster("ray", workers=2)
 BLOCK = 20
 
