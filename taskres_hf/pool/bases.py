@@ -138,6 +138,7 @@ class PoolBase:
         names = values["id2label"]
         head.config = SimpleNamespace(  # a `TaskResConfig` takes longer than all the rest
             class_names=[names[str(index)] for index in range(len(names))],
+            text_encoding=None,
             problem_type=values.get("problem_type"),
             residual_sha256=values.get("residual_sha256"),
         )

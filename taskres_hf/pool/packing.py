@@ -367,7 +367,7 @@ def check_together(first: str, ours: Checked, name: str, theirs: Checked) -> Non
             f"{first!r} and {name!r} prepare pictures differently (preprocessor_config.json), and a pack has one way. "
             "Pack them apart."
         )
-    sides = (SimpleNamespace(**dict.fromkeys(_SAME_BASE), base_fingerprint=one.config["base_fingerprint"])
+    sides = (SimpleNamespace(**dict.fromkeys(_SAME_BASE), text_encoding=None, base_fingerprint=one.config["base_fingerprint"])
              for one in (ours, theirs))  # fmt: skip
     check_same_bases(*sides)
 
