@@ -367,8 +367,8 @@ def check_together(first: str, ours: Checked, name: str, theirs: Checked) -> Non
             f"{first!r} and {name!r} prepare pictures differently (preprocessor_config.json), and a pack has one way. "
             "Pack them apart."
         )
-    sides = (SimpleNamespace(**dict.fromkeys(_SAME_BASE), text_encoding=None, base_fingerprint=one.config["base_fingerprint"])
-             for one in (ours, theirs))  # fmt: skip
+    plain = {**dict.fromkeys(_SAME_BASE), "text_encoding": None}
+    sides = (SimpleNamespace(**plain, base_fingerprint=one.config["base_fingerprint"]) for one in (ours, theirs))
     check_same_bases(*sides)
 
 
