@@ -32,7 +32,7 @@ from .hub import AUTO_MAP, PUSH_OPTIONS, card_for, public_base_name, push_writte
 from .notebook import ShownInNotebooks
 from .rejection import RejectsPictures
 from .residual import TaskResClassifier
-from .serving import ServedConfig, answered
+from .serving import ServedConfig
 
 _NOTES = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes")
@@ -301,18 +301,9 @@ class TaskResCLIPForImageClassification(
                 f"image_embeds must have {self.config.projection_dim} columns, the base's projection size; got "
                 f"{tuple(image_embeds.shape)}. Use the projected features of {self.config.base_model_name_or_path}."
             )
-        head = self.classifier
-        logits = head(image_embeds)
-        answered(self, head, logits)
-        loss = None if labels is None else head.loss(logits, labels, kwargs.get("num_items_in_batch"))
-        output = ImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=getattr(features, "hidden_states", None) if output_hidden_states else None,
-            attentions=getattr(features, "attentions", None) if output_attentions else None,
-        )
-        wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if wanted else output.to_tuple()
+        kept = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        loss_of = (labels, kwargs.get("num_items_in_batch"))
+        return self._answer(ImageClassifierOutput, image_embeds, loss_of, features, kept, return_dict)
 
     def zero_shot_logits(
         self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None, **kwargs: Any

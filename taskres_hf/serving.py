@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .base_classifier import check_same_bases
 from .residual import TaskResClassifier
 
 _LATEST = threading.local()
-
-
-def answered(model: Any, head: Any, logits: torch.Tensor) -> None:
-    """Note that this thread got `logits` from a head of a model."""
-    if not torch.compiler.is_compiling():
-        _LATEST.answer = weakref.ref(model), weakref.ref(logits), getattr(head, "config", None)
+_Output = TypeVar("_Output")
 
 
 def forget_answer() -> None:
@@ -56,6 +52,25 @@ class ServedConfig:
         self._config = value
         if "classifier" in self._modules:
             self._modules["classifier"].config = value
+
+    def _answer(
+        self, kind: type[_Output], embeds: Tensor, loss_of: tuple[Any, Any], features: Any, kept: Any, as_dict: Any
+    ) -> _Output | tuple[Tensor, ...]:
+        """What `forward` returns for embeddings [N, D]: an output of a `kind`, or a tuple; its logits are this thread's.
+
+        Args:
+            loss_of: labels, None for no loss, and what the loss is divided by. features: what the base returned.
+            kept: by name, which of its parts are passed on. as_dict: False for a tuple, None as the config says.
+        """
+        head = self.classifier
+        logits = head(embeds)
+        if not torch.compiler.is_compiling():
+            _LATEST.answer = weakref.ref(self), weakref.ref(logits), getattr(head, "config", None)
+        loss = None if loss_of[0] is None else head.loss(logits, *loss_of)
+        parts = {name: getattr(features, name, None) for name, wanted in kept.items() if wanted}
+        output: Any = kind(loss=loss, logits=logits, **parts)
+        as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+        return output if as_dict else output.to_tuple()  # type: ignore[no-any-return]
 
     def use_classifier(self, other: Any) -> None:
         """Serve another task over the same backbone: its head and config take the place of these, in one step.

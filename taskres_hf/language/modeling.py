@@ -22,7 +22,6 @@ from ..encoders import BaseSource, load_tokenizer, trusted_base_name
 from ..errors import ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..residual import TaskResClassifier
-from ..serving import answered
 from .encoding import HEAD_POOLING, POOLINGS, TextEncoding, longest, positions_of, stated_encoding, with_prompt
 from .tower import CLASS_NAMES, TextTower, as_tower, embedding_length, head_of, load_text_model, made_of
 
@@ -244,18 +243,9 @@ class TaskResForSequenceClassification(TaskResCLIPForImageClassification):
                 f"text_embeds must have {self.config.projection_dim} columns, the base's size; got "
                 f"{tuple(text_embeds.shape)}."
             )
-        head = self.classifier
-        logits = head(text_embeds)
-        answered(self, head, logits)
-        loss = None if labels is None else head.loss(logits, labels, kwargs.get("num_items_in_batch"))
-        output = SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=getattr(features, "hidden_states", None) if output_hidden_states else None,
-            attentions=getattr(features, "attentions", None) if output_attentions else None,
-        )
-        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        kept = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        loss_of = (labels, kwargs.get("num_items_in_batch"))
+        return self._answer(SequenceClassifierOutput, text_embeds, loss_of, features, kept, return_dict)
 
     @torch.no_grad()
     def _features(self, input_ids: Any, attention_mask: Any, token_type_ids: Any, **options: Any) -> Any:
