@@ -22,7 +22,7 @@ from datasets import (
 from ..errors import DataError, ImageError
 from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
-from .reading import Account, Cells, DatasetCells, natural_key, shorten
+from .reading import STREAMED, Account, Cells, DatasetCells, natural_key, shorten
 
 _WHOLE = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
 _NO_TEXT = frozenset({"nan", "<na>", "n/a", "na", "#n/a", "null"})  # as pandas reads and writes missing cells
@@ -223,11 +223,6 @@ IMAGE_NAMES = (
 
 
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label", "cls")
-
-STREAMED = (
-    "A streamed dataset has no fixed order to sample shots from. Take what you need first, for example "
-    "Dataset.from_generator(lambda: iter(stream.take(10_000)), features=stream.features)."
-)
 
 
 class LabelledImages:

@@ -10,9 +10,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from datasets import Dataset, Image
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_from_disk
 
 from ..errors import DataError, ImageError
 from ..pictures import picture_digest, read_image
@@ -398,3 +399,45 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+
+STREAMED = (
+    "A streamed dataset has no fixed order to sample shots from. Take what you need first, for example "
+    "Dataset.from_generator(lambda: iter(stream.take(10_000)), features=stream.features)."
+)
+
+
+def of_loaded(source: Any) -> Reading | None:
+    """What is in a dataset, or in datasets by split, that are loaded; None for any other source.
+
+    Raises:
+        DataError: it is streamed.
+    """
+    if isinstance(source, (IterableDataset, IterableDatasetDict)):
+        raise DataError(STREAMED)
+    if isinstance(source, Dataset):
+        reading = reading_of({str(source.split or "train"): source}, "dataset")
+        reading.chosen = True
+        return reading
+    if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
+        return reading_of(source, "dataset")
+    return None
+
+
+def reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
+    return Reading(kind, [SplitReading(str(name), dataset=part) for name, part in splits.items()])
+
+
+def of_saved(path: Path) -> Reading | None:
+    """What is in a folder of `save_to_disk`; None for any other folder.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        return None
+    try:
+        stored = load_from_disk(str(path))
+    except Exception as error:  # a damaged copy raises whatever its reader stumbles over
+        raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
+    return reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")

@@ -15,11 +15,8 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
-    IterableDataset,
-    IterableDatasetDict,
     Value,
     load_dataset,
-    load_from_disk,
 )
 from datasets.exceptions import DatasetsError
 
@@ -27,7 +24,7 @@ from ..errors import DataError, TaskResError
 from ..storage import is_path
 from ..tables import visible
 from .folders import EXPECTED, NoClassFoldersError, read_folders, refuse_parts
-from .labelled import STREAMED, is_missing, name_classes
+from .labelled import is_missing, name_classes
 from .listing import (
     ARCHIVE_ENDINGS,
     ArchiveCells,
@@ -42,7 +39,18 @@ from .listing import (
     suffix,
 )
 from .multi_label import MultiLabel
-from .reading import FileCells, LeftOut, Reading, SplitReading, printable, shorten, split_name
+from .reading import (
+    FileCells,
+    LeftOut,
+    Reading,
+    SplitReading,
+    of_loaded,
+    of_saved,
+    printable,
+    reading_of,
+    shorten,
+    split_name,
+)
 from .tables import (
     TABLE_ENDINGS,
     MissingPicturesError,
@@ -160,14 +168,9 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     """
     if options.class_folder not in (None, "first", "last"):
         raise DataError(f"class_folder must be 'first' or 'last'; got {options.class_folder!r}.")
-    if isinstance(source, (IterableDataset, IterableDatasetDict)):
-        raise DataError(STREAMED)
-    if isinstance(source, Dataset):
-        reading = reading_of({str(source.split or "train"): source}, "dataset")
-        reading.chosen = True
-        return reading
-    if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
-        return reading_of(source, "dataset")
+    loaded = of_loaded(source)
+    if loaded is not None:
+        return loaded
     if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
         here = FolderListing(Path.cwd(), scan=False)
         return read_table(table_from_frame(source), Paths(here, ""), options.columns)
@@ -181,10 +184,6 @@ def read_source(source: Any, options: SourceOptions) -> Reading:
     if path.is_file():
         return _read_file(path, options)
     raise DataError(f"There is no dataset at {printable(path)}: no such file or folder. {READABLE}")
-
-
-def reading_of(splits: Mapping[str, Dataset], kind: str) -> Reading:
-    return Reading(kind, [SplitReading(str(name), dataset=part) for name, part in splits.items()])
 
 
 def from_hub(name: str, options: SourceOptions) -> Reading:
@@ -276,12 +275,9 @@ def _may_be_pictures(kind: Any) -> bool:
 
 
 def _read_folder(path: Path, options: SourceOptions) -> Reading:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        try:
-            stored = load_from_disk(str(path))
-        except Exception as error:  # a damaged copy raises whatever its reader stumbles over
-            raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
-        return reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
+    saved = of_saved(path)
+    if saved is not None:
+        return saved
     listing = FolderListing(path)
     parquet = [name for name in listing.files if suffix(name) == ".parquet" and _holds_pictures(path / name)]
     if parquet and listing.pictures():

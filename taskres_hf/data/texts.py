@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
+from datasets import Dataset
 
 from ..errors import DataError, TextError
 from ..language.encoding import checked_text
 from ..storage import is_path
-from .labelled import LABEL_NAMES, STREAMED, LabelledImages, find_column, labels_of_cells
+from .labelled import LABEL_NAMES, LabelledImages, find_column, labels_of_cells
 from .listing import suffix
-from .reading import DatasetCells, Reading, SplitReading, printable, shorten, split_name
-from .sources import SourceOptions, from_hub, reading_of
+from .reading import DatasetCells, Reading, SplitReading, of_loaded, of_saved, printable, shorten, split_name
+from .sources import SourceOptions, from_hub
 from .tables import (
     TABLE_ENDINGS,
     Table,
@@ -121,14 +121,9 @@ def read_texts(source: Any, options: SourceOptions) -> Reading:
     """
     if options.multi_label is not None or options.class_folder is not None:
         raise DataError("Several labels a text, and class folders, are not to be had for texts: leave them out.")
-    if isinstance(source, (IterableDataset, IterableDatasetDict)):
-        raise DataError(STREAMED)
-    if isinstance(source, Dataset):
-        reading = reading_of({str(source.split or "train"): source}, "dataset")
-        reading.chosen = True
-        return reading
-    if isinstance(source, Mapping) and source and all(isinstance(part, Dataset) for part in source.values()):
-        return reading_of(source, "dataset")
+    loaded = of_loaded(source)
+    if loaded is not None:
+        return loaded
     if type(source).__name__ == "DataFrame" and hasattr(source, "columns"):
         return _of_table(table_from_frame(source), options, "train")
     if not isinstance(source, (str, os.PathLike)):
@@ -154,12 +149,9 @@ def _of_file(path: Path, options: SourceOptions, split: str) -> Reading:
 
 
 def _of_folder(path: Path, options: SourceOptions) -> Reading:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        try:
-            stored = load_from_disk(str(path))
-        except Exception as error:  # a damaged copy raises whatever its reader stumbles over
-            raise DataError(f"{printable(path)} was written by save_to_disk and cannot be read: {error}") from error
-        return reading_of(stored if isinstance(stored, DatasetDict) else {"train": stored}, "saved dataset")
+    saved = of_saved(path)
+    if saved is not None:
+        return saved
     files = sorted(
         file for folder in (path, path / "data") if folder.is_dir() for file in folder.iterdir()
         if file.is_file() and suffix(file.name) in TABLE_ENDINGS and suffix(file.name) != ".txt"
