@@ -76,7 +76,7 @@ def classify_files(
     """
     rejecting = model.rejecting(unknown) if reject else None
     head = rejecting.head if rejecting else model.classifier
-    if getattr(head.config, "text_encoding", None) is not None:
+    if head.config.text_encoding is not None:
         raise ConfigurationError("The classifier is of texts: use classify_texts.")
     items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
     items.embedder.get_ready(len(files))
