@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN = $(VENV)/bin
+# Alone: a cluster needs the cores, and Ray reads its settings when it is first imported
+RAY_TESTS = tests/cluster/test_ray.py tests/test_ray_serve.py
 
 .PHONY: demo test check fix bench fuzz results matrix docs clean
 
@@ -18,6 +20,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(PYTEST) --cov --cov-report=term
+	TASKRES_TEST_RAY=1 $(BIN)/python -m pytest $(RAY_TESTS)
 
 # Only the tests, for work on the code: make check TESTS=tests/data
 TESTS ?= tests

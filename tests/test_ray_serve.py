@@ -31,10 +31,10 @@ def _port() -> int:
 
 
 @pytest.mark.skipif(
-    find_spec("ray") is None or find_spec("ray.serve") is None or find_spec("uvicorn") is None,
+    find_spec("ray") is None or find_spec("uvicorn") is None,  # looking for "ray.serve" would import Ray
     reason='needs Ray Serve: pip install "taskres_hf[ray]"',
 )
-@pytest.mark.skipif("TASKRES_TEST_RAY" not in os.environ, reason="needs quiet cores: set TASKRES_TEST_RAY=1")
+@pytest.mark.skipif("TASKRES_TEST_RAY" not in os.environ, reason="runs alone, last in `make test`: TASKRES_TEST_RAY=1")
 def test_two_replicas_answer_as_the_pool_does(trained: Path, base: str, splits: Any, tmp_path: Path) -> None:
     root, port = tmp_path / "made", _port()
     shutil.copytree(trained, root / "first")

@@ -25,7 +25,9 @@ from taskres_hf.errors import ConfigurationError
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "taskres_hf[ray]"'),
-    pytest.mark.skipif("TASKRES_TEST_RAY" not in os.environ, reason="needs quiet cores: set TASKRES_TEST_RAY=1"),
+    pytest.mark.skipif(
+        "TASKRES_TEST_RAY" not in os.environ, reason="runs alone, last in `make test`: TASKRES_TEST_RAY=1"
+    ),
 ]
 TWO = Cluster("ray", workers=2)
 BLOCK = 20
@@ -90,7 +92,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster: None, data: Path
     killed: list[int] = []
 
     def kill() -> None:
-        _when(lambda: _parts(out) > 0)
+        _when(lambda: _parts(out) > 0 and bool(_workers()))  # one between two calls is not known by its name
         victim = _workers()[0]
         killed.append(_parts(out))
         victim.send_signal(signal.SIGKILL)
