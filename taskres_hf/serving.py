@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -54,9 +55,15 @@ class ServedConfig:
             self._modules["classifier"].config = value
 
     def _answer(
-        self, kind: type[_Output], embeds: Tensor, loss_of: tuple[Any, Any], features: Any, kept: Any, as_dict: Any
+        self,
+        kind: Callable[..., _Output],
+        embeds: Tensor,
+        loss_of: tuple[Any, Any],
+        features: Any,
+        kept: Any,
+        as_dict: Any,
     ) -> _Output | tuple[Tensor, ...]:
-        """What `forward` returns for embeddings [N, D]: an output of a `kind`, or a tuple; its logits are this thread's.
+        """What `forward` returns for embeddings [N, D]: an output of a `kind`, or a tuple.
 
         Args:
             loss_of: labels, None for no loss, and what the loss is divided by. features: what the base returned.
