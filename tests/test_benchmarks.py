@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import base_to_new, embedding, material, plan, scale, stress, timing
+from benchmarks import base_to_new, embedding, material, plan, reading, scale, stress, timing
 from benchmarks.tasks import Task
 from benchmarks.timing import Report
 from taskres_hf.embedding import ImageFeatures
@@ -125,3 +127,25 @@ def test_the_plan_of_a_large_data_set_is_arithmetic(
     assert "| hours of a core at 100 pictures a second | 3 |" in text
     assert "| blocks of 10,000 | 100 |" in text
     assert "| a killed worker costs at most | 1.7 core minutes, 1.0000 % of the work |" in text
+
+
+def test_samples_of_a_profile_are_told_apart_and_drawn(tmp_path: Path) -> None:
+    """By the functions that the library has: renaming one would leave its time in `else`."""
+    names = {
+        "tower": "Embedder.stream_found.<locals>.embed (taskres_hf/embedding/embedder.py:1)",
+        "resize and normalise": "Preprocessor.prepare (taskres_hf/embedding/preprocessing.py:1)",
+        "decode": "read_image (taskres_hf/pictures.py:1)",
+        "read and digest": "read_once (taskres_hf/pictures.py:1)",
+        "cache": "KeptRows.add (taskres_hf/embedding/cache.py:1)",
+        "digest of the weights": "image_weights_digest (taskres_hf/encoders.py:1)",
+        "else": "_Pass.open (taskres_hf/embedding/features.py:1)",
+    }
+    for name, frame in names.items():
+        assert reading.step(["_worker (thread.py:1)", frame]) == name
+        function, place = frame.split(" (")
+        text = (Path(__file__).parents[1] / place.split(":")[0]).read_text()
+        assert all(f" {part}(" in text or f"class {part}" in text for part in function.split(".") if part[0] != "<")
+    stacks = Counter({("open <script>& (a.py:1)", frame): 5 for frame in names.values()})
+    reading.draw(stacks, "a title", tmp_path / "figure.svg")
+    assert "script>" not in (tmp_path / "figure.svg").read_text()
+    assert ET.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")

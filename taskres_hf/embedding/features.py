@@ -204,10 +204,11 @@ class _Pass:
         self.done = torch.zeros(self.each, len(self.images), dtype=torch.bool)
         self._owners: dict[bytes, int] = {}  # rows whose picture is the first of its content
         self._opened: dict[int, list[tuple[_Job, Any]]] = {}
-        self._key = [] if self.cache_dir is None else self.embedder.key
-        spec = [_FORMAT, *self._key, self.seed if self.views else None]
-        name = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
-        self._cache = KeptRows(None if self.cache_dir is None else self.cache_dir / name)
+        folder = None
+        if self.cache_dir is not None:
+            spec = [_FORMAT, *self.embedder.key, self.seed if self.views else None]
+            folder = self.cache_dir / hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
+        self._cache = KeptRows(folder)
 
     # ---------------------------------------------------------------------- one picture, in any thread
 
@@ -323,10 +324,9 @@ class _Pass:
         left = self._search(rows)
         if not left:
             return True
+        form = self.embedder.engine.name
         self.embedder.get_ready(len(left) * self.each)
-        if (
-            self.cache_dir is not None and self.embedder.key != self._key
-        ):  # where another form turns out to be right, so is another cache
+        if self.embedder.engine.name != form:  # where another turns out to be right, so is another cache
             self._begin()
             return False
         self.embedded = True
