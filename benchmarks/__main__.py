@@ -33,7 +33,7 @@ GROUPS = {
     ],
     "precision": [embedding.precision],
     "training": [embedding.training],
-    "views": [lambda report: embedding.training(report, 640, 40, views=4)],
+    "views": [lambda report: embedding.training(report, 320, 20, views=4)],
     "peers": [peers.peers],
     "million": [epochs.million],
 }

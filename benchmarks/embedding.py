@@ -36,7 +36,7 @@ MODES = {
 }
 
 
-def training(report: Report, count: int = 1600, classes: int = 100, views: int = 0) -> None:
+def training(report: Report, count: int = 640, classes: int = 40, views: int = 0) -> None:
     """From JPEG files to a saved artifact, in units of one bare fp32 pass over the prepared pictures."""
     views_row = f"training end to end, {views} cached views, torch bf16"
     if views and obstacle("torch", "bf16") is not None:
