@@ -50,6 +50,7 @@ class ClassifierPool:
         image_processor: of the base; read beside it by default.
         engine, precision, exact_preprocessing: how `embed` runs the tower, see `embedding.engines`; the defaults give
             what each classifier's own model gives.
+        strength: of all that are loaded, from 0 (zero-shot) to 1 (as trained); by default what each was saved with.
         trust_remote_code: let the base run code from its repository.
         **options: `token`, `cache_dir`, `local_files_only`; and `attn_implementation` of the base.
 
@@ -69,12 +70,14 @@ class ClassifierPool:
         engine: str = "torch",
         precision: str = "fp32",
         exact_preprocessing: bool = True,
+        strength: float | None = None,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
         self._hub, self._options = split_hub_kwargs(options)
         self._revision, self._dtype, self._device = revision, dtype, device
         self._trusted, self._embedding = trust_remote_code, (engine, precision, exact_preprocessing)
+        self._strength = strength
         self._writing, self._running = threading.RLock(), threading.Lock()
         self._base: PoolBase | None = None
         self._embedder: Embedder | None = None
@@ -150,6 +153,13 @@ class ClassifierPool:
         """The image processor pictures must go through."""
         return self._known().image_processor
 
+    @property
+    def embedder(self) -> Embedder:
+        """What takes pictures through the base; one thread at a time may."""
+        self._known()
+        assert self._embedder is not None
+        return self._embedder
+
     def add(self, name: str, source: Source) -> None:
         """Put in a classifier, or another in the place of the one of that name; see `update`."""
         self.update({name: source})
@@ -173,7 +183,7 @@ class ClassifierPool:
         with self._writing:
             before = self._base, self._embedder
             try:
-                folds = {name: folded(self._head(source)) for name, source in found.items()}
+                folds = {name: folded(self._weakened(self._head(source), source)) for name, source in found.items()}
             except BaseException:
                 self._base, self._embedder = before  # not that of a classifier that did not get in
                 raise
@@ -207,6 +217,12 @@ class ClassifierPool:
         self._embedder = Embedder(base.model, base.image_processor, *self._embedding)
         self._base = base
         return base
+
+    def _weakened(self, head: Any, source: Any) -> Any:
+        """A head that was loaded for the pool, at the pool's strength; that of somebody's model as it is."""
+        if self._strength is not None and not isinstance(source, TaskResCLIPForImageClassification):
+            head.strength = self._strength
+        return head
 
     def _head(self, source: Any) -> Any:
         """The head of a classifier, checked against the base, which the first of all brings."""
@@ -291,8 +307,7 @@ class ClassifierPool:
         Raises:
             ImageError: one cannot be read.
         """
-        self._known()
-        assert self._embedder is not None
+        embedder = self.embedder
         alone = isinstance(pictures, (str, os.PathLike)) or not isinstance(pictures, Sequence)
         remarks = Remarks()
         read = [read_image(one, remarks=remarks) for one in ([pictures] if alone else pictures)]
@@ -300,8 +315,8 @@ class ClassifierPool:
         if not read:
             raise ConfigurationError("There are no pictures.")
         with self._running:
-            size = self._embedder.batch_size
-            return torch.cat([self._embedder(read[start : start + size]) for start in range(0, len(read), size)])
+            size = embedder.batch_size
+            return torch.cat([embedder(read[start : start + size]) for start in range(0, len(read), size)])
 
     def classify(
         self,
@@ -355,9 +370,7 @@ class ClassifierPool:
             `{"file", "classifiers": {name: [{"label", "score"}]}, "error"}`.
         """
         view, remarks, errors = self.view(), Remarks(), {}
-        self._known()
-        assert self._embedder is not None
-        embedder, paths = self._embedder, [os.fsdecode(file) for file in files]
+        embedder, paths = self.embedder, [os.fsdecode(file) for file in files]
         view.logits(torch.zeros(0, view.weight.shape[1]), names)  # no such classifier: before pictures are read
 
         def load(place: int) -> Any:

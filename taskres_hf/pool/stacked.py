@@ -9,7 +9,7 @@ its own. So who holds a view gets answers of one version of each classifier, wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class PooledClassifier:
         rejection: below which score a picture is one of no class; None where none was chosen.
         offset: [1, D], added to embeddings (a residual on the image side), or None.
         checksum: of the artifact's tensors, which tells versions apart; None of a model that was not loaded from one.
+        about: `base_model`, `base_revision`, `recipe`, `shots` and `strength`, as far as they were recorded.
         start, stop: its rows.
     """
 
@@ -45,6 +46,7 @@ class PooledClassifier:
     rejection: Rejection | None
     offset: Tensor | None
     checksum: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
 
@@ -65,15 +67,28 @@ def folded(head: TaskResClassifier) -> tuple[Tensor, Tensor, PooledClassifier]:
     rows, bias, offset = head.fused()
     if not bool(torch.isfinite(rows).all()) or not bool(torch.isfinite(bias).all()):
         raise ConfigurationError("The rows of the classifier are NaN or infinite: its residual is damaged.")
-    stored = head.facts.get("rejection")
-    return rows, bias, PooledClassifier(
-        class_names=tuple(head.config.class_names),
+    return rows, bias, entry_of(head, offset)
+
+
+def entry_of(head: TaskResClassifier, offset: Tensor | None = None) -> PooledClassifier:
+    """What is known of a head beside its rows, as it is now."""
+    config, facts = head.config, head.facts
+    stored, training = facts.get("rejection"), facts.get("training") or {}
+    return PooledClassifier(
+        class_names=tuple(config.class_names),
         several_labels=head.several_labels,
-        threshold=label_threshold(head.facts),
+        threshold=label_threshold(facts),
         rejection=None if stored is None else Rejection.from_dict(stored, head.base.shape[1]),
         offset=offset,
-        checksum=getattr(head.config, "residual_sha256", None),
-    )  # fmt: skip
+        checksum=getattr(config, "residual_sha256", None),
+        about={
+            "base_model": str(config.base_model_name_or_path or ""),
+            "base_revision": config.base_model_revision,
+            "recipe": training.get("recipe") or training.get("method"),
+            "shots": (facts.get("few_shot") or {}).get("shots"),
+            "strength": float(head.strength),
+        },
+    )
 
 
 class PoolView(Mapping[str, PooledClassifier]):

@@ -556,10 +556,10 @@ def test_names_come_from_folders_or_from_you(artifacts: dict[str, str], tmp_path
     spaced = copied(artifacts["food"], tmp_path / "my food")  # type: ignore[arg-type]
     app = create_app([spaced, f"signs={artifacts['food']}"])
     assert list(app.state.service) == ["my-food", "signs"]
-    with pytest.raises(ConfigurationError, match="Two classifiers would be served as 'food'"):
+    with pytest.raises(ConfigurationError, match="Two classifiers would be called 'food'"):
         create_app([artifacts["food"], artifacts["food"]])
     for name in ("a/b", 7):
-        with pytest.raises(ConfigurationError, match="cannot be served as"):
+        with pytest.raises(ConfigurationError, match="cannot be called"):
             create_app({name: artifacts["food"]})  # type: ignore[dict-item]
     with pytest.raises(ConfigurationError, match="no classifier to serve"):
         create_app([])
