@@ -18,11 +18,12 @@ from ..base_classifier import cached_table_path, write_table
 from ..configuration_taskres import split_hub_kwargs
 from ..embedding.embedder import Embedder
 from ..encoders import BaseSource, base_name, encode_images
-from ..errors import ArtifactError, ConfigurationError, ImageError
+from ..errors import ArtifactError, ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import Remarks, read_image
-from ..prediction_files import as_utf8
+from ..predicting import Pictures, WrittenPredictions
 from ..tables import visible
+from .answering import by_file, by_picture, to_file
 from .bases import PoolBase
 from .naming import named
 from .packing import Pack, check_reads_text, is_pack, pack, unpack
@@ -348,7 +349,7 @@ class ClassifierPool:
         if each is not None:
             logits = view.logits_of_each(embeds, each)
             return [view.predictions(name, row[None], top_k)[0] for name, row in zip(each, logits, strict=True)]
-        return _by_picture(view, embeds, names, top_k)
+        return by_picture(view, embeds, names, top_k)
 
     def classify_files(
         self,
@@ -369,39 +370,39 @@ class ClassifierPool:
         Yields:
             `{"file", "classifiers": {name: [{"label", "score"}]}, "error"}`.
         """
-        view, remarks, errors = self.view(), Remarks(), {}
-        embedder, paths = self.embedder, [os.fsdecode(file) for file in files]
-        view.logits(torch.zeros(0, view.weight.shape[1]), names)  # no such classifier: before pictures are read
-
-        def load(place: int) -> Any:
-            try:
-                picture = read_image(paths[place], remarks=remarks)
-                embedder.preprocess.check(picture)
-                return picture
-            except ImageError as error:
-                errors[place] = str(error)
-                return None
-
-        size = batch_size or embedder.batch_size
-        batches = [range(start, min(start + size, len(paths))) for start in range(0, len(paths), size)]
+        view, items = self.view(), Pictures(self.embedder, files)
+        view.chosen(names)  # no such classifier: before pictures are read
         with self._running:
-            for places, embeds in embedder.stream(batches, load, augmented=False):
-                finite = embeds.isfinite().all(dim=1) if embeds is not None else torch.zeros(0)
-                rows = [] if embeds is None else _by_picture(view, embeds.nan_to_num(0.0, 0.0, 0.0), names, top_k)
-                answers = iter(zip(finite.tolist(), rows, strict=True))
-                for place in places:
-                    usable, found = next(answers) if place not in errors else (True, {})
-                    if not usable:
-                        errors[place] = f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                    problem = errors.pop(place, None)
-                    file = as_utf8(paths[place])
-                    yield {"file": file, "classifiers": {} if problem else found, "error": problem}
-        remarks.warn(stacklevel=2)
+            yield from by_file(view, items, names, top_k, batch_size or self.embedder.batch_size)
 
+    def classify_to_file(
+        self,
+        files: Sequence[str | os.PathLike[str]],
+        output: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        *,
+        top_k: int | None = None,
+        batch_size: int | None = None,
+        resume: bool = False,
+        progress: bool = False,
+    ) -> WrittenPredictions:
+        """Write the answers to one .csv, .jsonl or .parquet file: a row for each picture and classifier.
 
-def _by_picture(view: PoolView, embeds: Tensor, names: Sequence[str] | None, top_k: int | None) -> list[dict[str, Any]]:
-    found = {name: view.predictions(name, rows, top_k) for name, rows in view.logits(embeds, names).items()}
-    return [{name: answers[place] for name, answers in found.items()} for place in range(len(embeds))]
+        As `predicting.classify_to_file`, with `classifier` as the second column. Where one of the classifiers gives
+        several labels per picture and `top_k` is not given, the columns are those of several labels.
+
+        Args:
+            files, names, top_k, batch_size: as in `classify_files`. output, resume, progress: as there.
+
+        Returns:
+            The account, which counts pictures.
+
+        Raises:
+            ConfigurationError, ArtifactError: as there, or there is no such classifier.
+        """
+        view, items = self.view(), Pictures(self.embedder, files)
+        with self._running:
+            return to_file(view, items, Path(output), names, top_k, batch_size, resume=resume, progress=progress)
 
 
 def as_tensor(stored: Any) -> Tensor:
