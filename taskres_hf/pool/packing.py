@@ -39,6 +39,7 @@ from ..schema import (
 from ..storage import (
     SEAL,
     StoredTensor,
+    check_can_write,
     json_digest,
     parse_json,
     parse_tensors,
@@ -297,6 +298,7 @@ def pack(
         raise ConfigurationError(
             f"{visible(str(output))} holds the weights of a model, which would be lost. Choose another name."
         )
+    check_can_write(output.absolute().parent)
     if not found:
         raise ConfigurationError("There is nothing to pack: give folders or Hub ids of classifiers.")
     texts, places = bytearray(), _Places()
