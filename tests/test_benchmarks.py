@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from text_models import tiny_text_model, tiny_tokenizer
 
-from benchmarks import base_to_new, embedding, material, plan, scale, stress, text_only, timing, vision_only
+from benchmarks import base_to_new, embedding, material, plan, scale, solver, stress, text_only, timing, vision_only
 from benchmarks import options as benchmark_options
 from benchmarks import tasks as benchmark_tasks
 from benchmarks.tasks import Task
-from benchmarks.timing import Report
+from benchmarks.timing import HELD, Report, markdown
 from taskres_hf.demo import demo_tasks
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.embedding.engines import rewriting
+from taskres_hf.embedding.engines.proving import abilities
 from taskres_hf.residual import TaskResClassifier
 
 
@@ -43,17 +44,53 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
     assert "bf16" in str(reasons["torch, bf16"])
     assert "taskres_hf[openvino]" in str(reasons["openvino, fp32"])
     monkeypatch.setattr(embedding, "demo_tasks", dict)  # no task: what is left is which rows there are
-    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
     possible = {name: mode for name, mode in embedding.MODES.items() if reasons[name] is not None}
     monkeypatch.setattr(embedding, "MODES", possible)
     report = Report()
     embedding.precision(report)
     report.save()
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(possible)
-    table = Report.stored().markdown()
-    assert table.count("not measured: ") == 2 * len(possible)
+    kept = json.loads(timing.results_file().read_text())
+    assert len(kept["rows"]) == 2 * len(possible)
+    assert kept["machine"]["abilities"] == abilities()
+    table = markdown(Report.stored())
+    assert table.count("| - (") == 2 * len(possible)
     assert "this processor has no VNNI" in table
     assert "not measured" in capsys.readouterr().out
+
+
+def test_kinds_of_processors_are_kept_apart_and_shown_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    report = Report()
+    report.add("a row", [1.0, 2.0, 4.0], goal=3.0)
+    report.add("another", [1.0], goal=3.0, higher_is_better=True)
+    report.save()
+    for name, value in HELD["avx2"].items():
+        monkeypatch.setenv(name, value)
+    held = Report()
+    held.add("a row", [5.0], goal=3.0)
+    held.save()
+    held.skip("another", "it has | no such instruction")
+    held.save()  # what was measured before stays
+    first, second = Report.stored()
+    assert first.held_to is None
+    assert second.held_to == "avx2"
+    lines = markdown([first, second]).splitlines()
+    assert lines[0].split(" | ")[2:4] == [", ".join(abilities()), "held to AVX2"]
+    assert lines[2].startswith("| a row | \\<= 3 | 2 (1 to 4) | 5 (5 to 5), MISSED |")
+    assert "1 (1 to 1), MISSED | - (it has \\| no such instruction)" in lines[3]
+
+
+def test_the_solver_is_measured_beside_scikit_learn() -> None:
+    pytest.importorskip("sklearn")
+    found, accuracies = solver.measure(3, 4, 16)
+    assert set(found) == set(accuracies) == {solver.AUTO, solver.PLAIN, solver.SCALED, solver.CHOSEN}
+    assert accuracies[solver.AUTO] > 50.0
+    assert torch.bincount(solver.problem(3, 4, 16).labels).tolist() == [4, 4, 4]
+    (line,) = solver.rows([3], [2], [16])
+    assert line[:3] == ["16", "3", "2"]
 
 
 def test_synthetic_embeddings_have_the_lengths_and_angles_they_claim() -> None:

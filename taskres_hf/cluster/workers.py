@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 
@@ -294,12 +295,10 @@ class _Columns:
         """[N] lists of D numbers, null where a picture has none."""
         import pyarrow as pa
 
-        dim, dtype = self._dim, getattr(torch, _NUMBERS[self._job.numbers])
-        whole = torch.zeros(len(rows), dim, dtype=dtype)
-        missing = torch.tensor([one is None for one in rows], dtype=torch.bool)
-        for place, one in enumerate(rows):
-            if one is not None:
-                whole[place] = one.to(dtype)
-        kind = pa.list_(pa.from_numpy_dtype(_NUMBERS[self._job.numbers]), dim)
+        dtype, there = getattr(torch, _NUMBERS[self._job.numbers]), [one for one in rows if one is not None]
+        whole = torch.stack(there).to(dtype) if there else torch.zeros(0, self._dim, dtype=dtype)
+        missing = np.array([one is None for one in rows])
+        offsets = np.concatenate([[0], np.cumsum(~missing)]).astype(np.int32) * self._dim
+        # Lists of any length: pyarrow 25 does not read files whose lists of one length have a null among them
         values = pa.array(whole.flatten().numpy())
-        return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing.numpy()))
+        return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(missing))
