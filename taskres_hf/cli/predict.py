@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pool import Pack
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or Hub id of a trained classifier; or a packed file, or a folder of classifiers over one base.",
+        show_default=False,
+    ),
+]
 Images = Annotated[
     list[str],
     typer.Argument(
@@ -53,7 +60,7 @@ TopK = Annotated[
 
 
 def predict(
-    model: opt.Artifact,
+    model: Model,
     images: Images,
     top_k: TopK = None,
     output: Output = None,
@@ -86,6 +93,7 @@ def predict(
     """Classify pictures. Unreadable ones are reported and skipped; the exit code is then 3.
 
     Example:  taskres predict my-classifier holiday/ cat.jpg --top-k 3 --output labels.csv
+    Example:  taskres predict pool.safetensors holiday/ --output labels.csv
     """
     when_interrupted(lambda: _what_is_kept(output) if output_dir is None else kept_blocks(output_dir))
     if resume and output is None:
