@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from text_models import tiny_text_model, tiny_tokenizer
 
-from benchmarks import base_to_new, embedding, material, plan, reading, scale, solver, stress, timing
+from benchmarks import (
+    base_to_new,
+    embedding,
+    material,
+    plan,
+    reading,
+    scale,
+    solver,
+    stress,
+    text_only,
+    timing,
+    vision_only,
+)
+from benchmarks import options as benchmark_options
+from benchmarks import tasks as benchmark_tasks
 from benchmarks.tasks import Task
 from benchmarks.timing import HELD, Report, markdown
+from taskres_hf.demo import demo_tasks
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.embedding.engines import rewriting
 from taskres_hf.embedding.engines.proving import abilities
@@ -164,6 +181,90 @@ def test_the_plan_of_a_large_data_set_is_arithmetic(
     assert "| hours of a core at 100 pictures a second | 3 |" in text
     assert "| blocks of 10,000 | 100 |" in text
     assert "| a killed worker costs at most | 1.7 core minutes, 1.0000 % of the work |" in text
+
+
+def _tables(text: str) -> list[list[list[str]]]:
+    """The cells of each Markdown table, the line of dashes left out."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[rows[0], *rows[2:]] for rows in found if rows]
+
+
+def test_image_towers_alone_are_set_beside_a_linear_probe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One shipped task; the photographs are not at hand, which is said in place of their table."""
+    monkeypatch.setattr(benchmark_options, "missing", lambda: "there are no photographs on this machine.")
+    food = demo_tasks()["food"]
+    monkeypatch.setattr(benchmark_tasks, "demo_tasks", lambda: {"food": food})
+    monkeypatch.setattr("sys.argv", ["vision_only", "--shots", "1", "4", "--seeds", "2", "--recipes", "auto"])
+    vision_only.main()
+    said = capsys.readouterr().out
+    assert "## Photographs\n\nNot measured: there are no photographs on this machine." in said
+    assert "1 tasks of emoji, 2 draws each" in said
+    (table,) = _tables(said)
+    assert table[0] == ["method", "1 a class", "4 a class"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert list(rows) == [
+        vision_only.PROBE, "nearest class mean", "auto, class means", "auto, dual encoder with text",
+    ]  # fmt: skip
+    probe = [float(cell) for cell in rows.pop(vision_only.PROBE)]
+    assert all(100 / len(food["classes"]) < share < 100 for share in probe)
+    for cells in rows.values():
+        for cell, beside in zip(cells, probe, strict=True):
+            share, gap, low, high = (float(part) for part in re.findall(r"[-+]?[0-9.]+", cell))
+            assert share - beside == pytest.approx(gap, abs=0.11)
+            assert low <= gap <= high
+
+
+@pytest.fixture
+def quotations(tmp_path: Path) -> Path:
+    """A folder as of Debian's fortunes: eight a topic, one of them too short and one there twice."""
+    (tmp_path / "fortunes").mkdir()
+    for topic in text_only.TOPICS:
+        lines = [f"{topic} is what quotation number {number} speaks of" for number in range(6)]
+        (tmp_path / "fortunes" / topic).write_text("\n%\n".join([*lines, "short", lines[0]]))
+    return tmp_path / "fortunes"
+
+
+def test_texts_by_several_methods(
+    quotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = text_only.fortunes(quotations)
+    assert len(task.texts) == len(task.test_texts) == 3 * len(text_only.TOPICS)
+    assert not set(task.texts) & set(task.test_texts)
+    tiny_text_model("bert").save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    options = ["--base-model", str(tmp_path / "encoder"), "--fortunes", str(quotations), "--shots", "1", "2"]
+    few = ["--seeds", "2", "--setfit-seeds", "1", "--setfit-shots", "1", "--pairs", "16"]
+    monkeypatch.setattr("sys.argv", ["text_only", *options, *few])
+    text_only.main()
+    accuracy, seconds = _tables(capsys.readouterr().out)
+    assert accuracy[0] == ["accuracy in per cent, 95 % interval over draws", "1 shots", "2 shots"]
+    assert seconds[0] == ["seconds to train", "1 shots", "2 shots"]
+    methods = ["zero-shot", "auto", "paper", "linear probe", "SetFit-like"]
+    assert [row[0] for row in accuracy[1:]] == [row[0] for row in seconds[1:]] == methods
+    rows = {row[0]: row[1:] for row in accuracy[1:]}
+    assert all("+-" in cell for name in methods[1:4] for cell in rows[name])
+    assert rows["SetFit-like"][1] == ""  # which was not asked for at two shots
+    assert 0 <= float(rows["SetFit-like"][0]) <= 100
+
+
+def test_texts_that_are_not_at_hand_are_asked_for(
+    quotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["text_only", "--fortunes", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"There are no quotations in .*nowhere.*--fortunes FOLDER"):
+        text_only.main()
+    find = text_only.importlib.util.find_spec
+    monkeypatch.setattr(text_only.importlib.util, "find_spec", lambda name: None if "minilm" in name else find(name))
+    monkeypatch.setattr("sys.argv", ["text_only", "--fortunes", str(quotations)])
+    with pytest.raises(SystemExit, match=r"There is no encoder: pip install .*--base-model FOLDER"):
+        text_only.main()
 
 
 def test_samples_of_a_profile_are_told_apart_and_drawn(tmp_path: Path) -> None:

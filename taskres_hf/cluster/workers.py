@@ -224,22 +224,16 @@ class _Several:
     """A pool of classifiers: one row for each picture and classifier."""
 
     def __init__(self, job: Job) -> None:
-        if job.answering.get("reject") or job.loading.get("strength") is not None:
-            raise ConfigurationError("`reject` and `strength` are for one classifier; there are several.")
+        if job.answering.get("reject"):
+            raise ConfigurationError("`reject` is for one classifier; there are several.")
         options = {key: value for key, value in job.loading.items() if value is not None}
         base = options.pop("base_model", None)
-        options.pop("strength", None)
         self.pool = ClassifierPool(base, job.model, device=job.device, **options)
         self.clip, self.image_processor = self.pool.clip, self.pool.image_processor
         self.view, self.top_k = self.pool.view(), job.answering.get("top_k")
         self.names = list(job.answering.get("names") or self.view.names)
         self.nothing = [{"classifier": name, "labels": [], "scores": []} for name in self.names]
-        rows = [self.view.weight[one.start : one.stop] for one in map(self.view.find, self.names)]
-        bias = [self.view.bias[one.start : one.stop] for one in map(self.view.find, self.names)]
-        self.facts = [
-            digest_of(part.cpu().numpy().tobytes() for part in (*rows, *bias)),
-            json.dumps([[name, list(self.view[name].class_names)] for name in self.names]),
-        ]
+        self.facts = [self.view.digest(self.names)]
 
     def __call__(self, embeds: torch.Tensor) -> Iterator[list[dict[str, Any]]]:
         logits = self.view.logits(embeds, self.names)
