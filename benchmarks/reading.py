@@ -1,6 +1,6 @@
 """`python -m benchmarks.reading`: from picture files to embeddings: how often files are read, and where the time goes.
 
-    python -m benchmarks.reading                      # ratios, seconds and memory; about four minutes
+    python -m benchmarks.reading                      # ratios, seconds and memory; some minutes
     python -m benchmarks.reading --profile            # where the time goes, by py-spy; writes docs/images/reading.svg
 
 `before` is what the library did until 0.1: read every file to tell which are known, one after the other, then read and
