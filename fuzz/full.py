@@ -26,13 +26,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf import storage as storing
 from taskres_hf.artifact import CONFIG, WEIGHTS, read_checked
 from taskres_hf.base_classifier import read_table, write_table
-from taskres_hf.embedding.cache import EmbeddingCache
 from taskres_hf.errors import TaskResError
 from taskres_hf.paper.cells import read_cell
 from taskres_hf.predicting import PredictionWriter, check_output
@@ -92,11 +89,7 @@ def _newest(folder: Path) -> Any:
 
 
 def _embed(folder: Path) -> None:
-    cache = EmbeddingCache(folder / "a.safetensors", 6)
-    for rows in torch.arange(6).split(2):
-        cache.add(rows, targets._TABLE[rows])
-        cache.flush()
-    cache.merge()
+    targets.add_rows(folder, 2).close()
 
 
 def _embedded(folder: Path) -> Any:
@@ -140,7 +133,7 @@ SAVES = (
         lambda f: classifier(2).save_pretrained(f / "artifact"), _artifact,
     ),
     Save("a checkpoint", lambda f: _checkpoint(f, 2), lambda f: _checkpoint(f, 4), _newest),
-    Save("embeddings", _nothing, _embed, _embedded, quiet=True, kept=(".parts",)),
+    Save("embeddings", _nothing, _embed, _embedded, quiet=True, kept=(".safetensors",)),
     Save("a base classifier", _nothing, lambda f: write_table(f / "t.safetensors", targets._TABLE), _table, quiet=True),
     Save(
         "a cell", lambda f: write_sealed(f / "cell.json", {"accuracy": 0.1}),

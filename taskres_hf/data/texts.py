@@ -98,9 +98,9 @@ class LabelledTexts(LabelledImages):
         except TextError as error:
             raise TextError(f"Row {self.indices[index]}: {error}") from error
 
-    def image(self, index: int, draft: Any = None, remarks: Any = None) -> Any:
+    def image(self, index: int, draft: Any = None, remarks: Any = None, content: Any = None) -> Any:
         """The text, where a picture would be read."""
-        return self.text(index)
+        return self.text(index) if content is None else content
 
     def source(self, index: int) -> Any:
         """What a message calls the text: its row and how it begins."""
@@ -108,9 +108,10 @@ class LabelledTexts(LabelledImages):
         start = f" ({printable(value[:40])!r}{'...' if len(value) > 40 else ''})" if isinstance(value, str) else ""
         return f"row {self.indices[index]}{start}"
 
-    def digest(self, index: int) -> str:
-        """SHA-256 of one text."""
-        return hashlib.sha256(b"text\0" + self.text(index).encode("utf-8")).hexdigest()
+    def read(self, index: int, cell: Any = None) -> tuple[str, str, None]:
+        """One text and its SHA-256."""
+        text = self.text(index)
+        return text, hashlib.sha256(b"text\0" + text.encode("utf-8")).hexdigest(), None
 
 
 def read_texts(source: Any, options: SourceOptions) -> Reading:

@@ -40,6 +40,7 @@ _PAYS = 20  # times what converting the tower takes, so that it may be converted
 
 
 _T = TypeVar("_T")
+_I = TypeVar("_I")
 
 
 class Embedder:
@@ -276,6 +277,51 @@ class Embedder:
                     yield batch, embed(inputs(ready[: len(batch)]))
                     del ready[: len(batch)]
 
+    @torch.no_grad()
+    def stream_found(
+        self,
+        items: Iterable[_I],
+        find: Callable[[_I], Sequence[tuple[_T, PIL.Image.Image]]],
+        augmented: bool,
+        batch_size: int,
+        total: int,
+        each: int = 1,
+    ) -> Iterator[tuple[Sequence[_T], Tensor]]:
+        """As `stream`, where only reading an item tells which pictures there are to embed: names and embeddings [B, D].
+
+        Batches are full but the last, whatever `find` gives of an item: no picture, one, or several. Of pictures no
+        more are held than cores are at work on, and a few batches of what the tower takes.
+
+        Args:
+            find: pictures of an item, each with what to call it; in any thread.
+            total: number of batches, if nothing were left out. each: pictures of an item, at most.
+        """
+        self.get_ready()
+        pad_to = min(batch_size, self.batch_size)
+
+        @torch.no_grad()
+        def prepare(part: Sequence[_I]) -> list[tuple[_T, Any]]:
+            found = (pair for item in part for pair in find(item))
+            return [(name, self.preprocess.prepare(picture, augmented)) for name, picture in found]
+
+        @torch.no_grad()
+        def embed(batch: Sequence[tuple[_T, Any]]) -> tuple[Sequence[_T], Tensor]:
+            values = self.preprocess.collate([picture for _, picture in batch], augmented)
+            embeds = self.engine({name: _padded(value, pad_to) for name, value in values.items()})
+            return [name for name, _ in batch], embeds[: len(batch)]
+
+        if next(self.base.parameters()).device.type != "cpu":
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+                jobs = ((None, pool.submit(prepare, [item])) for item in items)
+                found = chain.from_iterable(some for _, some in _ahead(jobs, 2 * batch_size))
+                yield from map(embed, _cut(found, batch_size))
+        elif self._has_core_each(total):
+            yield from _read_on_every_core(items, prepare, embed, batch_size, each)
+        else:  # the stock processor is given whole pictures: hold few
+            ahead = max(_PREPARED_AHEAD if self.preprocess.fast else 1, batch_size)
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+                yield from map(embed, _cut(_in_turn(items, prepare, pool, ahead // each or 1), batch_size))
+
     def _has_core_each(self, batches: int) -> bool:
         """Whether every core takes batches of its own."""
         return self.engine.engine == "torch" and self.preprocess.fast and 1 < torch.get_num_threads() <= batches
@@ -344,6 +390,41 @@ def _on_every_core(
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for batches nobody will see
         torch.set_num_threads(cores)  # what a thread sets for itself, torch also takes for threads to come
+
+
+def _read_on_every_core(
+    items: Iterable[_I],
+    prepare: Callable[[Sequence[_I]], list[tuple[_T, Any]]],
+    embed: Callable[[Sequence[tuple[_T, Any]]], tuple[Sequence[_T], Tensor]],
+    batch_size: int,
+    each: int,
+) -> Iterator[tuple[Sequence[_T], Tensor]]:
+    """What `embed` makes of full batches of what `prepare` finds; each core reads a few items, or embeds a batch."""
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        jobs = ((None, pool.submit(prepare, part)) for part in _cut(items, batch_size // (4 * each) or 1))
+        found = chain.from_iterable(some for _, some in _ahead(jobs, 2 * cores))
+        batches = ((None, pool.submit(embed, batch)) for batch in _cut(found, batch_size))
+        yield from (result for _, result in _ahead(batches, cores))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def _in_turn(
+    items: Iterable[_I], prepare: Callable[[Sequence[_I]], list[tuple[_T, Any]]], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[_T, Any]]:
+    """What `prepare` finds in items, `ahead` of them at a time by all threads; none while the tower runs."""
+    for group in _cut(items, ahead):
+        yield from chain.from_iterable(list(pool.map(prepare, ([item] for item in group))))
+
+
+def _cut(items: Iterable[_I], size: int) -> Iterator[list[_I]]:
+    """Items in lists of `size`, the last one shorter."""
+    items = iter(items)
+    while part := list(islice(items, size)):
+        yield part
 
 
 def _ahead(jobs: Iterable[tuple[_T, Future[Any]]], count: int) -> Iterator[tuple[_T, Any]]:

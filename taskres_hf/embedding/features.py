@@ -11,14 +11,16 @@ import json
 import math
 import os
 import random
+import threading
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,12 +28,16 @@ from tqdm.auto import tqdm
 from ..data.labelled import LabelledImages
 from ..errors import ConfigurationError, ImageError
 from ..pictures import Remarks
-from .cache import EmbeddingCache
+from .cache import FileDigests, KeptRows, file_of
 from .embedder import Embedder
 from .preprocessing import augment, crop_size
 from .texts import TextEmbedder
 
-_FORMAT = 5
+_FORMAT = 6
+_LOOK = 1024  # pictures looked at before the next are, until one must pass the tower
+_GATHERED = 4096  # pictures of each process that are exchanged at once
+_DIGEST = 32  # bytes
+_Job = tuple[int, int]  # view and row
 
 
 @dataclass(frozen=True)
@@ -111,185 +117,312 @@ def embed_images(
     """
     if views < 0:
         raise ConfigurationError(f"`views` must be 0 (plain pictures) or more; got {views}.")
+    if views and isinstance(embedder, TextEmbedder):
+        raise ConfigurationError("Texts have no augmented views: leave views and augment_online out.")
     if on_error not in ("raise", "skip"):
         raise ConfigurationError(f"`on_error` must be 'raise' or 'skip'; got {on_error!r}.")
-    readable, problems = _digests(images)
-    digests = [digest for _, digest in readable]
-    if not readable:
-        _report(problems, images, on_error)
     if cache_dir is not None and not embedder.is_reproducible:
         warnings.warn("Hooks take part in the image tower: its embeddings are not cached.", stacklevel=2)
         cache_dir = None
-    jobs = _Jobs(images, readable, views, seed)
-    cache = _cache(cache_dir, embedder, jobs)
-    size = batch_size or embedder.batch_size
-    if _anything_left(cache, jobs, embedder, accelerator):
-        embedder.get_ready(len(jobs))  # where another form of the tower turns out to be right, so is another cache
-        cache = _cache(cache_dir, embedder, jobs)
-        _embed(embedder, jobs, cache, size, progress, accelerator)
-        jobs.remarks.warn()
-        if isinstance(embedder, TextEmbedder):
-            embedder.warn_of_cut(len(readable))
-    done = cache.done.view(-1, len(readable)).all(dim=0)
-    for (index, _), good in zip(readable, done.tolist(), strict=True):
-        if not good:
-            problems[index] = jobs.problem(index)
+    work = _Pass(embedder, images, views, seed, None if cache_dir is None else Path(cache_dir), accelerator)
+    work.run(batch_size or embedder.batch_size, progress)
+    work.remarks.warn()
+    readable = [row for row, digest in enumerate(work.digests) if digest is not None]
+    if work.embedded and isinstance(embedder, TextEmbedder):
+        embedder.warn_of_cut(len(readable))
+    good = work.done.all(dim=0)
+    problems = {row: work.problem(row) for row in (~good).nonzero().flatten().tolist()}
     if problems:
         _report(problems, images, on_error)
-    assert cache.table is not None
-    table = cache.table.view(-1, len(readable), cache.table.shape[1])
+    assert work.table is not None
     return ImageFeatures(
-        table if bool(done.all()) else table[:, done],
-        torch.tensor([images.labels[index] for index, _ in readable])[done],
+        work.table if bool(good.all()) else work.table[:, good],
+        torch.tensor(images.labels)[good],
         images.class_names,
-        _content(images, digests),
+        _content(images, [str(work.digests[row]) for row in readable]),
         tuple(sorted(problems)),
-        tuple(digest for digest, good in zip(digests, done.tolist(), strict=True) if good),
+        tuple(str(work.digests[row]) for row in good.nonzero().flatten().tolist()),
         images.noun,
     )
 
 
-def content_digest(images: LabelledImages) -> str:
-    """The `digest` that embeddings of these pictures have, without embedding them; reads every picture's bytes."""
-    return _content(images, [digest for _, digest in _digests(images)[0]])
+def content_digest(images: LabelledImages, digests: Sequence[str] | None = None) -> str:
+    """The `digest` that embeddings of these pictures have, without embedding them; reads every picture's bytes.
+
+    Args:
+        digests: of each picture, where they are known.
+    """
+    if digests is not None:
+        return _content(images, list(digests))
+
+    def digest(row: int) -> str | None:
+        with suppress(ImageError):
+            return images.digest(row)
+        return None
+
+    with ThreadPoolExecutor(_readers()) as pool:
+        return _content(images, [found for found in pool.map(digest, range(len(images))) if found is not None])
 
 
 def _content(images: LabelledImages, digests: list[str]) -> str:
     return hashlib.sha256(json.dumps([digests, images.labels, images.class_names]).encode()).hexdigest()
 
 
-def _digests(images: LabelledImages) -> tuple[list[tuple[int, str]], dict[int, str]]:
-    """Position and digest of the pictures whose bytes can be read, and what is wrong with the others."""
-    readable, problems = [], {}
-    for index in range(len(images)):
-        try:
-            readable.append((index, images.digest(index)))
-        except ImageError as error:
-            problems[index] = str(error)
-    return readable, problems
+def _readers() -> int:
+    """Threads that read files before the tower is needed: more would wait for the same disk."""
+    return min(os.cpu_count() or 1, 8)
 
 
-class _Jobs:
-    """What is to be embedded: every view of every picture, all pictures of the first view first."""
+class _Pass:
+    """One pass over N pictures: each is read once, by one process, and what is known of it is not made again.
 
-    def __init__(self, images: LabelledImages, readable: list[tuple[int, str]], views: int, seed: int) -> None:
-        self.images, self.readable, self.views, self.seed = images, readable, views, seed
-        self.remarks = Remarks()
+    Attributes:
+        table: [V, N, D] embeddings, or None before there is one. done: [V, N], which are there.
+        digests: of pictures whose bytes could be read. embedded: whether the tower was needed.
+    """
+
+    def __init__(
+        self, embedder: Any, images: LabelledImages, views: int, seed: int, cache_dir: Path | None, accelerator: Any
+    ) -> None:
+        self.embedder, self.images, self.views, self.seed = embedder, images, views, seed
+        self.accelerator, self.cache_dir = accelerator, cache_dir
+        self.world: int = 1 if accelerator is None else accelerator.num_processes
+        self.rank: int = 0 if accelerator is None else accelerator.process_index
+        self.each = max(views, 1)
+        self.remarks, self.embedded = Remarks(), False
+        self.digests: list[str | None] = [None] * len(images)
         self._problems: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        kept = cache_dir is not None and images.noun == "picture"
+        self._files = FileDigests(cache_dir / "files" if kept and cache_dir is not None else None)
+        self._begin()
 
-    def __len__(self) -> int:
-        return len(self.readable) * max(self.views, 1)
+    def _begin(self) -> None:
+        """Nothing is known of any picture; the cache is that of the form the tower has now."""
+        self.table: Tensor | None = None
+        self.done = torch.zeros(self.each, len(self.images), dtype=torch.bool)
+        self._owners: dict[bytes, int] = {}  # rows whose picture is the first of its content
+        self._opened: dict[int, list[tuple[_Job, Any]]] = {}
+        folder = None
+        if self.cache_dir is not None:
+            spec = [_FORMAT, *self.embedder.key, self.seed if self.views else None]
+            folder = self.cache_dir / hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
+        self._cache = KeptRows(folder)
 
-    def load(self, job: int, embedder: Any) -> PIL.Image.Image | None:
-        """The picture of a job as the tower takes it, or None if it cannot be read."""
-        view, row = divmod(job, len(self.readable))
-        index, digest = self.readable[row]
+    # ---------------------------------------------------------------------- one picture, in any thread
+
+    def _row_key(self, digest: str, view: int) -> bytes:
+        return hashlib.sha256(f"{digest} {view}".encode()).digest() if self.views else bytes.fromhex(digest)
+
+    def _jobs(self, digest: str) -> list[tuple[int, bytes]]:
+        return [(view, self._row_key(digest, view)) for view in range(self.each)]
+
+    def open(self, row: int) -> list[tuple[_Job, Any]]:
+        """What must pass the tower of a picture: nothing where it is known, cannot be read, or came up before."""
+        if (opened := self._opened.pop(row, None)) is not None:
+            return opened
+        found = self._open(row)
+        if not found:
+            self._count(self.each)
+        return found
+
+    def _count(self, jobs: int) -> None:
+        with self._lock:
+            self._bar.update(jobs)
+
+    def _open(self, row: int) -> list[tuple[_Job, Any]]:
         try:
-            picture = self.images.image(index, None if self.views else embedder.draft, self.remarks)
+            cell = self.images.source(row)
+            file = file_of(cell) if self.images.noun == "picture" else None
+            digest = None if file is None else self._files.find(file)
+            if digest is not None and all(key in self._cache for _, key in self._jobs(digest)):
+                self.digests[row] = digest
+                return []
+            began = time.time_ns()
+            content, digest, status = self.images.read(row, cell)
+        except ImageError as error:
+            self._problems[row] = str(error)
+            return []
+        self.digests[row] = digest
+        if file is not None and status is not None:
+            self._files.note(file, status, digest, began)
+        with self._lock:  # of two pictures alike the first is embedded
+            new = [(view, key) for view, key in self._jobs(digest) if key not in self._cache]
+            left = [view for view, key in new if self._owners.setdefault(key, row) == row]
+        return self._decoded(row, digest, left, content) if left else []
+
+    def _decoded(self, row: int, digest: str, views: list[int], content: Any) -> list[tuple[_Job, Any]]:
+        try:
+            picture = self.images.image(row, None if self.views else self.embedder.draft, self.remarks, content)
             if self.views:
-                size = crop_size(embedder.image_processor)
-                return augment(picture, size, random.Random(f"{self.seed} {digest} {view}"))
-            embedder.preprocess.check(picture)
+                size, seed = crop_size(self.embedder.image_processor), f"{self.seed} {digest}"
+                return [((view, row), augment(picture, size, random.Random(f"{seed} {view}"))) for view in views]
+            self.embedder.preprocess.check(picture)
         except ImageError as error:
             message = str(error)
-            self._problems[index] = message if message.startswith("Row ") else self._named(index, message)
-            return None
-        return picture
+            self._problems[row] = message if message.startswith("Row ") else self._named(row, message)
+            return []
+        return [((0, row), picture)]
 
-    def problem(self, index: int) -> str:
+    def problem(self, row: int) -> str:
         """Why a picture cannot be read; tried again where another process has met it."""
-        if index not in self._problems:
+        if row not in self._problems:
             try:
-                self.images.image(index)
-                self._problems[index] = self._named(index, "it could not be read a moment ago; run again")
+                self.images.image(row)
+                self._problems[row] = self._named(row, "it could not be read a moment ago; run again")
             except ImageError as error:
-                self._problems[index] = str(error)
-        return self._problems[index]
+                self._problems[row] = str(error)
+        return self._problems[row]
 
-    def _named(self, index: int, message: str) -> str:
-        source = self.images.source(index)
+    def _named(self, row: int, message: str) -> str:
+        source = self.images.source(row)
         path = source.get("path") if isinstance(source, Mapping) else source
         name = f"{path!r}: " if isinstance(path, str) and path else ""
-        return f"Row {self.images.indices[index]}: {name}{message}"
+        return f"Row {self.images.indices[row]}: {name}{message}"
+
+    # ---------------------------------------------------------------------- all of them
+
+    def run(self, batch_size: int, progress: bool) -> None:
+        """Embed, or take from the cache, all pictures that can be read."""
+        left = self._undone()
+        with tqdm(
+            total=len(left) * self.each, desc=f"Embedding {self.images.noun}s", delay=0.5, leave=False,
+            unit="img" if self.images.noun == "picture" else " texts", disable=not progress or self.rank != 0,
+        ) as self._bar:  # fmt: skip
+            try:
+                while left:  # again where what the cache held turned out to be damaged
+                    if self._embed(left, batch_size):
+                        self._take(left)
+                    left = [row for row in self._undone() if self._is_open(row)]
+            except BaseException:  # an interrupt too: what is done is kept
+                self._cache.flush()
+                self._files.flush()
+                raise
+        self._repeat()
+        self._cache.close()
+        self._files.close()
+        if self.world > 1:
+            self._gather()
+
+    def _undone(self) -> list[int]:
+        """This process's pictures without an embedding."""
+        rows: list[int] = (~self.done.all(dim=0)).nonzero().flatten().tolist()
+        return [row for row in rows if row % self.world == self.rank]
+
+    def _is_open(self, row: int) -> bool:
+        """Whether a picture is neither known, nor unreadable, nor another one's copy."""
+        digest = self.digests[row]
+        if row in self._problems:
+            return False
+        return digest is None or any(
+            not self.done[view, row] and self._owners.get(key, row) == row for view, key in self._jobs(digest)
+        )
+
+    def _embed(self, rows: list[int], batch_size: int) -> bool:
+        """Let what is new pass the tower; False where that takes another form, and all begins anew."""
+        left = self._search(rows)
+        if not left:
+            return True
+        form = self.embedder.engine.name
+        self.embedder.get_ready(len(left) * self.each)
+        if self.embedder.engine.name != form:  # where another turns out to be right, so is another cache
+            self._begin()
+            return False
+        self.embedded = True
+        total = math.ceil(len(self.images) * self.each / batch_size)
+        stream: Any = self.embedder.stream_found(left, self.open, self.views > 0, batch_size, total, self.each)
+        with closing(stream):
+            for jobs, embeds in stream:
+                self._keep(jobs, embeds)
+                self._count(len(jobs))
+        return True
+
+    def _search(self, rows: list[int]) -> list[int]:
+        """The rows from the first on that must pass the tower; those opened by then have their pictures at hand."""
+        met = threading.Event()
+
+        def look(row: int) -> bool:
+            if met.is_set():
+                return True
+            if found := self.open(row):
+                self._opened[row] = found
+                met.set()
+            return bool(found)
+
+        with ThreadPoolExecutor(_readers()) as pool:
+            for start in range(0, len(rows), _LOOK):
+                block = rows[start : start + _LOOK]
+                looked = list(pool.map(look, block))
+                if met.is_set():
+                    return [row for row, needed in zip(block, looked, strict=True) if needed] + rows[start + _LOOK :]
+                self._files.save()
+        return []
+
+    def _keep(self, jobs: Sequence[_Job], embeds: Tensor) -> None:
+        """Take embeddings [n, D] of jobs over, and keep those that are finite."""
+        self._fill([view for view, _ in jobs], [row for _, row in jobs], embeds)
+        finite = embeds.isfinite().all(dim=1)
+        keys = [self._row_key(str(self.digests[row]), view) for view, row in jobs]
+        self._cache.add([key for key, good in zip(keys, finite.tolist(), strict=True) if good], embeds[finite])
+        self._files.save()
+
+    def _fill(self, views: Any, rows: Any, embeds: Tensor) -> None:
+        if self.table is None:
+            self.table = torch.zeros(*self.done.shape, embeds.shape[1])
+        self.table[views, rows] = embeds
+        self.done[views, rows] = True
+
+    def _take(self, rows: list[int]) -> None:
+        """Take from the cache what it has of pictures that were read, or need not be."""
+        jobs = [
+            (view, row, key) for row in rows if (digest := self.digests[row]) is not None and row not in self._problems
+            for view, key in self._jobs(digest) if not self.done[view, row] and key not in self._owners
+        ]  # fmt: skip
+        for positions, embeds in self._cache.take([key for _, _, key in jobs]):
+            self._fill([jobs[place][0] for place in positions], [jobs[place][1] for place in positions], embeds)
+
+    def _repeat(self) -> None:
+        """Give pictures that are the same as another its embedding."""
+        for row in self._undone():
+            if (digest := self.digests[row]) is None or self.table is None:
+                continue
+            for view, key in self._jobs(digest):
+                owner = self._owners.get(key, row)
+                if not self.done[view, row] and self.done[view, owner]:
+                    self.table[view, row] = self.table[view, owner]
+                    self.done[view, row] = True
+
+    def _gather(self) -> None:
+        """Every process's pictures (dealt out round robin) with every process; some at a time, for their size."""
+        accelerator, total = self.accelerator, len(self.images)
+        dim = 0 if self.table is None else self.table.shape[2]
+        dim = int(accelerator.gather(torch.tensor([dim], device=accelerator.device)).max())
+        if self.table is None:
+            self.table = torch.zeros(*self.done.shape, dim)
+        for start in range(0, total, _GATHERED * self.world):
+            mine = torch.arange(start, min(start + _GATHERED * self.world, total))[self.rank :: self.world]
+            padded = torch.zeros(_GATHERED, self.each * (dim + 1) + _DIGEST + 1)
+            padded[: len(mine)] = torch.cat(
+                [
+                    self.table[:, mine].transpose(0, 1).flatten(1), self.done[:, mine].T.float(),
+                    torch.tensor([_as_numbers(self.digests[row]) for row in mine.tolist()]).view(-1, _DIGEST + 1),
+                ],
+                dim=1,
+            )  # fmt: skip
+            everyone = accelerator.gather(padded.to(accelerator.device)).cpu().view(self.world, _GATHERED, -1)
+            whole = everyone.transpose(0, 1).flatten(0, 1)[: total - start]
+            rows = slice(start, start + len(whole))
+            embeds, done, numbers = whole.split([self.each * dim, self.each, _DIGEST + 1], dim=1)
+            self.table[:, rows] = embeds.view(-1, self.each, dim).transpose(0, 1)
+            self.done[:, rows] = done.bool().T
+            for row, values in zip(range(start, total), numbers.long().tolist(), strict=False):
+                self.digests[row] = bytes(values[1:]).hex() if values[0] else None
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None, embedder: Any, jobs: _Jobs) -> EmbeddingCache:
-    if cache_dir is None:
-        return EmbeddingCache(None, len(jobs))
-    digests = [digest for _, digest in jobs.readable]
-    spec = [_FORMAT, *embedder.key, jobs.views, jobs.seed if jobs.views else 0, digests]
-    name = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
-    return EmbeddingCache(Path(cache_dir) / f"{name}.safetensors", len(jobs))
-
-
-def _anything_left(cache: EmbeddingCache, jobs: _Jobs, embedder: Any, accelerator: Any) -> bool:
-    """Whether a process has something to embed or to collect.
-
-    Of a finished set only pictures are missing that could not be read; whether they can be now is tried first, which
-    costs less than getting a tower ready.
-    """
-    left = not bool(cache.done.all())
-    if left and cache.is_complete:
-        missing = (~cache.done).nonzero().flatten().tolist()
-        left = any(jobs.load(job, embedder) is not None for job in missing)
-    if accelerator is not None and accelerator.num_processes > 1:
-        flags = accelerator.gather(torch.tensor([int(left)], device=accelerator.device))
-        return bool(flags.max())
-    return left
-
-
-def _embed(
-    embedder: Any, jobs: _Jobs, cache: EmbeddingCache, batch_size: int, progress: bool, accelerator: Any
-) -> None:
-    """Put the embeddings of all jobs that can be read into the cache."""
-    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator is not None else (1, 0)
-    mine = range(rank, len(jobs), world)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    left = [[job for job in batch if not cache.done[job]] for batch in batches]
-    left = [batch for batch in left if batch]
-    read: set[int] = set()
-
-    def load(job: int) -> PIL.Image.Image | None:
-        picture = jobs.load(job, embedder)
-        if picture is not None:
-            read.add(job)
-        return picture
-
-    pad_to = min(batch_size, embedder.batch_size)
-    with tqdm(
-        total=len(mine), initial=len(mine) - sum(map(len, left)), desc=f"Embedding {jobs.images.noun}s",
-        unit="img" if jobs.images.noun == "picture" else " texts",
-        disable=not progress or rank != 0, leave=False,
-    ) as bar:  # fmt: skip
-        try:
-            stream: Any = embedder.stream(left, load, jobs.views > 0, pad_to, len(batches))
-            with closing(stream):
-                for batch, embeds in stream:
-                    if embeds is not None:
-                        cache.add(torch.tensor([job for job in batch if job in read]), embeds)
-                    bar.update(len(batch))
-        except BaseException:  # an interrupt too: what is done is kept
-            cache.flush()
-            raise
-    if world > 1:
-        cache.flush()
-        _gather(cache, len(jobs), world, rank, accelerator)
-    if rank == 0:
-        cache.merge()
-
-
-def _gather(cache: EmbeddingCache, total: int, world: int, rank: int, accelerator: Any) -> None:
-    """Every process's rows (dealt out round robin) in every process's cache."""
-    share = math.ceil(total / world)
-    dim = 0 if cache.table is None else cache.table.shape[1]
-    dim = int(accelerator.gather(torch.tensor([dim], device=accelerator.device)).max())
-    padded = torch.zeros(share, dim + 1, device=accelerator.device)
-    if cache.table is not None:
-        padded[: len(cache.done[rank::world]), :dim] = cache.table[rank::world].to(accelerator.device)
-        padded[: len(cache.done[rank::world]), -1] = cache.done[rank::world].to(accelerator.device, padded.dtype)
-    everyone = accelerator.gather(padded).view(world, share, dim + 1).transpose(0, 1).reshape(-1, dim + 1)[:total].cpu()
-    rows = everyone[:, -1].bool().nonzero().flatten()
-    cache.fill(rows, everyone[rows, :-1])
+def _as_numbers(digest: str | None) -> list[float]:
+    """Whether there is a digest, and its bytes."""
+    return [0.0] * (_DIGEST + 1) if digest is None else [1.0, *map(float, bytes.fromhex(digest))]
 
 
 def _report(problems: dict[int, str], images: LabelledImages, on_error: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -100,6 +101,16 @@ class TextEmbedder:
                 yield from embedded()
                 group.clear()
         yield from embedded()
+
+    def stream_found(
+        self, items: Iterable[Any], find: Callable[[Any], Sequence[tuple[Any, str]]], augmented: bool, *_: int
+    ) -> Iterator[tuple[Sequence[Any], Tensor]]:
+        """Names and embeddings [B, D] of the texts that `find` gives of items; see `Embedder.stream_found`."""
+        pairs = (pair for item in items for pair in find(item))
+        batches = iter(lambda: list(islice(pairs, self.batch_size)), [])
+        for batch, embeds in self.stream(batches, lambda pair: str(pair[1]), augmented):
+            if embeds is not None:
+                yield [name for name, _ in batch], embeds
 
     def warn_of_cut(self, texts: int) -> None:
         """Say once how many of so many texts were too long."""

@@ -273,7 +273,7 @@ def unseen_pictures(provenance: Mapping[str, Any] | None, images: LabelledImages
     count, digests = len(images), tuple(map(images.digest, range(len(images))))
     rows = torch.arange(count, dtype=torch.float64).view(1, count, 1)
     labels = torch.tensor(images.labels)
-    data = ImageFeatures(rows, labels, images.class_names, content_digest(images), (), digests)
+    data = ImageFeatures(rows, labels, images.class_names, content_digest(images, digests), (), digests)
     unseen = without_training_pictures(provenance, data, picture_names(images))
     return images.select(unseen.image_embeds.flatten().long().tolist())
 
