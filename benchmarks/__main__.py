@@ -1,20 +1,21 @@
-"""`python -m benchmarks [GROUP ...]`: measure, print a table, and write `benchmarks/results.json`.
+"""`python -m benchmarks [GROUP ...]`: measure, print each row, and write `benchmarks/results/ABILITIES.json`.
 
-All groups take about 25 minutes on two cores. Rows that cannot run on a machine, for want of instructions or of the
-openvino extra, are listed with the reason."""
+ABILITIES are those of the processor. `--hold avx2` measures as on a processor that has no more than AVX2, as far as
+libraries can be held to that. Rows that cannot run, for want of instructions or of an extra, are listed with the
+reason. `--table` prints what all files hold, side by side.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
+import sys
 import tempfile
+import time
 import warnings
 
-import torch
-
-from . import embedding, epochs, peers, results, service, serving
-from .timing import Report
+from . import embedding, epochs, peers, results, service, serving, solver
+from .timing import HELD, Report, markdown, results_file
 
 GROUPS = {
     "photos": [lambda _: results.print_photos()],
@@ -23,6 +24,7 @@ GROUPS = {
     "serving": [serving.inference],
     "service": [service.service],
     "epochs": [epochs.epochs, epochs.growth],
+    "solver": [solver.solver],
     "preprocessing": [embedding.preprocessing],
     "throughput": [
         embedding.throughput,
@@ -31,20 +33,24 @@ GROUPS = {
     ],
     "precision": [embedding.precision],
     "training": [embedding.training],
-    "views": [lambda report: embedding.training(report, 640, 40, views=4)],
+    "views": [lambda report: embedding.training(report, 320, 20, views=4)],
     "peers": [peers.peers],
     "million": [epochs.million],
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", nargs="*", choices=[*GROUPS, []], help="default: all")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print results.json as Markdown")
+    parser.add_argument("--hold", choices=list(HELD), help="hold the libraries to instructions that every machine has")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results as Markdown")
     options = parser.parse_args()
     if options.table:
-        print(Report.stored().markdown())
+        print(markdown(Report.stored()))
         return
+    if options.hold and not HELD[options.hold].items() <= os.environ.items():  # libraries read it when they load
+        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **HELD[options.hold]})
     warnings.simplefilter("ignore")
     import datasets
     import transformers
@@ -52,14 +58,17 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     report = Report()
+    print(", ".join(f"{name} {value}" for name, value in report.machine.items()))
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TASKRES_CACHE", cache)
         for name in options.group or GROUPS:
+            start = time.monotonic()
             for part in GROUPS[name]:
                 part(report)
             report.save()
+            print(f"{name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+    print(f"Written to {results_file()}")
 
 
 if __name__ == "__main__":

@@ -32,15 +32,9 @@ from taskres_hf.encoders import cpu_has_bf16, encode_images
 from taskres_hf.tables import Table
 
 from .material import clip_folder
-from .timing import ratios, timed
+from .timing import HELD, ratios, timed
 
-AVX2 = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "DNNL_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
-KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": AVX2}
+KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD["avx2"]}
 _PICTURES = 8  # a pass
 
 

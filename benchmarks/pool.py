@@ -178,26 +178,18 @@ def _pipelines(folders: list[Path]) -> list[Any]:
     return [pipeline("image-classification", model=str(folder)) for folder in folders]
 
 
-def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--classifiers", type=int, default=1000)
-    made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--folder", help="keep the classifiers there, and take those that are there")
-    made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    options = made.parse_args()
-    torch.set_num_threads(1)
-    if options.child:
-        _child(*options.child)
-        return
-    import transformers
+def measure(classifiers: int = 1000, rounds: int = 5, folder: str | None = None) -> None:
+    """Print all of it, with one thread of torch meanwhile.
 
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    Args:
+        folder: keep the classifiers there, and take those that are there.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(options.folder or scratch, "made")
+        root = Path(folder or scratch, "made")
         file, light = Path(scratch, "p.safetensors"), Path(scratch, "l.safetensors")
-        folders, total = make(root, options.classifiers)
+        folders, total = make(root, classifiers)
         pack_with_base(folders, file)
         pack(folders, light)
         plain = sum(one.stat().st_size for one in root.rglob("*") if one.is_file())
@@ -207,8 +199,28 @@ def main() -> None:
             f"{light.stat().st_size / 1e6:.1f} MB.\n",
             flush=True,
         )
-        print(loading(root, file, max(1, options.rounds // 2)).markdown() + "\n", flush=True)
-        print(classifying(folders, options.rounds).markdown())
+        print(loading(root, file, max(1, rounds // 2)).markdown() + "\n", flush=True)
+        print(classifying(folders, rounds).markdown())
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--classifiers", type=int, default=1000)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--folder", help="keep the classifiers there, and take those that are there")
+    made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = made.parse_args()
+    if options.child:
+        torch.set_num_threads(1)
+        _child(*options.child)
+        return
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    measure(options.classifiers, options.rounds, options.folder)
 
 
 if __name__ == "__main__":

@@ -486,8 +486,8 @@ def image_weights_digest(base: PreTrainedModel) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX), and torch is not held to less of it."""
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):  # ATEN_CPU_CAPABILITY
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX), and torch is not held to less."""
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
         return False
     for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         probe = getattr(torch.cpu, test, None)

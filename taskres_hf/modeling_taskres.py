@@ -74,6 +74,7 @@ class TaskResCLIPForImageClassification(
         self.classifier = self._head_class(base_classifier, config.alpha, scale, bias, config.residual_side)
         self.classifier.facts = config.facts  # one home: the head's reset and the config's readers see the same
         self.config = config  # of the head, so that both are exchanged in one step
+        self.run_image_tower: Callable[[Mapping[str, Tensor]], Tensor] | None = None  # see `embedding.use_engine`
         self._image_processor: Any = None
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
@@ -292,10 +293,14 @@ class TaskResCLIPForImageClassification(
             names = ("interpolate_pos_encoding", "output_attentions", "output_hidden_states")
             asked = (kwargs.get(names[0]), output_attentions, output_hidden_states)
             options = {name: True for name, wanted in zip(names, asked, strict=True) if wanted}
-            inputs = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in _IMAGE_INPUTS}}
-            with torch.no_grad():
-                features = image_features(self.clip, inputs, **options)
-            image_embeds = pooled(features)
+            given = {"pixel_values": pixel_values, **{key: kwargs.get(key) for key in _IMAGE_INPUTS}}
+            inputs = {key: value for key, value in given.items() if value is not None}
+            if self.run_image_tower is None or options or self.training or len(inputs) > 1:
+                with torch.no_grad():
+                    features = image_features(self.clip, inputs, **options)
+                image_embeds = pooled(features)
+            else:
+                image_embeds = self.run_image_tower(inputs)
         elif image_embeds.shape[-1] != self.config.projection_dim:
             raise ConfigurationError(
                 f"image_embeds must have {self.config.projection_dim} columns, the base's projection size; got "

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +64,11 @@ def classify_files(
         unknown: what their label is then.
 
     Yields:
-        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities (of
-        several labels per picture the sigmoid of each logit), and `error` is None
-        or says why there are no predictions. Bytes of a file name that are not UTF-8 are escaped, as `\\udcff`.
-        With `reject` also `rejected`, true or false (null where there is an `error`); the first label of a rejected
-        picture is `unknown`, whose score is None, and the classes follow.
+        `{"file", "predictions": [{"label", "score"}], "error"}`; scores are softmax probabilities (of several labels
+        per picture the sigmoid of each logit), and `error` is None or says why there are no predictions. Bytes
+        of a file name that are not UTF-8 are escaped, as `\\udcff`. With `reject` also `rejected`, true or
+        false (null where there is an `error`); the first label of a rejected picture is `unknown`, whose score
+        is None, and the classes follow.
 
     Raises:
         ConfigurationError: `reject` without a threshold for the classifier as it is, or of one that gives several
@@ -78,7 +78,7 @@ def classify_files(
     head = rejecting.head if rejecting else model.classifier
     if head.config.text_encoding is not None:
         raise ConfigurationError("The classifier is of texts: use classify_texts.")
-    items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
+    items = Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
     items.embedder.get_ready(len(files))
     top_k = classes_given(head, top_k)
     yield from _classify(head, items, top_k, batch_size or items.embedder.batch_size, progress, 0, rejecting)
@@ -132,7 +132,7 @@ def best_answers(
         yield [{"label": names[label], "score": score} for label, score in pairs if score >= least]
 
 
-class _Pictures:
+class Pictures:
     """Picture files, and why some cannot be read."""
 
     column, what, unit = "file", "Classifying", "img"
@@ -292,7 +292,7 @@ def classify_to_file(
         text_model: Any = model
         items: Any = _Texts(TextEmbedder(text_model.clip, text_model.tokenizer, text_model.encoding), files)
     else:
-        items = _Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
+        items = Pictures(Embedder(model.clip, model.image_processor, engine, precision), files)
     embedder = items.embedder
     # To go on, not to measure again: forms of the tower that are as fast as each other differ in the last bits.
     embedder.get_ready(0 if resume else len(files))
@@ -321,7 +321,7 @@ def classify_to_file(
         done = writer.rows
         for row in _classify(head, items, top_k, size, progress, done, rejecting):
             writer.write(row)
-        skipped = writer.finish(top_k, reject, separator, items.column)
+        skipped = writer.finish(top_k, reject, separator, [items.column])
     return WrittenPredictions(output, len(files) - len(skipped), skipped, done)
 
 
@@ -381,8 +381,16 @@ class PredictionWriter:
             raise self._failure(error) from error
         self.rows += 1
 
-    def finish(self, top_k: int, reject: bool = False, separator: str | None = None, column: str = "file") -> list[str]:
-        """Make the output from the rows, in one step, and remove the partial file; returns the errors in the rows."""
+    def finish(
+        self,
+        top_k: int,
+        reject: bool = False,
+        separator: str | None = None,
+        columns: Sequence[str] = ("file",),
+        spread: Callable[[Any], Iterable[Any]] = lambda row: [row],
+    ) -> list[str]:
+        """Make the output from the rows (or what `spread` makes of each), in one step, and remove the partial file;
+        returns the errors in the rows."""
         self._stream.seek(0)
         skipped: list[str] = []
 
@@ -391,12 +399,12 @@ class PredictionWriter:
             for number, (row, _, _) in enumerate(_checked_lines(self._stream)):
                 if number > 0:  # the first line is the run
                     skipped.extend([row["error"]] if row["error"] else [])
-                    yield row
+                    yield from spread(row)
             if number != self.rows:
                 raise ArtifactError(f"{self.partial} was changed while it was written: only {number} rows are whole.")
 
         try:
-            write_predictions(self.output, rows(), top_k, reject, separator, column)
+            write_predictions(self.output, rows(), top_k, reject, separator, columns)
         except ArtifactError as error:
             raise ArtifactError(f"{error} {self.partial} stays: go on with resume=True (--resume).") from error
         self._stream.close()

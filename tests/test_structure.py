@@ -40,7 +40,7 @@ ORDER = [
     "report.gathering", "report.findings", "report.figures", "report.thumbnails", "report.learning", "report.page",
     "report",
     "export.fused", "export.formats", "export.web", "export.exporting", "export",
-    "pool.naming", "pool.stacked", "pool.bases", "pool.packing", "pool.classifiers", "pool",
+    "pool.naming", "pool.stacked", "pool.answering", "pool.bases", "pool.packing", "pool.classifiers", "pool",
     "cluster.inputs", "cluster.outputs", "cluster.workers", "cluster.running", "cluster",
     "service.settings", "service.batching", "service.classifiers", "service.uploads", "service.observing",
     "service.app", "service.running", "service",

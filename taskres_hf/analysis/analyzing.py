@@ -102,7 +102,8 @@ class _Run(compare.TaskRun):
 
     def _measured(self, cell: compare.MethodCell, train: ImageFeatures, test: ImageFeatures) -> dict[str, Any]:
         trained = trained_head(self.model.classifier, train, cell.method, shots=cell.shots, seed=cell.seed)
-        return {"recipe": cell.method, **measure_transfer(trained, test)}
+        fewest = int(train.labels.bincount(minlength=len(train.class_names)).min())
+        return {"recipe": cell.method, "fewest": fewest, **measure_transfer(trained, test)}
 
 
 def analyse_transfer(
@@ -175,7 +176,8 @@ def task_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row for each recipe, number of shots and dataset: the mean over seeds.
 
     Returns:
-        `recipe`, `shots`, `dataset`, `num_classes`, `seeds`, `zero_shot_accuracy`, `accuracy` and `gain` (shares), the
+        `recipe`, `shots` asked for, `dataset`, `num_classes`, `seeds`, `fewest` pictures drawn of a class, where some
+        have fewer than the shots, `zero_shot_accuracy`, `accuracy` and `gain` (shares), the
         difficulties of the mean zero-shot accuracy, and the measures.
     """
     rows = []
@@ -184,6 +186,7 @@ def task_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         classes = own[0]["num_classes"]
         rows.append({
             "recipe": recipe, "shots": shots, "dataset": dataset, "num_classes": classes, "seeds": len(own),
+            "fewest": min(one.get("fewest", shots) for one in own),
             "zero_shot_accuracy": before, "accuracy": after, "gain": after - before,
             **(difficulties(before, classes) if classes > 1 else dict.fromkeys(DIFFICULTIES)),
             **{name: mean(one["magnitude"][name] for one in own) for name in MEASURES},
@@ -200,6 +203,7 @@ def class_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
             if parts:
                 means = {key: mean(part[key] for part in parts) for key in _PER_CLASS}
                 facts = {"recipe": recipe, "shots": shots, "dataset": dataset, "class": first["name"]}
+                facts["fewest"] = min(one.get("fewest", shots) for one in own)
                 rows.append({**facts, "support": mean(part["support"] for part in parts), **means})
     return rows
 
@@ -226,6 +230,7 @@ def correlations(rows: Sequence[Mapping[str, Any]], by: Mapping[str, Any] | None
                     else rank_correlation_within(x, y, [by[row["dataset"]] for row in told])
                 )
                 facts = {"recipe": recipe, "shots": shots, "measure": measure, "difficulty": difficulty}
+                facts["fewest"] = min(row.get("fewest", shots) for row in own)
                 found.append({**facts, "tasks": len(told), "correlation": value})
     return found
 
@@ -243,7 +248,9 @@ def class_correlations(rows: Sequence[Mapping[str, Any]], against: str = "zero_s
         for measure in (*MAGNITUDES, "gain"):
             y = [row["accuracy"] - row["zero_shot_accuracy"] if measure == "gain" else row[measure] for row in own]
             value = rank_correlation_within(x, y, groups)
-            found.append({"recipe": recipe, "shots": shots, "measure": measure, "correlation": value})
+            fewest = min(row.get("fewest", shots) for row in own)
+            facts = {"recipe": recipe, "shots": shots, "measure": measure, "fewest": fewest}
+            found.append({**facts, "correlation": value})
     return found
 
 

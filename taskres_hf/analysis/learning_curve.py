@@ -70,6 +70,7 @@ def measure_growth(
     draws: int = 6,
     seed: int = 1,
     on_fit: Callable[[int, int], None] | None = None,
+    noun: str = "picture",
 ) -> Growth:
     """Train recipe `auto` on growing parts of the pictures and test it on others.
 
@@ -79,7 +80,7 @@ def measure_growth(
             class at least one. A class with one picture is then trained on and not tested.
         draws: of each size; fewer where there are very many pictures.
         seed: of the draws.
-        on_fit: called with the number of fits done and of all.
+        on_fit: called with the number of fits done and of all. noun: what messages call one of them.
 
     Raises:
         DataError: there is nothing to test on. ConfigurationError: an embedding is NaN or infinite.
@@ -91,11 +92,11 @@ def measure_growth(
     if held_out is None:
         g, truth = f, y
         if counts.max(initial=0) < 2:
-            raise DataError("No class has two different pictures, so there is nothing to test on: label more first.")
+            raise DataError(f"No class has two different {noun}s, so there is nothing to test on: label more first.")
     else:
         g, truth = F.normalize(held_out[0].detach().to("cpu", torch.float64), dim=1), held_out[1].cpu().numpy()
         if not len(truth):
-            raise DataError("There is no held-out picture to test on.")
+            raise DataError(f"There is no held-out {noun} to test on.")
     if len(y) * classes > _MANY:
         draws = min(draws, 2)
     jobs = list(_jobs(y, counts, held_out is None, draws, np.random.default_rng(seed)))

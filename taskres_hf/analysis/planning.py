@@ -17,7 +17,7 @@ from ..embedding.features import ImageFeatures
 from ..errors import ConfigurationError, DataError, MissingExtraError
 from ..paper.figures import drawing, image
 from ..residual import TaskResClassifier
-from ..storage import write_bytes
+from ..storage import check_can_write, write_bytes
 from ..tables import Table, percent, visible
 from .learning_curve import Growth, LearningCurve, measure_growth
 
@@ -26,6 +26,7 @@ METRICS = ("accuracy", "balanced")
 _WIDEST = 0.3  # 80 % interval of the accuracy with twice the pictures, past which nothing is told
 _BELIEF = 4.0  # tested pictures that the curve counts as in the accuracy of a class
 _NAMED = 5  # classes in the sentence
+_DECIMALS = 6  # of numbers of pictures a class, which are means
 _NUMBERS = ("what", "pictures_a_class", "accuracy", "low80", "high80", "low95", "high95")
 
 
@@ -238,7 +239,7 @@ def plan_pictures(
     apart = None if held_out is None else (held_out.image_embeds[0], held_out.labels)
     tested = measure_growth(
         train.image_embeds[0], train.labels, head.base, float(head.logit_scale), held_out=apart, draws=draws, seed=seed,
-        on_fit=on_fit,
+        on_fit=on_fit, noun=train.noun,
     )  # fmt: skip
     counts = torch.bincount(train.labels, minlength=len(head.base)).numpy()
     return plan_from(tested, counts, train.class_names, target=target, metric=metric, notes=notes)
@@ -257,7 +258,9 @@ def _each_once(data: ImageFeatures, known: set[str], also: str, notes: list[str]
     rows = data.each_once(known)
     if len(rows) == len(data):
         return data
-    notes.append(f"{len(data) - len(rows)} of {len(data)} pictures are there more than once{also}; they are left out.")
+    notes.append(
+        f"{len(data) - len(rows)} of {len(data)} {data.noun}s are there more than once{also}; they are left out."
+    )
     return data.select(rows)
 
 
@@ -293,10 +296,11 @@ def plan_from(
     elif needed is None:
         status = "level" if level[2] < target else "beyond"
     steps = {max(1, round(have * factor)) for factor in (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8)} | {1}
+    shots = [round(count, _DECIMALS) for count in curve.shots.tolist()]
     return Plan(
-        status, target, metric, tested.method, int(counts.sum()), int(tested.tested.sum()), have,
-        tuple(zip(curve.shots.tolist(), curve.accuracy.tolist(), strict=True)), float(curve.accuracy[0]), now,
-        found.most, tuple(_forecast(curve, step, step) for step in sorted(steps)), needed, optimistic, pessimistic,
+        status, target, metric, tested.method, int(counts.sum()), int(tested.tested.sum()), round(have, _DECIMALS),
+        tuple(zip(shots, curve.accuracy.tolist(), strict=True)), float(curve.accuracy[0]), now, found.most,
+        tuple(_forecast(curve, step, step) for step in sorted(steps)), needed, optimistic, pessimistic,
         level, first, _classes(curve, tested, counts, class_names, needed),
         (*notes, *_notes(tested, counts, class_names)),
     )  # fmt: skip
@@ -379,12 +383,16 @@ def check_figure(path: str | os.PathLike[str]) -> Path:
     """Where the figure goes.
 
     Raises:
-        MissingExtraError: matplotlib is not installed. ConfigurationError: the file ends in neither .png nor .svg, or
-            the .csv beside it is there and holds something else, such as labels.
+        MissingExtraError: matplotlib is not installed. ConfigurationError: the file ends in neither .png nor .svg, is a
+            folder, or the .csv beside it is there and holds something else, such as labels. ArtifactError: its folder
+            cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg"):
         raise ConfigurationError(f"A figure is a .png or .svg file; got {path.name!r}.")
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder: give the name of a file to write.")
+    check_can_write(path.absolute().parent)
     numbers = path.with_suffix(".csv")
     if numbers.exists() and not _holds_numbers(numbers):
         raise ConfigurationError(

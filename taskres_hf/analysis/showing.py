@@ -31,6 +31,12 @@ def measure_name(key: str) -> str:
     return "gain over zero-shot" if key == "gain" else MEASURES[key]
 
 
+def shots_given(rows: Sequence[Mapping[str, Any]], shots: int) -> int | str:
+    """What was asked for as shots, in words where a class of one of these rows has fewer pictures."""
+    own = [row.get("fewest", shots) for row in rows if row["shots"] == shots]
+    return f"up to {shots}" if min(own, default=shots) < shots else shots
+
+
 def task_table(rows: Sequence[Mapping[str, Any]], recipe: str, shots: int) -> Table:
     """Difficulty and magnitude of each task, the hardest first."""
     chosen = [row for row in rows if (row["recipe"], row["shots"]) == (recipe, shots)]
@@ -47,8 +53,12 @@ def task_table(rows: Sequence[Mapping[str, Any]], recipe: str, shots: int) -> Ta
         for row in chosen
     ]  # fmt: skip
     seeds = max((row["seeds"] for row in chosen), default=0)
-    title = f"Recipe {recipe}, {shots} shot{'s' * (shots > 1)}, mean over {seeds} seed{'s' * (seeds > 1)}"
+    given = shots_given(chosen, shots)
+    title = f"Recipe {recipe}, {given} shot{'s' * (shots > 1)}, mean over {seeds} seed{'s' * (seeds > 1)}"
     caption = "RTD: (1 / K) / zero-shot accuracy, as published. Accuracies and answers changed in percent."
+    short = [f"{row['dataset']} ({row['fewest']})" for row in chosen if row.get("fewest", shots) < shots]
+    if short:
+        caption += f" With a class of fewer pictures, which gave all it has: {', '.join(short)}."
     return Table(columns, cells, title, caption)
 
 
@@ -60,7 +70,7 @@ def correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[int], 
             place = places.setdefault((row["recipe"], row["shots"], row["measure"]), {})
             place[row["difficulty"]] = row["correlation"]
     cells = [
-        [recipe, count, measure_name(measure), *(str(place[name]) for name in DIFFICULTIES)]
+        [recipe, shots_given(found, count), measure_name(measure), *(str(place[name]) for name in DIFFICULTIES)]
         for (recipe, count, measure), place in places.items()
     ]
     caption = (
@@ -81,7 +91,7 @@ def class_correlation_table(found: Sequence[Mapping[str, Any]], shots: Sequence[
     for row in chosen:
         places.setdefault((row["shots"], row["measure"]), {})[row["recipe"]] = str(row["correlation"])
     cells = [
-        [count, measure_name(measure), *(place.get(recipe, "") for recipe in recipes)]
+        [shots_given(chosen, count), measure_name(measure), *(place.get(recipe, "") for recipe in recipes)]
         for (count, measure), place in places.items()
     ]
     caption = "Mean over tasks of Spearman within each; 95 % interval by resampling tasks, p by permuting classes."
@@ -125,7 +135,7 @@ def draw_transfer(
             own = [row for row in chosen if row["recipe"] == recipe]
             for axes, (difficulty, measure) in zip(line, _PANELS, strict=True):
                 points = [(row["dataset"], row[difficulty], row[measure]) for row in own]
-                axes.set_title(f"recipe {recipe}, {most} shots", fontsize=9, loc="left")
+                axes.set_title(f"recipe {recipe}, {shots_given(chosen, most)} shots", fontsize=9, loc="left")
                 _scatter(axes, points, groups or {})
                 axes.set_xlabel(DIFFICULTIES[difficulty] + (" (as published)" if difficulty == "rtd" else ""))
                 axes.set_ylabel(MAGNITUDES[measure] + (" (as published)" if measure == "mean_abs" else ""))

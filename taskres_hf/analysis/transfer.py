@@ -417,13 +417,12 @@ def read_pictures(
     from ..data.folders import NoClassFoldersError
     from ..pictures import find_images
 
-    def without_labels(pictures: Any) -> tuple[LabelledImages, bool]:
+    def without_labels(pictures: Any, found: str = "These pictures have no labels.") -> tuple[LabelledImages, bool]:
         if labelled:
-            raise DataError("There are no labels: give a folder per class, a table or a dataset with a label column.")
+            raise DataError(f"{found} Give a folder per class, a table or a dataset with a label column.")
         if not isinstance(class_names, (list, tuple)):
             raise ConfigurationError(
-                "These pictures have no labels, so it must be said what their classes are: class_names=[...] "
-                "(--class-names)."
+                f"{found} To measure without labels, say what the classes are: class_names=[...] (--class-names)."
             )
         if not len(pictures):
             raise DataError(f"There are no pictures in {images!r}.")
@@ -445,6 +444,6 @@ def read_pictures(
         return without_labels(find_images([images]))
     try:
         data = load_training_data(images, eval_split="none", **{"class_names": class_names, **(reading or {})})
-    except NoClassFoldersError:
-        return without_labels(find_images([images]))
+    except NoClassFoldersError as error:
+        return without_labels(find_images([images]), str(error))
     return data.train, labelled is not False

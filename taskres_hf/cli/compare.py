@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError
 from . import options as opt
 from .run_config import read_run, write_run
 from .screen import console, emit, quiet_libraries, say, say_loading, warn, when_interrupted
 from .values import (
     check_device,
+    check_folder_of_runs,
     public_name,
     read_class_names,
     read_numbers,
@@ -152,12 +152,11 @@ def grid_of(run: dict[str, Any]) -> tuple[list[int], list[int], Path]:
     """Shots, seeds, and the folder to write.
 
     Raises:
-        ConfigurationError: that is a file.
+        ArtifactError: that is a file or cannot be written.
     """
     counts, draws = read_numbers(run["shots"], "--shots"), read_numbers(run["seeds"], "--seeds")
     folder = Path(run["output_dir"])
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file; --output-dir names a folder.")
+    check_folder_of_runs(folder)
     return counts, draws, folder
 
 

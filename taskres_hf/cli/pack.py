@@ -22,7 +22,7 @@ Classifier = Annotated[
     list[str] | None,
     typer.Option(
         "--classifier", metavar="NAME", show_default=False, rich_help_panel=opt.MODEL,
-        help="One of a packed file's classifiers; again for more. All by default.",
+        help="One of those in a packed file or a folder of classifiers; again for more. All by default.",
     ),
 ]  # fmt: skip
 _COLUMNS = ["classifier", "classes", "base", "recipe", "shots", "KB"]
@@ -81,7 +81,7 @@ def pack(
     else:
         assert output is not None
         quiet_libraries(quiet or as_json, collect=as_json)
-        packed = _packed(_folders(sources), output, base_rows, base_model and resolve_base(base_model))
+        packed = _packed(sources, output, base_rows, base_model and resolve_base(base_model))
         result = {"output": str(output), "classifiers": packed.names, "bytes": output.stat().st_size}
         size = f"{output.stat().st_size / 1e6:.1f} MB"
         emit(as_json, result, lambda: say(f"Packed {_many(len(packed))} in {output}, {size}"))
@@ -91,24 +91,12 @@ def _many(count: int) -> str:
     return f"{count} classifier{'s' if count != 1 else ''}"
 
 
-def _folders(sources: Sequence[str]) -> list[str]:
-    """What was named; a folder that is no classifier and holds some stands for those."""
-    found: list[str] = []
-    for source in sources:
-        inside = sorted(str(file.parent) for file in Path(source).glob("*/config.json"))
-        inside = [folder for folder in inside if os.path.isfile(os.path.join(folder, "model.safetensors"))]
-        found += inside if inside and not os.path.isfile(os.path.join(source, "config.json")) else [source]
-    return found
-
-
 def _packed(sources: list[str], output: Path, base_rows: bool, base_model: str | None) -> Pack:
-    if base_rows:
-        from ..pool import pack_with_base
+    from ..pool import pack, pack_with_base
+    from ..pool.packing import folders_in
 
-        return pack_with_base(sources, output, base_model)
-    from ..pool.packing import pack as write
-
-    return write(sources, output)
+    folders = folders_in(sources)
+    return pack_with_base(folders, output, base_model) if base_rows else pack(folders, output)
 
 
 def _show(path: str, names: list[str] | None, as_json: bool) -> None:
@@ -150,33 +138,64 @@ def unpacked(sources: Sequence[str]) -> Iterator[list[str]]:
         yield found
 
 
+def several_at(
+    model: str, names: Sequence[str] | None, revision: str | None
+) -> tuple[Pack | dict[str, str] | None, list[str]]:
+    """The classifiers that a packed file or a folder of their folders holds, and the names of those to ask."""
+    from ..pool.packing import classifiers_at
+
+    found = classifiers_at(model, names or ())
+    if found is None and names:
+        hint = f"it is for packed files and folders of classifiers, and {model!r} is neither."
+        raise typer.BadParameter(hint, param_hint="--classifier")
+    if found is not None and revision is not None:
+        raise typer.BadParameter("it is for the Hub, and these classifiers are files.", param_hint="--revision")
+    return found, list(dict.fromkeys(names or found or ()))
+
+
 def by_several(
-    packed: Pack,
-    names: Sequence[str],
+    found: Pack | dict[str, str],
+    names: list[str],
     files: list[str],
-    top_k: int | None,
+    output: Path | None,
+    how: dict[str, Any],
     as_json: bool,
     base_model: Any,
     **options: Any,
 ) -> int:
-    """Classify files by several classifiers, to the screen. Returns how many could not be read.
+    """Classify files by several classifiers, to the screen or to a file. Returns how many could not be read.
 
     Pictures are prepared as for one classifier, see `predicting`.
+
+    Args:
+        how: `top_k`, `batch_size`, `resume` and `progress`.
     """
     from ..pool import ClassifierPool
 
-    for name in names:
-        packed.files(name)
-    pool = ClassifierPool(base_model, packed, exact_preprocessing=False, **options)
+    chosen = {name: found[name] for name in names} if isinstance(found, dict) else found
+    pool = ClassifierPool(base_model, chosen, exact_preprocessing=False, **options)
+    if output is None:
+        return _to_screen(pool.classify_files(files, names, top_k=how["top_k"], batch_size=how["batch_size"]), as_json)
+    written = pool.classify_to_file(files, output, names, **how)
+    for error in written.skipped:
+        warn(f"Skipped: {error}")
+    result = {"output": str(output), "classifiers": names, "classified": written.classified}
+    result |= {"skipped": len(written.skipped), "resumed": written.resumed}
+    many = f"{written.classified} pictures classified by {_many(len(names))} in {output}"
+    emit(as_json, result, lambda: say(many))
+    return len(written.skipped)
+
+
+def _to_screen(answers: Iterator[dict[str, Any]], as_json: bool) -> int:
     rows = []
-    for row in pool.classify_files(files, names, top_k=top_k):
+    for row in answers:
         rows.append(row)
         if row["error"]:
             warn(f"Skipped: {row['error']}")
         elif not as_json:
             say(f"{row['file']}:")
-            for name, answers in row["classifiers"].items():
-                listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in answers)
+            for name, found in row["classifiers"].items():
+                listed = ", ".join(f"{top['label']} {percent(top['score'])}" for top in found)
                 say(f"  {name}: {listed or 'no label'}")
     if as_json:
         emit(True, rows, lambda: None)

@@ -27,7 +27,14 @@ from .options import (
     Recipe,
 )
 from .screen import console, emit, quiet_libraries, say, when_interrupted
-from .values import check_output_folder, public_name, read_class_names, read_numbers, read_templates
+from .values import (
+    check_folder_of_runs,
+    check_output_folder,
+    public_name,
+    read_class_names,
+    read_numbers,
+    read_templates,
+)
 
 _Dataset = Annotated[
     str,
@@ -128,6 +135,7 @@ def benchmark(
     if check:
         _check(names, root, allow_other_split, as_json)
         return
+    check_folder_of_runs(output_dir)
     model = base_model or demo_model()
     wanted = None if targets is None else [] if targets == "none" else [part.strip() for part in targets.split(",")]
     arguments: dict[str, Any] = {"embed_batch_size": batch_size, "engine": engine.value, "precision": precision.value}

@@ -11,7 +11,7 @@ import typer
 from ..errors import DataError
 from . import options as opt
 from .embed import Address, EngineCluster, Keep, RowsPerBlock, Workers, cluster_of, kept_blocks, tell
-from .pack import Classifier, by_several
+from .pack import Classifier, by_several, several_at
 from .screen import emit, percent, quiet_libraries, say, say_loading, warn, when_interrupted
 from .texts import TextColumn, is_of_texts, predict_texts
 from .values import check_device, resolve_base
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from ..modeling_taskres import TaskResCLIPForImageClassification
     from ..pool import Pack
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or Hub id of a trained classifier; or a packed file, or a folder of classifiers over one base.",
+        show_default=False,
+    ),
+]
 Images = Annotated[
     list[str],
     typer.Argument(
@@ -53,7 +60,7 @@ TopK = Annotated[
 
 
 def predict(
-    model: opt.Artifact,
+    model: Model,
     images: Images,
     top_k: TopK = None,
     output: Output = None,
@@ -86,6 +93,7 @@ def predict(
     """Classify pictures. Unreadable ones are reported and skipped; the exit code is then 3.
 
     Example:  taskres predict my-classifier holiday/ cat.jpg --top-k 3 --output labels.csv
+    Example:  taskres predict pool.safetensors holiday/ --output labels.csv
     """
     when_interrupted(lambda: _what_is_kept(output) if output_dir is None else kept_blocks(output_dir))
     if resume and output is None:
@@ -97,8 +105,10 @@ def predict(
         if output is not None:
             raise typer.BadParameter("give it or --output, a single file.", param_hint="--output-dir")
         say_loading(model, quiet or as_json)
+        found, names = several_at(model, classifier, None)
         written = _in_blocks(
-            model, images, output_dir, _of_pack(model, classifier, None)[1], top_k=top_k, reject=reject,
+            [found[name] for name in names] if isinstance(found, dict) else model, images, output_dir,
+            [] if isinstance(found, dict) else names, top_k=top_k, reject=reject,
             unknown=unknown_label or "unknown", image_column=image_column, keep=keep or [],
             rows_per_block=rows_per_block, batch_size=batch_size, engine=engine.value, precision=precision.value,
             device=check_device(device, use_cpu), progress=not (quiet or as_json), strength=strength,
@@ -118,19 +128,22 @@ def predict(
         "top_k": top_k, "batch_size": batch_size, "engine": engine.value, "precision": precision.value,
         "progress": not (quiet or as_json), "reject": reject, "unknown": unknown_label or "unknown",
     }  # fmt: skip
-    if is_of_texts(model, revision):
+    found, names = several_at(model, classifier, revision)
+    model = found[names[0]] if isinstance(found, dict) and len(names) == 1 else model
+    if len(names) < 2 and is_of_texts(model, revision):
         say_loading(model, quiet or as_json)
         loaded = _loaded(model, None, [], device, {**options, "strength": strength, "revision": revision})
         _end(*predict_texts(loaded, images, text_column, output, resume, how, as_json), allow_skipped, "texts")
         return
     files = _listed(images)
     say_loading(model, quiet or as_json)
-    packed, names = _of_pack(model, classifier, revision)
-    if packed is not None and len(names) > 1:
-        _refuse({"--output": output, "--reject": reject, "--strength": strength is not None})
-        options |= {"device": device, "engine": engine.value, "precision": precision.value}
-        _end(by_several(packed, names, files, top_k, as_json, **options), len(files), allow_skipped)
+    if found is not None and len(names) > 1:
+        _refuse({"--reject": reject})
+        options |= {"device": device, "engine": engine.value, "precision": precision.value, "strength": strength}
+        asked = {key: how[key] for key in ("top_k", "batch_size", "progress")} | {"resume": resume}
+        _end(by_several(found, names, files, output, asked, as_json, **options), len(files), allow_skipped)
         return
+    packed = None if isinstance(found, dict) else found
     loaded = _loaded(model, packed, names, device, {**options, "strength": strength, "revision": revision})
     if output is not None:
         skipped = _to_file(loaded, files, output, resume, how, as_json)
@@ -151,7 +164,7 @@ def _listed(images: list[str]) -> list[str]:
     return listing.files
 
 
-def _in_blocks(model: str, data: list[str], output_dir: Path, names: list[str], **how: Any) -> Any:
+def _in_blocks(model: str | list[str], data: list[str], output_dir: Path, names: list[str], **how: Any) -> Any:
     """What `--output-dir` asks for. The same numbers on every machine: fp32 by torch, unless said otherwise."""
     from ..cluster import predict as run
 
@@ -165,20 +178,6 @@ def _refuse_alone(given: dict[str, Any]) -> None:
     """Options of data sets in blocks, where pictures go to one file or to the screen."""
     for option in (name for name, value in given.items() if value):
         raise typer.BadParameter("it is for data sets in blocks: add --output-dir FOLDER.", param_hint=option)
-
-
-def _of_pack(model: str, names: list[str] | None, revision: str | None) -> tuple[Pack | None, list[str]]:
-    """The packed file that a name means, and the classifiers of it to ask; None where it is no packed file."""
-    from ..pool.packing import Pack, is_pack
-
-    if not is_pack(model):
-        if names:
-            raise typer.BadParameter(f"it is for packed files, and {model!r} is none.", param_hint="--classifier")
-        return None, []
-    if revision is not None:
-        raise typer.BadParameter("it is for the Hub, and this is a packed file.", param_hint="--revision")
-    packed = Pack(model)
-    return packed, list(dict.fromkeys(names or packed.names))
 
 
 def _loaded(

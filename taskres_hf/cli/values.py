@@ -48,6 +48,15 @@ def check_output_folder(folder: Path, replace: bool) -> None:
     """
     if (folder / "config.json").exists() and not replace:
         raise ArtifactError(f"{folder} already holds a model. Pass --overwrite to replace it, or another --output-dir.")
+    check_folder_of_runs(folder)
+
+
+def check_folder_of_runs(folder: Path) -> None:
+    """Refuse, before any work, a folder that nothing can be written into.
+
+    Raises:
+        ArtifactError: it is a file or cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; --output-dir names a folder.")
     check_can_write(folder)

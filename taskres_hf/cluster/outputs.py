@@ -265,8 +265,7 @@ def stored_features(
     names = list(known or sorted({str(value) for value in labels if value is not None}))
     ids = _ids(labels, names, known is None)
     kept = np.asarray([number is not None for number in ids])
-    kind = schema.field("embedding").type
-    _write_table(Path(path), parts, kept, kind)
+    _write_table(Path(path), parts, kept)
     return StoredFeatures(path, [number for number in ids if number is not None], names)
 
 
@@ -287,22 +286,28 @@ def _ids(labels: Sequence[Any], names: Sequence[str], by_name: bool) -> list[int
     return ids
 
 
-def _write_table(path: Path, parts: Sequence[Path], kept: Any, kind: Any) -> None:
-    """Rows of parts that are kept, one part at a time in memory, put in place by a rename."""
+def _write_table(path: Path, parts: Sequence[Path], kept: Any) -> None:
+    """Rows of parts that are kept, at least one, one part at a time in memory, put in place by a rename."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    dtype = np.float16 if pa.types.is_float16(kind.value_type) else np.float32
     staged = path.with_name(f".{path.name}{_STAGED}")
+    table: Any = None
     try:
-        table = np.lib.format.open_memmap(staged, mode="w+", dtype=dtype, shape=(int(kept.sum()), kind.list_size))
         read = written = 0
         for part in parts:
             column = pq.read_table(part, columns=["embedding"])["embedding"].combine_chunks()
             chosen = np.flatnonzero(kept[read : read + len(column)])
-            rows = column.take(pa.array(chosen)).flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
-            table[written : written + len(chosen)] = rows.reshape(-1, kind.list_size)
-            read, written = read + len(column), written + len(chosen)
+            read += len(column)
+            if not len(chosen):
+                continue
+            numbers = column.take(pa.array(chosen)).flatten().to_numpy(zero_copy_only=False)
+            rows = numbers.reshape(len(chosen), -1)
+            if table is None:
+                shape = (int(kept.sum()), rows.shape[1])
+                table = np.lib.format.open_memmap(staged, mode="w+", dtype=rows.dtype, shape=shape)
+            table[written : written + len(chosen)] = rows
+            written += len(chosen)
         table.flush()
         os.replace(staged, path)
     except OSError as error:

@@ -111,7 +111,8 @@ def embed(
 
     Raises:
         DataError: nothing to read, or files of it are damaged (all others are finished then).
-        ConfigurationError: the folder is another run's, or an unknown engine or number type.
+        ConfigurationError: the folder is another run's, an unknown engine or number type, or Ray was imported before,
+            so that a cluster started now would be open to the network.
         BaseModelError, HubError: the base cannot be loaded. MissingExtraError: Ray is not installed.
         ArtifactError: the folder cannot be written.
     """
@@ -176,6 +177,8 @@ def _cluster(given: str | Cluster | None) -> Cluster:
         raise ConfigurationError(f"`cluster` must be one of {ENGINES} or None; got {cluster.engine!r}.")
     if cluster.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise MissingExtraError('A cluster needs Ray: pip install "taskres_hf[ray]".')
+    if cluster.engine == "ray":
+        _check_closed(cluster)
     if (cluster.workers is not None and cluster.workers < 1) or cluster.cpus <= 0 or cluster.gpus < 0:
         raise ConfigurationError(f"Workers and their CPUs must be at least 1, and GPUs not negative; got {cluster}.")
     return cluster
@@ -340,13 +343,8 @@ def _connected(cluster: Cluster) -> Iterator[None]:
 def _close_to_others(cluster: Cluster) -> None:
     """Before `ray` is imported: its makers are told nothing, and what starts here listens to this machine alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_closed(cluster)
     if "ray" in sys.modules:  # it has read its settings
-        if cluster.address is None and not sys.modules["ray"].is_initialized() and _LOOPBACK not in os.environ:
-            warnings.warn(
-                "Ray was imported before: the cluster that is started now listens on all addresses of this machine, "
-                f"without a password. Set {_LOOPBACK}=0 and RAY_AUTH_MODE=token before, or import Ray later.",
-                stacklevel=2,
-            )
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -354,6 +352,23 @@ def _close_to_others(cluster: Cluster) -> None:
         os.environ.setdefault(_LOOPBACK, "0")
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def _check_closed(cluster: Cluster) -> None:
+    """Refuse to start a cluster that all the network could speak to, and so run code in.
+
+    Raises:
+        ConfigurationError: Ray was imported before, without the setting, which it reads then and never again.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or cluster.address is not None or _LOOPBACK in os.environ or ray.is_initialized():
+        return
+    raise ConfigurationError(
+        "Ray was imported before, so the cluster that is to be started now would listen on all addresses of this "
+        "machine, without a password. Do one of these: import Ray after taskres_hf has started its cluster, or not at "
+        f"all; set {_LOOPBACK}=0 and RAY_AUTH_MODE=token in the environment before Python starts; or start a cluster "
+        "yourself (ray start --head) and give its address (address='auto', --address auto)."
+    )
 
 
 def _quiet_ray_data() -> None:

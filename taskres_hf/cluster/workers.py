@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 
@@ -230,22 +231,16 @@ class _Several:
     """A pool of classifiers: one row for each picture and classifier."""
 
     def __init__(self, job: Job) -> None:
-        if job.answering.get("reject") or job.loading.get("strength") is not None:
-            raise ConfigurationError("`reject` and `strength` are for one classifier; there are several.")
+        if job.answering.get("reject"):
+            raise ConfigurationError("`reject` is for one classifier; there are several.")
         options = {key: value for key, value in job.loading.items() if value is not None}
         base = options.pop("base_model", None)
-        options.pop("strength", None)
         self.pool = ClassifierPool(base, job.model, device=job.device, **options)
         self.clip, self.image_processor = self.pool.clip, self.pool.image_processor
         self.view, self.top_k = self.pool.view(), job.answering.get("top_k")
         self.names = list(job.answering.get("names") or self.view.names)
         self.nothing = [{"classifier": name, "labels": [], "scores": []} for name in self.names]
-        rows = [self.view.weight[one.start : one.stop] for one in map(self.view.find, self.names)]
-        bias = [self.view.bias[one.start : one.stop] for one in map(self.view.find, self.names)]
-        self.facts = [
-            digest_of(part.cpu().numpy().tobytes() for part in (*rows, *bias)),
-            json.dumps([[name, list(self.view[name].class_names)] for name in self.names]),
-        ]
+        self.facts = [self.view.digest(self.names)]
 
     def __call__(self, embeds: torch.Tensor) -> Iterator[list[dict[str, Any]]]:
         logits = self.view.logits(embeds, self.names)
@@ -300,12 +295,10 @@ class _Columns:
         """[N] lists of D numbers, null where a picture has none."""
         import pyarrow as pa
 
-        dim, dtype = self._dim, getattr(torch, _NUMBERS[self._job.numbers])
-        whole = torch.zeros(len(rows), dim, dtype=dtype)
-        missing = torch.tensor([one is None for one in rows], dtype=torch.bool)
-        for place, one in enumerate(rows):
-            if one is not None:
-                whole[place] = one.to(dtype)
-        kind = pa.list_(pa.from_numpy_dtype(_NUMBERS[self._job.numbers]), dim)
+        dtype, there = getattr(torch, _NUMBERS[self._job.numbers]), [one for one in rows if one is not None]
+        whole = torch.stack(there).to(dtype) if there else torch.zeros(0, self._dim, dtype=dtype)
+        missing = np.array([one is None for one in rows])
+        offsets = np.concatenate([[0], np.cumsum(~missing)]).astype(np.int32) * self._dim
+        # Lists of any length: pyarrow 25 does not read files whose lists of one length have a null among them
         values = pa.array(whole.flatten().numpy())
-        return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing.numpy()))
+        return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(missing))

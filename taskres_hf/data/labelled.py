@@ -22,7 +22,7 @@ from datasets import (
 from ..errors import DataError, ImageError
 from ..pictures import Remarks, picture_digest, read_image
 from ..prompts import check_class_names
-from .reading import STREAMED, Account, Cells, DatasetCells, natural_key, shorten
+from .reading import SEVERAL_LABELS, STREAMED, Account, Cells, DatasetCells, natural_key, shorten
 
 _WHOLE = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?")
 _NO_TEXT = frozenset({"nan", "<na>", "n/a", "na", "#n/a", "null"})  # as pandas reads and writes missing cells
@@ -450,8 +450,8 @@ def _resolve_labels(
         kinds = sorted({type(label).__name__ for label in labels})
         raise DataError(
             f"Labels must be class ids or names, one per picture; column {column!r} holds {kinds}. Cast it to "
-            "datasets.ClassLabel or to text; for several labels a picture, ask for multi_label=True (--multi-label) "
-            "and a model of problem_type='multi_label_classification'."
+            f"datasets.ClassLabel or to text; for several labels a picture, ask for {SEVERAL_LABELS} and a model of "
+            "problem_type='multi_label_classification'."
         )
     outside = sorted({label for label in ids if label >= len(names) or label < -1})
     if outside:

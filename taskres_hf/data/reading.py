@@ -21,6 +21,8 @@ from ..tables import visible
 
 _MOST_CLASSES = 100  # beyond it, an account names the smallest and the largest classes only
 _MOST_NOTES = 50
+# Where messages speak of several labels per picture: one command asks for them by an option.
+SEVERAL_LABELS = "multi_label=True (--multi-label of taskres train; other commands take one label per picture)"
 _LONGEST = 200
 _USES = {"train": "to train on", "held out": "held out to measure on", "measured": "to measure on"}
 

@@ -18,7 +18,7 @@ from ..pictures import IMAGE_EXTENSIONS
 from .labelled import are_measurements, is_empty_cell, labels_of_cells
 from .listing import Listing, is_picture, suffix
 from .multi_label import MultiLabel, read_sets, recurring
-from .reading import LeftOut, Reading, SplitReading, printable, shorten, split_name
+from .reading import SEVERAL_LABELS, LeftOut, Reading, SplitReading, printable, shorten, split_name
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 _PATH_NAMES = (
@@ -233,7 +233,7 @@ def check_labels(table: Table, column: str, labels: Sequence[Any]) -> None:
             raise DataError(
                 f"{table.name}: row {table.numbers[row]} has several labels in {column!r} ({printable(value)}); one "
                 "per picture is needed. Keep such rows out of the table, write one label into each, or ask for several "
-                "labels a picture: multi_label=True (--multi-label)."
+                f"labels a picture: {SEVERAL_LABELS}."
             )
     if are_measurements(labels):
         raise DataError(
@@ -388,7 +388,7 @@ def read_table(table: Table, paths: Paths, options: TableOptions, split: str = "
         raise DataError(
             f"No column of {table.name} was recognised as the label among {shorten(table.columns, 20)}. Name it with "
             "label_column= (--label-column); one column per class is read with multi_label=True and label_columns= "
-            "(--multi-label, --label-columns)."
+            "(--multi-label and --label-columns of taskres train)."
         )
     files, below = paths.find(table, column)
     reading = Reading("table", [], notes=list(table.notes))
@@ -478,7 +478,7 @@ def _without_repeats(
     if len(torn) > _MOST_CONFLICTS * len(by_file) and len(torn) > 1:
         raise DataError(
             f"{len(torn)} of {len(by_file)} pictures of {table.name} have more than one label, such as {listed[0]}. "
-            "Keep one row each, or ask for several labels a picture: multi_label=True (--multi-label)."
+            f"Keep one row each, or ask for several labels a picture: {SEVERAL_LABELS}."
         )
     shared = [file for file, rows in by_file.items() if len({splits[row] for row in rows}) > 1]
     for names, what in ((listed, "with more than one label"), (shared, "in more than one split")):

@@ -14,10 +14,12 @@ _PUBLIC = {
     "augment": "preprocessing",
     "crop_size": "preprocessing",
     "embed_images": "features",
+    "use_engine": "embedder",
 }
 
 if TYPE_CHECKING:
     from .embedder import Embedder as Embedder
+    from .embedder import use_engine as use_engine
     from .features import ImageFeatures as ImageFeatures
     from .features import embed_images as embed_images
     from .preprocessing import augment as augment

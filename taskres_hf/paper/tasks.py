@@ -77,7 +77,8 @@ def held_out_rows(images: LabelledImages, share: float, seed: int) -> set[int]:
         count = min(max(round(share * len(pictures)), 1), len(pictures) - 1)
         held.update(generator.sample(pictures, count))
     if not held:
-        raise DataError("No class has two different pictures, so none can be measured on: add pictures.")
+        noun = images.noun
+        raise DataError(f"No class has two different {noun}s, so none can be measured on: add {noun}s.")
     return {row for row, digest in enumerate(digests) if digest in held}
 
 

@@ -140,6 +140,8 @@ class PoolBase:
             class_names=[names[str(index)] for index in range(len(names))],
             text_encoding=None,
             problem_type=values.get("problem_type"),
+            base_model_name_or_path=values["base_model_name_or_path"],
+            base_model_revision=values.get("base_model_revision"),
             residual_sha256=values.get("residual_sha256"),
         )
         return head

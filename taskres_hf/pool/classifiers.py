@@ -18,11 +18,12 @@ from ..base_classifier import cached_table_path, write_table
 from ..configuration_taskres import split_hub_kwargs
 from ..embedding.embedder import Embedder
 from ..encoders import BaseSource, base_name, encode_images
-from ..errors import ArtifactError, ConfigurationError, ImageError
+from ..errors import ArtifactError, ConfigurationError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import Remarks, read_image
-from ..prediction_files import as_utf8
+from ..predicting import Pictures, WrittenPredictions
 from ..tables import visible
+from .answering import by_file, by_picture, to_file
 from .bases import PoolBase
 from .naming import named
 from .packing import Pack, check_reads_text, is_pack, pack, unpack
@@ -50,6 +51,7 @@ class ClassifierPool:
         image_processor: of the base; read beside it by default.
         engine, precision, exact_preprocessing: how `embed` runs the tower, see `embedding.engines`; the defaults give
             what each classifier's own model gives.
+        strength: of all that are loaded, from 0 (zero-shot) to 1 (as trained); by default what each was saved with.
         trust_remote_code: let the base run code from its repository.
         **options: `token`, `cache_dir`, `local_files_only`; and `attn_implementation` of the base.
 
@@ -69,12 +71,14 @@ class ClassifierPool:
         engine: str = "torch",
         precision: str = "fp32",
         exact_preprocessing: bool = True,
+        strength: float | None = None,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
         self._hub, self._options = split_hub_kwargs(options)
         self._revision, self._dtype, self._device = revision, dtype, device
         self._trusted, self._embedding = trust_remote_code, (engine, precision, exact_preprocessing)
+        self._strength = strength
         self._writing, self._running = threading.RLock(), threading.Lock()
         self._base: PoolBase | None = None
         self._embedder: Embedder | None = None
@@ -150,6 +154,13 @@ class ClassifierPool:
         """The image processor pictures must go through."""
         return self._known().image_processor
 
+    @property
+    def embedder(self) -> Embedder:
+        """What takes pictures through the base; one thread at a time may."""
+        self._known()
+        assert self._embedder is not None
+        return self._embedder
+
     def add(self, name: str, source: Source) -> None:
         """Put in a classifier, or another in the place of the one of that name; see `update`."""
         self.update({name: source})
@@ -173,7 +184,7 @@ class ClassifierPool:
         with self._writing:
             before = self._base, self._embedder
             try:
-                folds = {name: folded(self._head(source)) for name, source in found.items()}
+                folds = {name: folded(self._weakened(self._head(source), source)) for name, source in found.items()}
             except BaseException:
                 self._base, self._embedder = before  # not that of a classifier that did not get in
                 raise
@@ -207,6 +218,12 @@ class ClassifierPool:
         self._embedder = Embedder(base.model, base.image_processor, *self._embedding)
         self._base = base
         return base
+
+    def _weakened(self, head: Any, source: Any) -> Any:
+        """A head that was loaded for the pool, at the pool's strength; that of somebody's model as it is."""
+        if self._strength is not None and not isinstance(source, TaskResCLIPForImageClassification):
+            head.strength = self._strength
+        return head
 
     def _head(self, source: Any) -> Any:
         """The head of a classifier, checked against the base, which the first of all brings."""
@@ -291,8 +308,7 @@ class ClassifierPool:
         Raises:
             ImageError: one cannot be read.
         """
-        self._known()
-        assert self._embedder is not None
+        embedder = self.embedder
         alone = isinstance(pictures, (str, os.PathLike)) or not isinstance(pictures, Sequence)
         remarks = Remarks()
         read = [read_image(one, remarks=remarks) for one in ([pictures] if alone else pictures)]
@@ -300,8 +316,8 @@ class ClassifierPool:
         if not read:
             raise ConfigurationError("There are no pictures.")
         with self._running:
-            size = self._embedder.batch_size
-            return torch.cat([self._embedder(read[start : start + size]) for start in range(0, len(read), size)])
+            size = embedder.batch_size
+            return torch.cat([embedder(read[start : start + size]) for start in range(0, len(read), size)])
 
     def classify(
         self,
@@ -333,7 +349,7 @@ class ClassifierPool:
         if each is not None:
             logits = view.logits_of_each(embeds, each)
             return [view.predictions(name, row[None], top_k)[0] for name, row in zip(each, logits, strict=True)]
-        return _by_picture(view, embeds, names, top_k)
+        return by_picture(view, embeds, names, top_k)
 
     def classify_files(
         self,
@@ -354,41 +370,39 @@ class ClassifierPool:
         Yields:
             `{"file", "classifiers": {name: [{"label", "score"}]}, "error"}`.
         """
-        view, remarks, errors = self.view(), Remarks(), {}
-        self._known()
-        assert self._embedder is not None
-        embedder, paths = self._embedder, [os.fsdecode(file) for file in files]
-        view.logits(torch.zeros(0, view.weight.shape[1]), names)  # no such classifier: before pictures are read
-
-        def load(place: int) -> Any:
-            try:
-                picture = read_image(paths[place], remarks=remarks)
-                embedder.preprocess.check(picture)
-                return picture
-            except ImageError as error:
-                errors[place] = str(error)
-                return None
-
-        size = batch_size or embedder.batch_size
-        batches = [range(start, min(start + size, len(paths))) for start in range(0, len(paths), size)]
+        view, items = self.view(), Pictures(self.embedder, files)
+        view.chosen(names)  # no such classifier: before pictures are read
         with self._running:
-            for places, embeds in embedder.stream(batches, load, augmented=False):
-                finite = embeds.isfinite().all(dim=1) if embeds is not None else torch.zeros(0)
-                rows = [] if embeds is None else _by_picture(view, embeds.nan_to_num(0.0, 0.0, 0.0), names, top_k)
-                answers = iter(zip(finite.tolist(), rows, strict=True))
-                for place in places:
-                    usable, found = next(answers) if place not in errors else (True, {})
-                    if not usable:
-                        errors[place] = f"'{visible(paths[place])}' has no scores: the model gives NaN for it."
-                    problem = errors.pop(place, None)
-                    file = as_utf8(paths[place])
-                    yield {"file": file, "classifiers": {} if problem else found, "error": problem}
-        remarks.warn(stacklevel=2)
+            yield from by_file(view, items, names, top_k, batch_size or self.embedder.batch_size)
 
+    def classify_to_file(
+        self,
+        files: Sequence[str | os.PathLike[str]],
+        output: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        *,
+        top_k: int | None = None,
+        batch_size: int | None = None,
+        resume: bool = False,
+        progress: bool = False,
+    ) -> WrittenPredictions:
+        """Write the answers to one .csv, .jsonl or .parquet file: a row for each picture and classifier.
 
-def _by_picture(view: PoolView, embeds: Tensor, names: Sequence[str] | None, top_k: int | None) -> list[dict[str, Any]]:
-    found = {name: view.predictions(name, rows, top_k) for name, rows in view.logits(embeds, names).items()}
-    return [{name: answers[place] for name, answers in found.items()} for place in range(len(embeds))]
+        As `predicting.classify_to_file`, with `classifier` as the second column. Where one of the classifiers gives
+        several labels per picture and `top_k` is not given, the columns are those of several labels.
+
+        Args:
+            files, names, top_k, batch_size: as in `classify_files`. output, resume, progress: as there.
+
+        Returns:
+            The account, which counts pictures.
+
+        Raises:
+            ConfigurationError, ArtifactError: as there, or there is no such classifier.
+        """
+        view, items = self.view(), Pictures(self.embedder, files)
+        with self._running:
+            return to_file(view, items, Path(output), names, top_k, batch_size, resume=resume, progress=progress)
 
 
 def as_tensor(stored: Any) -> Tensor:

@@ -33,6 +33,10 @@ def checked_name(name: Any) -> str:
     return name
 
 
+def _told(source: Any) -> str:
+    return "a loaded model" if hasattr(source, "classifier") else visible(os.fspath(source))
+
+
 def named(sources: Mapping[str, Any] | Sequence[Any] | Any) -> dict[str, Any]:
     """Folders, Hub ids and loaded models by name; those without one are named after their folder or repository.
 
@@ -49,7 +53,7 @@ def named(sources: Mapping[str, Any] | Sequence[Any] | Any) -> dict[str, Any]:
     several: list[Any] = [sources] if alone else list(sources)
     for source in several:
         model: Any = source if hasattr(source, "classifier") else None
-        where = str(os.fspath(source)) if model is None else str(model.config._name_or_path)
+        where = str(os.fspath(source)) if model is None else str(model.config._name_or_path or "classifier")
         name, sign, rest = where.partition("=")
         if sign and not os.path.exists(where) and isinstance(source, str):
             source, where = rest, name
@@ -58,8 +62,8 @@ def named(sources: Mapping[str, Any] | Sequence[Any] | Any) -> dict[str, Any]:
             raise ConfigurationError(f"{visible(where)!r} gives no name: say NAME={visible(where)}.")
         if name in found:
             raise ConfigurationError(
-                f"Two classifiers would be called {name!r}. Name them, as in {{{name!r}: ..., '{name}-2': ...}} or "
-                f"{name}-2=FOLDER."
+                f"Two classifiers would be called {name!r}: {_told(found[name])} and {_told(source)}. Name them, as in "
+                f"{{{name!r}: ..., '{name}-2': ...}} or {name}-2=FOLDER."
             )
         found[name] = source
     return found

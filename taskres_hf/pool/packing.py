@@ -39,6 +39,7 @@ from ..schema import (
 from ..storage import (
     SEAL,
     StoredTensor,
+    check_can_write,
     json_digest,
     parse_json,
     parse_tensors,
@@ -66,6 +67,33 @@ _SAME_BASE = ("base_model_name_or_path", "base_model_revision", "base_model_subf
 def is_pack(path: Any) -> bool:
     """Whether that is the name of a file that may be a pack."""
     return isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(".safetensors") and os.path.isfile(path)
+
+
+def folders_in(sources: Sequence[str]) -> list[str]:
+    """What was named; a folder that is no classifier and holds some stands for those."""
+    found: list[str] = []
+    for source in sources:
+        inside = sorted(str(file.parent) for file in Path(source).glob(f"*/{CONFIG}"))
+        inside = [folder for folder in inside if os.path.isfile(os.path.join(folder, WEIGHTS))]
+        found += inside if inside and not os.path.isfile(os.path.join(source, CONFIG)) else [source]
+    return found
+
+
+def classifiers_at(path: str, names: Sequence[str] = ()) -> Pack | dict[str, str] | None:
+    """The classifiers that a packed file holds, or folders by name where it is a folder of such; None where neither.
+
+    Raises:
+        ConfigurationError: there is none of one of the names. ArtifactError: the packed file is damaged.
+    """
+    folders = [] if is_pack(path) else folders_in([path])
+    if folders == [path]:
+        return None
+    found = named(folders) if folders else Pack(path)
+    for name in names:
+        if name not in found:
+            known = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
+            raise ConfigurationError(f"There is no classifier {visible(name[:100])!r} in {visible(path)}: {known}.")
+    return found
 
 
 class Pack:
@@ -270,6 +298,7 @@ def pack(
         raise ConfigurationError(
             f"{visible(str(output))} holds the weights of a model, which would be lost. Choose another name."
         )
+    check_can_write(output.absolute().parent)
     if not found:
         raise ConfigurationError("There is nothing to pack: give folders or Hub ids of classifiers.")
     texts, places = bytearray(), _Places()

@@ -8,8 +8,9 @@ its own. So who holds a view gets answers of one version of each classifier, wha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..rejection import Rejection
 from ..residual import TaskResClassifier, label_threshold
+from ..storage import digest_of
 from ..tables import visible
 
 _ROOM = 1.5  # a matrix that is full is followed by one so much larger
@@ -36,6 +38,7 @@ class PooledClassifier:
         rejection: below which score a picture is one of no class; None where none was chosen.
         offset: [1, D], added to embeddings (a residual on the image side), or None.
         checksum: of the artifact's tensors, which tells versions apart; None of a model that was not loaded from one.
+        about: `base_model`, `base_revision`, `recipe`, `shots` and `strength`, as far as they were recorded.
         start, stop: its rows.
     """
 
@@ -45,6 +48,7 @@ class PooledClassifier:
     rejection: Rejection | None
     offset: Tensor | None
     checksum: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
 
@@ -56,24 +60,37 @@ def folded(head: TaskResClassifier) -> tuple[Tensor, Tensor, PooledClassifier]:
         ConfigurationError: it gives several labels per picture, and is not trained or has a strength other than 1; or
             its rows are not finite.
     """
-    head.check_can_say_no()
     if head.several_labels and head.strength != 1.0:
         raise ConfigurationError(
             "A classifier of several labels per picture is served as trained, at strength 1; it is "
             f"{head.strength:g}. Set it to 1."
         )
+    head.check_can_say_no()
     rows, bias, offset = head.fused()
     if not bool(torch.isfinite(rows).all()) or not bool(torch.isfinite(bias).all()):
         raise ConfigurationError("The rows of the classifier are NaN or infinite: its residual is damaged.")
-    stored = head.facts.get("rejection")
-    return rows, bias, PooledClassifier(
-        class_names=tuple(head.config.class_names),
+    return rows, bias, entry_of(head, offset)
+
+
+def entry_of(head: TaskResClassifier, offset: Tensor | None = None) -> PooledClassifier:
+    """What is known of a head beside its rows, as it is now."""
+    config, facts = head.config, head.facts
+    stored, training = facts.get("rejection"), facts.get("training") or {}
+    return PooledClassifier(
+        class_names=tuple(config.class_names),
         several_labels=head.several_labels,
-        threshold=label_threshold(head.facts),
+        threshold=label_threshold(facts),
         rejection=None if stored is None else Rejection.from_dict(stored, head.base.shape[1]),
         offset=offset,
-        checksum=getattr(head.config, "residual_sha256", None),
-    )  # fmt: skip
+        checksum=getattr(config, "residual_sha256", None),
+        about={
+            "base_model": str(config.base_model_name_or_path or ""),
+            "base_revision": config.base_model_revision,
+            "recipe": training.get("recipe") or training.get("method"),
+            "shots": (facts.get("few_shot") or {}).get("shots"),
+            "strength": float(head.strength),
+        },
+    )
 
 
 class PoolView(Mapping[str, PooledClassifier]):
@@ -119,7 +136,12 @@ class PoolView(Mapping[str, PooledClassifier]):
             )
         return self._classifiers[name]
 
-    def _chosen(self, names: Sequence[str] | None) -> dict[str, PooledClassifier]:
+    def chosen(self, names: Sequence[str] | None) -> dict[str, PooledClassifier]:
+        """Classifiers by name; None for all.
+
+        Raises:
+            ConfigurationError: there is none of a name.
+        """
         if isinstance(names, str):
             raise ConfigurationError(f"`names` must be a list of names; got the text {visible(names[:100])!r}.")
         return {name: self.find(name) for name in (self._classifiers if names is None else names)}
@@ -134,7 +156,7 @@ class PoolView(Mapping[str, PooledClassifier]):
         Raises:
             ConfigurationError: no such classifier, or embeddings of another size or not finite.
         """
-        chosen, embeds = self._chosen(names), self._checked(image_embeds)
+        chosen, embeds = self.chosen(names), self._checked(image_embeds)
         if not chosen:
             return {}
         images = F.normalize(embeds, dim=-1)
@@ -162,7 +184,7 @@ class PoolView(Mapping[str, PooledClassifier]):
         Raises:
             ConfigurationError: as in `logits`, or another number of names than of pictures.
         """
-        chosen, embeds = self._chosen(names), self._checked(image_embeds)
+        chosen, embeds = self.chosen(names), self._checked(image_embeds)
         if len(names) != len(embeds):
             raise ConfigurationError(f"Give a name for each picture: got {len(names)} for {len(embeds)}.")
         images, places = F.normalize(embeds, dim=-1), _places(names)
@@ -206,7 +228,7 @@ class PoolView(Mapping[str, PooledClassifier]):
         Raises:
             ConfigurationError: as in `logits`, or a classifier that was named has no threshold.
         """
-        chosen, embeds = self._chosen(names), self._checked(image_embeds)
+        chosen, embeds = self.chosen(names), self._checked(image_embeds)
         lacking = [name for name, one in chosen.items() if one.rejection is None or one.several_labels]
         if names is not None and lacking:
             raise ConfigurationError(
@@ -215,6 +237,19 @@ class PoolView(Mapping[str, PooledClassifier]):
             )
         kept = {name: one.rejection for name, one in chosen.items() if name not in lacking}
         return {name: rejection.rejects(embeds) for name, rejection in kept.items() if rejection is not None}
+
+    def digest(self, names: Sequence[str] | None = None) -> str:
+        """What tells these classifiers from others: names, classes, rows, thresholds.
+
+        Raises:
+            ConfigurationError: there is none of a name.
+        """
+        parts: list[bytes] = []
+        for name, one in self.chosen(names).items():
+            parts.append(json.dumps([name, one.class_names, one.several_labels, one.threshold]).encode())
+            numbers = [self.weight[one.start : one.stop], self.bias[one.start : one.stop], one.offset]
+            parts += [tensor.cpu().numpy().tobytes() for tensor in numbers if tensor is not None]
+        return digest_of(parts)
 
     def _apart(self, one: PooledClassifier, embeds: Tensor) -> Tensor:
         """Logits of a residual on the image side, which other embeddings meet than the rest."""

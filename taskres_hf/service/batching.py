@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ..residual import TaskResClassifier
+from ..pool.stacked import PoolView
 
 _IDLE = 60.0  # seconds after which the thread ends, and with it what it keeps of a base that is served no longer
 Predictions = dict[str, list[dict[str, Any]]]  # by classifier
@@ -27,11 +27,12 @@ class Waiting:
     """One prepared picture and who is to classify it.
 
     Attributes:
-        inputs: of the tower, [1, ...] each. heads: by name. top_k: classes wanted of each.
-        future: its predictions by name, or the error.
+        view: of the classifiers when it was accepted. names: those that are to answer. top_k: classes wanted of each.
+        inputs: of the tower, [1, ...] each. future: its predictions by name, or the error.
     """
 
-    heads: Mapping[str, TaskResClassifier]
+    view: PoolView
+    names: tuple[str, ...]
     top_k: int
     inputs: dict[str, Tensor] = field(default_factory=dict)
     future: Future[Predictions] = field(default_factory=Future)

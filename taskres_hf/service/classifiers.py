@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ import torch
 
 from ..artifact import find_artifact, read_checked
 from ..embedding.embedder import Embedder
-from ..errors import ConfigurationError, ImageError
+from ..errors import BaseMismatchError, ConfigurationError, ImageError
 from ..modeling_taskres import TaskResCLIPForImageClassification
 from ..pictures import Remarks, read_image
-from ..pool.naming import LONGEST_NAME, as_name
-from ..residual import label_threshold
+from ..pool.classifiers import ClassifierPool, Source
+from ..pool.naming import LONGEST_NAME, checked_name, named
+from ..pool.stacked import PooledClassifier, PoolView, entry_of
 from ..storage import is_path
 from ..tables import visible
 from .batching import Batcher, Predictions, Waiting
 from .settings import ServiceSettings
 
-Source = str | os.PathLike[str] | TaskResCLIPForImageClassification
 Models = Mapping[str, Source] | Sequence[Source] | Source
 _BASE = ("base_model_name_or_path", "base_model_revision", "base_model_subfolder")
 
@@ -39,20 +40,69 @@ class UnknownModelError(ConfigurationError):
     """There is no classifier of that name."""
 
 
+class _HeadsView(PoolView):
+    """Of classifiers that no pool takes: one head after the other."""
+
+    def __init__(self, heads: Mapping[str, Any]) -> None:
+        super().__init__(torch.empty(0, 0), torch.empty(0), {name: entry_of(head) for name, head in heads.items()})
+        self.heads = heads
+
+    def logits(self, image_embeds: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        heads = [(name, self.heads[name]) for name in names or self]
+        return {name: head(image_embeds.to(head.residual.device)) for name, head in heads}
+
+
+class _Heads:
+    """Classifiers over one image model alone, whose embeddings count by their length: asked as a `ClassifierPool`."""
+
+    def __init__(self, first: TaskResCLIPForImageClassification, engine: str, precision: str, exact: bool) -> None:
+        self.clip, self.image_processor = first.clip, first.image_processor
+        self.embedder = Embedder(self.clip, self.image_processor, engine, precision, exact)
+        self._view = _HeadsView({})
+
+    def view(self) -> PoolView:
+        return self._view
+
+    def add(self, name: str, source: Source) -> None:
+        """One more, loaded over the very base.
+
+        Raises:
+            ConfigurationError: it is not.
+        """
+        model = source if isinstance(source, TaskResCLIPForImageClassification) else None
+        ours = self.image_processor.to_json_string()
+        if model is None or model.clip is not self.clip or model.image_processor.to_json_string() != ours:
+            raise ConfigurationError("It is no model over this base.")
+        model.classifier.check_can_say_no()
+        self._view = _HeadsView({**self._view.heads, name: model.classifier})
+
+    def remove(self, name: str) -> None:
+        self._view = _HeadsView({other: head for other, head in self._view.heads.items() if other != name})
+
+
 class _SharedBase:
-    """One base with one image processor, and the thread that runs it."""
+    """Classifiers over one base with one image processor, and the thread that runs it.
+
+    Attributes:
+        origin: name, commit and folder of the base, as the first of them has them. dtype: what it runs in.
+    """
 
     def __init__(
         self,
-        model: TaskResCLIPForImageClassification,
+        first: TaskResCLIPForImageClassification,
         settings: ServiceSettings,
         turn: threading.Lock,
         on_batch: Callable[[int], None],
+        strength: float | None = None,
     ) -> None:
-        exact = settings.exact_preprocessing
-        processor = model.image_processor
-        self.embedder = Embedder(model.clip, processor, settings.engine, settings.precision, exact)
-        self.key = _key_of(model)
+        engine, precision, exact = settings.engine, settings.precision, settings.exact_preprocessing
+        self.pool = (
+            ClassifierPool(
+                first, engine=engine, precision=precision, exact_preprocessing=exact, strength=strength
+            ) if first.config.base_classifier is None else _Heads(first, engine, precision, exact)
+        )  # fmt: skip
+        self.origin, self.dtype = tuple(getattr(first.config, name) for name in _BASE), _name_of(first.clip.dtype)
+        self.embedder = self.pool.embedder
         self.batcher = Batcher(
             self.answer, max_batch=settings.max_batch, max_wait=settings.max_wait_ms / 1000, turn=turn,
             on_batch=on_batch,
@@ -69,21 +119,14 @@ class _SharedBase:
         embeds, found = self._embeds(items), [Predictions() for _ in items]
         usable = embeds.isfinite().all(dim=1)
         embeds = embeds.masked_fill(~usable[:, None], 0.0)  # it must not keep the others from their answers
-        wanted: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
+        together: dict[Any, list[int]] = {}
         for place, item in enumerate(items):
-            for name, head in item.heads.items():
-                wanted.setdefault(id(head), (head, []))[1].append((place, name))
-        for head, users in wanted.values():
-            names = head.config.class_names
-            top_k = min(max(items[place].top_k for place, _ in users), len(names))
-            logits = head(embeds[[place for place, _ in users]].to(head.residual.device))
-            # As `pipeline`, which has a sigmoid for several labels per picture and for a classifier of one class.
-            shares = logits.sigmoid() if head.several_labels or len(names) == 1 else logits.softmax(dim=1)
-            scores, labels = (values.tolist() for values in shares.cpu().topk(top_k, dim=1))
-            for row, (place, name) in enumerate(users):
-                pairs = zip(labels[row], scores[row], strict=True)
-                listed = [{"label": names[label], "score": score} for label, score in pairs]
-                found[place][name] = listed[: items[place].top_k]
+            together.setdefault((id(item.view), item.names), []).append(place)
+        for (_, names), places in together.items():
+            view, top_k = items[places[0]].view, max(items[place].top_k for place in places)
+            for name, logits in view.logits(embeds[places], names).items():
+                for place, listed in zip(places, view.predictions(name, logits, top_k), strict=True):
+                    found[place][name] = listed[: items[place].top_k]
         no_scores = "the picture has no scores: the model gives NaN for it."
         return [
             predictions if fine else ImageError(no_scores)
@@ -155,14 +198,14 @@ class Classifiers:
     ) -> None:
         self.settings, self._on_batch, self._options = settings, on_batch, options
         self._device = options.pop("device", None)
-        self._served: dict[str, tuple[TaskResCLIPForImageClassification, _SharedBase]] = {}
+        self._served: dict[str, _SharedBase] = {}
         self._turn, self._lock = threading.Lock(), threading.Lock()
         self._occupied, self.given_up, self.closed = 0, 0, False
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="taskres-decode")
-        named = _named(models)
-        if not named:
+        sources = named(models)
+        if not sources:
             raise ConfigurationError("There is no classifier to serve: give folders, Hub ids or loaded models.")
-        for name, source in named.items():
+        for name, source in sources.items():
             self.add(name, source)
 
     # ---------------------------------------------------------------------- what is served
@@ -180,18 +223,17 @@ class Classifiers:
             ConfigurationError: the name cannot be one, or the classifier gives several labels per picture and was never
                 trained. ArtifactError, BaseModelError, HubError: it cannot be loaded.
         """
-        if not isinstance(name, str) or not name or name != as_name(name):
-            raise ConfigurationError(
-                f"A classifier cannot be served as {visible(str(name)[:LONGEST_NAME])!r}: a name has letters, digits, "
-                f"'.', '_' and '-', at most {LONGEST_NAME}. Name it, as {{'pets': 'folder'}} or pets=folder."
-            )
-        model = source if isinstance(source, TaskResCLIPForImageClassification) else self._loaded(source)
-        model.classifier.check_can_say_no()
-        model.train(False)
-        key = _key_of(model)
-        shared = next((base for _, base in self._served.values() if base.key == key), None)
-        shared = shared or _SharedBase(model, self.settings, self._turn, self._on_batch)
-        self._served = {**self._served, name: (model, shared)}  # at once, for whoever reads it meanwhile
+        checked_name(name)
+        base = self._taken(name, source)
+        if base is None:
+            model = source if isinstance(source, TaskResCLIPForImageClassification) else self._loaded(source)
+            model.train(False)
+            base = self._taken(name, model)
+        if base is None:
+            strength = self._options.get("strength")
+            base = _SharedBase(model, self.settings, self._turn, self._on_batch, strength)
+            base.pool.add(name, model)  # now it says why, where it takes it no more than the others did
+        self._publish(name, base)
 
     def remove(self, name: str) -> None:
         """Serve it no longer; what was accepted for it is answered.
@@ -200,35 +242,70 @@ class Classifiers:
             UnknownModelError: there is none of that name.
         """
         self.find(name)
-        self._served = {other: entry for other, entry in self._served.items() if other != name}
+        self._publish(name, None)
+
+    def _publish(self, name: str, base: _SharedBase | None) -> None:
+        """Let a name stand for a classifier of this base, or for none, at once for whoever reads it meanwhile."""
+        with self._lock:
+            before = self._served.get(name)
+            kept = {other: old for other, old in self._served.items() if other != name or base is not None}
+            self._served = kept if base is None else {**kept, name: base}
+            if before is not None and before is not base:
+                before.pool.remove(name)
+
+    def _taken(self, name: str, source: Source) -> _SharedBase | None:
+        """The base whose pool a classifier was put into; None where none takes it, whatever the reason."""
+        dtype = self._facts(source)[1]
+        for base in self.bases():
+            with suppress(BaseMismatchError, ConfigurationError):
+                if dtype in (base.dtype, "auto"):
+                    base.pool.add(name, source)
+                    return base
+        return None
+
+    def _facts(self, source: Source) -> tuple[tuple[Any, ...], str]:
+        """Name, commit and folder of the base of a classifier, and what it runs in."""
+        if isinstance(source, TaskResCLIPForImageClassification):
+            return tuple(getattr(source.config, name) for name in _BASE), _name_of(source.clip.dtype)
+        values = read_checked(*find_artifact(source))[0]
+        return tuple(map(values.get, _BASE)), _name_of(self._options.get("dtype") or values.get("dtype") or "float32")
 
     def _loaded(self, source: str | os.PathLike[str]) -> TaskResCLIPForImageClassification:
-        options = dict(self._options)
-        values = read_checked(*find_artifact(source))[0]
-        for model, _ in self._served.values():
-            same = all(values.get(name) == getattr(model.config, name) for name in _BASE) or options.get("base_model")
-            dtype = str(options.get("dtype") or values.get("dtype") or "float32").removeprefix("torch.")
-            if same and dtype in (str(model.clip.dtype).removeprefix("torch."), "auto"):
-                options["base_model"] = model.clip
+        """A classifier over a base of its own, or over one that is there."""
+        options, (origin, dtype) = dict(self._options), self._facts(source)
+        for base in self.bases():
+            if dtype in (base.dtype, "auto") and (origin == base.origin or options.get("base_model")):
+                options["base_model"] = base.pool.clip
                 break
         made = TaskResCLIPForImageClassification.from_pretrained(source, **options)
         return made.to(self._device) if self._device else made  # type: ignore[no-any-return]
 
-    def find(self, name: str) -> tuple[TaskResCLIPForImageClassification, _SharedBase]:
-        """A classifier and its base.
+    def find(self, name: str) -> PooledClassifier:
+        """What is known of a classifier.
 
         Raises:
             UnknownModelError: there is none of that name.
         """
-        served = self._served
-        if name not in served:
-            known = ", ".join(list(served)[:20]) + (", ..." if len(served) > 20 else "")
-            raise UnknownModelError(f"There is no classifier {visible(name[:LONGEST_NAME])!r}. There are: {known}.")
-        return served[name]
+        return self._found([name])[0][1][name]
+
+    def _found(self, names: Sequence[str]) -> list[tuple[_SharedBase, PoolView, list[str]]]:
+        """Each base that these are over, its classifiers at one moment, and which of them are meant."""
+        found: dict[int, tuple[_SharedBase, PoolView, list[str]]] = {}
+        with self._lock:
+            for name in names:
+                if name not in self._served:
+                    known = ", ".join(list(self._served)[:20]) + (", ..." if len(self) > 20 else "")
+                    wrong = visible(name[:LONGEST_NAME])
+                    raise UnknownModelError(f"There is no classifier {wrong!r}. There are: {known}.")
+                base = self._served[name]
+                if id(base) not in found:
+                    found[id(base)] = (base, base.pool.view(), [])
+                found[id(base)][2].append(name)
+        return list(found.values())
 
     def bases(self) -> list[_SharedBase]:
         """Each base once."""
-        return list({id(base): base for _, base in self._served.values()}.values())
+        return list({id(base): base for base in self._served.values()}.values())
 
     def describe(self, name: str) -> dict[str, Any]:
         """What a client may know of a classifier: no path of this machine.
@@ -236,24 +313,20 @@ class Classifiers:
         Raises:
             UnknownModelError: there is none of that name.
         """
-        config = self.find(name)[0].classifier.config
-        base = str(config.base_model_name_or_path or "")
-        training = config.training or {}
+        one = self.find(name)
+        base = one.about["base_model"]
         return {
             "name": name,
-            "classes": len(config.class_names),
+            "classes": len(one.class_names),
+            **one.about,
             "base_model": Path(base).name if is_path(base) else base,
-            "base_revision": config.base_model_revision,
-            "recipe": training.get("recipe") or training.get("method"),
-            "shots": (config.few_shot or {}).get("shots"),
-            "strength": float(config.strength),
-            "several_labels": self.find(name)[0].classifier.several_labels,
-            "label_threshold": label_threshold(config.facts) if self.find(name)[0].classifier.several_labels else None,
+            "several_labels": one.several_labels,
+            "label_threshold": one.threshold if one.several_labels else None,
         }
 
     def class_names(self, name: str) -> list[str]:
         """Its classes in label order."""
-        return list(self.find(name)[0].classifier.config.class_names)
+        return list(self.find(name).class_names)
 
     # ---------------------------------------------------------------------- classifying
 
@@ -285,16 +358,11 @@ class Classifiers:
         Raises:
             UnknownModelError: there is no such classifier.
         """
-        jobs: dict[int, tuple[_SharedBase, Waiting]] = {}
-        for name in names:
-            model, base = self.find(name)
-            head = model.classifier
-            _, job = jobs.setdefault(id(base), (base, Waiting({}, top_k)))
-            job.heads = {**job.heads, name: head}
-        for base, _ in jobs.values():
+        jobs = [(base, Waiting(view, tuple(asked), top_k)) for base, view, asked in self._found(names)]
+        for base, _ in jobs:
             base.batcher.expect()
-        self._pool.submit(_decode, read, list(jobs.values()))
-        return [job.future for _, job in jobs.values()]
+        self._pool.submit(_decode, read, jobs)
+        return [job.future for _, job in jobs]
 
     async def in_thread(self, function: Callable[[], Any]) -> Any:
         """What a function returns, run where pictures are decoded."""
@@ -332,36 +400,5 @@ def _decode(read: Callable[[], bytes], jobs: Sequence[tuple[_SharedBase, Waiting
                 job.future.set_exception(error)
 
 
-def _key_of(model: TaskResCLIPForImageClassification) -> tuple[int, str]:
-    """What classifiers must have in common to be served from one embedding."""
-    return id(model.clip), model.image_processor.to_json_string()
-
-
-def _told(source: Any) -> str:
-    return "a loaded model" if isinstance(source, TaskResCLIPForImageClassification) else visible(os.fspath(source))
-
-
-def _named(models: Models) -> dict[str, Source]:
-    """Classifiers by name; those without one are named after their folder or repository."""
-    if isinstance(models, Mapping):
-        return dict(models)
-    alone = isinstance(models, (str, os.PathLike, TaskResCLIPForImageClassification))
-    found: dict[str, Source] = {}
-    for source in [models] if alone else models:  # type: ignore[union-attr]
-        if isinstance(source, TaskResCLIPForImageClassification):
-            where = str(source.config._name_or_path or "classifier")
-        else:
-            where = os.fspath(source)  # type: ignore[arg-type]
-        name, sign, rest = where.partition("=")
-        if sign and not os.path.exists(where) and isinstance(source, str):
-            source, where = rest, name
-        name = as_name((Path(where).resolve() if os.path.isdir(where) else Path(where)).name)
-        if not name:
-            raise ConfigurationError(f"{visible(where)!r} gives no name to serve it by: say NAME={visible(where)}.")
-        if name in found:
-            raise ConfigurationError(
-                f"Two classifiers would be served as {name!r}: {_told(found[name])} and {_told(source)}. Name them, as "
-                f"in {{{name!r}: ..., '{name}-2': ...}} or {name}-2=FOLDER."
-            )
-        found[name] = source  # type: ignore[assignment]
-    return found
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -287,7 +287,9 @@ def split_name(dataset: Any) -> str | None:
 _ALWAYS_TRAINS = -1
 
 
-def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: int, seed: int) -> list[int]:
+def fold_of_each_picture(
+    labels: Sequence[Any], digests: Sequence[str], folds: int, seed: int, noun: str = "picture"
+) -> list[int]:
     """The fold in which each picture is tested, from 0; -1 for pictures that only ever train.
 
     Classes are spread evenly (scikit-learn's `StratifiedKFold`). Equal pictures are in the same fold, whatever their
@@ -296,6 +298,7 @@ def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: i
     Args:
         labels: N class ids, or N lists of K numbers where pictures have several labels (`data.stratified`).
         digests: N digests of the pictures, or none where they are not known.
+        noun: what a message calls one of them.
 
     Raises:
         DataError: no class has two different pictures.
@@ -312,7 +315,7 @@ def fold_of_each_picture(labels: Sequence[Any], digests: Sequence[str], folds: i
     tested = [row for row in first.values() if counts[labels[row]] > 1]
     if not tested:
         raise DataError(
-            "No class has two different pictures, so nothing can be measured honestly by cross-validation: "
+            f"No class has two different {noun}s, so nothing can be measured honestly by cross-validation: "
             "the only one of a class is needed to train it. Add some, or measure on a held-out split."
         )
     truth = [labels[row] for row in tested]
@@ -336,7 +339,7 @@ def choose_rejection(plain: ImageFeatures, rate: float, folds: int, seed: int) -
         FewShotError: too few pictures for the rate. DataError: no class has two different pictures.
     """
     check_rejectable(plain, rate, seed, folds)
-    assigned = torch.tensor(fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed))
+    assigned = torch.tensor(fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed, plain.noun))
     embeds, parts = plain.image_embeds[0], []
     for fold in range(int(assigned.max()) + 1):
         means = class_means(embeds[assigned != fold], plain.labels[assigned != fold])
@@ -352,7 +355,7 @@ def check_rejectable(plain: ImageFeatures, rate: float, seed: int, folds: int = 
     """
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
-    assigned = fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed)
+    assigned = fold_of_each_picture(plain.labels.tolist(), plain.digests, folds, seed, plain.noun)
     check_enough(sum(fold != _ALWAYS_TRAINS for fold in assigned), rate)
 
 
@@ -402,7 +405,7 @@ def out_of_fold(
     """
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise ConfigurationError(f"`folds` must be a whole number of at least 2; got {folds!r}.")
-    assigned = torch.tensor(fold_of_each_picture(train.labels.tolist(), plain.digests, folds, seed))
+    assigned = torch.tensor(fold_of_each_picture(train.labels.tolist(), plain.digests, folds, seed, plain.noun))
     count = int(assigned.max()) + 1
     logits: list[Tensor] = []
     zero_shot: list[Tensor] = []

@@ -33,7 +33,8 @@ _MOST_FOLDS = 4
 _NEAR = 0.12  # of the usual distance of two pictures, below which they are as one
 _MOST_COMPARED = 2048  # pictures of a class up to which each is compared with each
 _NO_SPREAD = 1e-8  # squared distance to the mean, of embeddings of length 1, that rounding alone can make
-_MANY = 250_000  # logits of the shots from which on one fold is enough, and fp32
+_SINGLE = 50_000  # logits of the shots from which on fp32 is exact enough
+_MANY = 250_000  # from which on one fold is enough
 _LARGE = 1_000_000  # logits of the shots from which on held-out pictures are judged by text and means alone
 _PIECE = 4_000_000  # logits looked at in one go
 _FOR_TEXT = 2_000_000  # logits that are enough to see what the text tells
@@ -69,7 +70,7 @@ def refuse_broken(images: Tensor) -> None:
 
 
 def number_type(logits: int) -> torch.dtype:  # to count in
-    return torch.float32 if logits > _MANY else torch.float64
+    return torch.float32 if logits > _SINGLE else torch.float64
 
 
 @torch.no_grad()
@@ -105,11 +106,13 @@ def fit_beside(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:  # fmt: skip
     """What is learned beside logits `text` [V * N, K]: rows [K, D] before the temperature, bias [K] after it."""
     # `unit` are the embeddings f [V * N, D] at unit length, by which pictures are compared.
-    large, classes = text.numel() > _LARGE, text.shape[1]
+    large, (count, dim), classes = text.numel() > _LARGE, f.shape, text.shape[1]
     numbers, weights = _pictures(unit, y, views)
+    span, f = torch.linalg.qr(f.T) if count < dim else (None, f.T)  # all that is learned lies in the shots' span
+    f = f.T.contiguous()
     counts = torch.bincount(y, weights, minlength=classes)
     shots = float(counts[counts > 0].median().round())
-    problem = _Problem(f, y, weights, numbers, text, logit_scale, iterations, shots)
+    problem = _Problem(f, y, weights, numbers, text, logit_scale, iterations, shots, dim)
     told = problem.text_information()
     held = problem.held_out(large)
     means_told = held.means_information() if held.spaces else _MEANS_AT_ONE
@@ -122,13 +125,14 @@ def fit_beside(
         kept = pictures / (pictures + _TEXT_PICTURES * told)
         temperature = max(0.3, _likeliest_factor(text, y, weights))
     share = strength * _growth(shots)
-    space = _Whitened(f, y, classes, weights)
+    space = _Whitened(f, y, classes, weights, dim)
     rows, bias = problem.fit(space, slice(None), text, share)
+    rows = space.unwhiten(rows) if span is None else space.unwhiten(rows) @ span.T
     chosen |= {
         "text_information": told, "means_information": means_told, "share": share, "zero_shot": 1.0 - kept,
         "temperature": temperature,
     }  # fmt: skip
-    return kept * space.unwhiten(rows), (temperature * kept * bias).double(), chosen
+    return kept * rows, (temperature * kept * bias).double(), chosen
 
 
 _TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64)).tolist()
@@ -199,10 +203,14 @@ class _Whitened:
     """Shots in the metric in which pictures of a class are spread alike in all directions.
 
     Covariance within classes (around the common mean where there are too few pictures for that), shrunk towards a
-    sphere with as many pseudo-observations as dimensions: `(dof C + D c I) / (dof + D)`, `c = tr(C) / D`.
+    sphere with as many pseudo-observations as dimensions: `(dof C + D c I) / (dof + D)`, `c = tr(C) / D`. Of the maps
+    that whiten, the one by its Cholesky factor: they differ by a rotation, which changes nothing that is fitted.
+
+    Args:
+        f: [N, R] the shots; R is less than D where they are given in coordinates of their span. dim: D.
 
     Attributes:
-        rows: [N, R] the shots, whitened, in coordinates of their span (R = min(N, D)).
+        rows: [N, R] the shots, whitened.
         means, bias: discriminant of the class means in the same coordinates: rows @ means.T + bias [N, K].
         size: factor that gives whitened rows the spread that the shots had; 0 where they have none.
     """
@@ -210,17 +218,14 @@ class _Whitened:
     rows: Tensor
     means: Tensor
     bias: Tensor
-    span: Tensor | None
-    axes: Tensor
-    inside: Tensor
-    outside: float
+    factor: Tensor
     size: float
 
-    def __init__(self, f: Tensor, y: Tensor, classes: int, weights: Tensor) -> None:
-        (count, dim), w = f.shape, weights.to(f)[:, None]
+    def __init__(self, f: Tensor, y: Tensor, classes: int, weights: Tensor, dim: int) -> None:
+        w = weights.to(f)[:, None]
         numbers = torch.bincount(y, weights, minlength=classes).to(f)
         present = numbers > 0
-        means = torch.zeros(classes, dim, dtype=f.dtype).index_add_(0, y, w * f)
+        means = torch.zeros(classes, f.shape[1], dtype=f.dtype).index_add_(0, y, w * f)
         means = means / torch.where(present, numbers, 1.0)[:, None]
         pictures, here = round(float(numbers.sum())), int(present.sum())
         middle = (w * f).sum(0) / pictures
@@ -229,57 +234,43 @@ class _Whitened:
             spread, dof = f - middle, pictures - 1
         else:
             spread = f - means[y]
-        self._whiten(w.sqrt() * spread, max(float(dof), 1e-9))
+        self.factor = _covariance_factor(spread.mul_(w.sqrt()), max(float(dof), 1e-9), dim)
         center = means[present].mean(0)
         means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
-        rows = self._apply(f)
-        self.span = None
-        if count < dim:
-            self.span = torch.linalg.qr(rows.T)[0]
-        self.rows, white, center = self.into(rows), self.into(self._apply(means)), self.into(self._apply(center[None]))
-        self.means = white - center
-        self.bias = -0.5 * (self.means * (white + center)).sum(1)
+        self.rows = self.whiten(f)
+        white = self.whiten(torch.cat([means, center[None]]))
+        self.means = white[:-1] - white[-1]
+        self.bias = -0.5 * (self.means * (white[:-1] + white[-1])).sum(1)
         if pictures > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ
-            noise = (w * (self.rows - white[y]).pow(2)).sum() / (pictures - here) / numbers.clamp_min(1.0)
+            noise = (w * (self.rows - white[y]).square_()).sum() / (pictures - here) / numbers.clamp_min(1.0)
             self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
         # A class without a picture gets what the others get on average, so that the text alone decides about it.
         self.bias = torch.where(present, self.bias - self.bias[present].mean(), 0.0)
-        moved = float((w * (f - middle).pow(2)).sum())
+        moved = float((w * (f - middle).square_()).sum())
         alike = pictures < 2 or moved <= _NO_SPREAD * pictures
-        center = (w * rows).sum(0) / pictures
-        self.size = 0.0 if alike else math.sqrt(moved / float((w * (rows - center).pow(2)).sum()))
-
-    def _whiten(self, spread: Tensor, dof: float) -> None:
-        count, dim = spread.shape
-        if count < dim:
-            values, vectors = torch.linalg.eigh(spread @ spread.T)
-            keep = values > max(float(values[-1]) * count * torch.finfo(values.dtype).eps, 1e-30)
-            values, vectors = values[keep], vectors[:, keep]
-            axes = spread.T @ vectors / values.sqrt()
-        else:
-            values, axes = torch.linalg.eigh(spread.T @ spread)
-        total = float(values.clamp_min(0.0).sum())
-        if total <= _NO_SPREAD * count:  # pictures of a class are all the same: any sphere will do
-            total, values, dof = 1.0, torch.zeros_like(values), max(dof, 1.0)
-        floor = total / dof  # D c
-        self.outside = math.sqrt((dof + dim) / floor)
-        self.axes = axes
-        self.inside = ((values.clamp_min(0.0) + floor) / (dof + dim)).rsqrt() - self.outside
-
-    def _apply(self, rows: Tensor) -> Tensor:
-        """C^(-1/2) on rows [N, D]."""
-        return self.outside * rows + (rows @ self.axes * self.inside) @ self.axes.T
-
-    def into(self, whitened: Tensor) -> Tensor:
-        return whitened if self.span is None else whitened @ self.span
+        center = (w * self.rows).sum(0) / pictures
+        self.size = 0.0 if alike else math.sqrt(moved / float((w * (self.rows - center).square_()).sum()))
 
     def whiten(self, f: Tensor) -> Tensor:
-        """Other embeddings [N, D] in the coordinates of `rows`."""
-        return self.into(self._apply(f))
+        """Embeddings [N, R] in the coordinates of `rows`."""
+        white: Tensor = torch.linalg.solve_triangular(self.factor.T, f, upper=True, left=False)
+        return white
 
     def unwhiten(self, weight: Tensor) -> Tensor:
-        """Rows of a classifier [K, R] on whitened pictures as rows [K, D] on pictures."""
-        return self._apply(weight if self.span is None else weight @ self.span.T)
+        """Rows of a classifier [K, R] on whitened pictures as rows [K, R] on pictures."""
+        rows: Tensor = torch.linalg.solve_triangular(self.factor, weight, upper=False, left=False)
+        return rows
+
+
+def _covariance_factor(spread: Tensor, dof: float, dim: int) -> Tensor:
+    """Cholesky factor [R, R] of the shrunk covariance; `spread` [N, R] are the shots around their means."""
+    covariance = spread.T @ spread
+    total = float(covariance.trace())
+    if total <= _NO_SPREAD * len(spread):  # pictures of a class are all the same: any sphere will do
+        covariance, total, dof = torch.zeros_like(covariance), 1.0, max(dof, 1.0)
+    covariance.diagonal().add_(total / dof)  # D c
+    factor: Tensor = torch.linalg.cholesky(covariance / (dof + dim))
+    return factor
 
 
 # ---------------------------------------------------------------------- the fit, and what held-out shots say
@@ -290,8 +281,9 @@ class _Problem:
     """The shots, and what all fits on them share.
 
     Attributes:
-        f: embeddings [N, D]. y: labels [N]. weights, numbers: [N], see `_pictures`. text: zero-shot logits [N, K].
-        shots: pictures of a class, the median.
+        f: embeddings [N, R], in coordinates of their span where there are fewer than D. y: labels [N].
+        weights, numbers: [N], see `_pictures`. text: zero-shot logits [N, K].
+        shots: pictures of a class, the median. dim: D.
     """
 
     f: Tensor
@@ -302,6 +294,7 @@ class _Problem:
     logit_scale: float
     iterations: int
     shots: float
+    dim: int
 
     def text_information(self) -> float:
         """What zero-shot tells; honest at one shot, since it has not seen the shots."""
@@ -321,37 +314,39 @@ class _Problem:
     def held_out(self, large: bool) -> _HeldOut:
         """The shots in folds, each with the metric and the means of the others; no fold at one shot."""
         folds = int(min(_MOST_FOLDS, self.shots))
-        held = _HeldOut(self, folds, large, [], [], [])
+        held = _HeldOut(self, folds, large, [], [], [], [])
         if folds < 2:
             return held
         fold = self.numbers % folds
         for turn in range(1 if self.text.numel() > _MANY else folds):
             out, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
-            space = _Whitened(self.f[rest], self.y[rest], self.text.shape[1], self.weights[rest])
+            space = _Whitened(self.f[rest], self.y[rest], self.text.shape[1], self.weights[rest], self.dim)
             held.add(out, rest, space)
         return held
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Shots that were held out, and what was made of the others."""
+    """Shots that were held out, whitened by what was made of the others, and that."""
 
     problem: _Problem
     folds: int
     large: bool
     out: list[Tensor]
+    rows: list[Tensor]
     rest: list[Tensor]
     spaces: list[_Whitened]
 
     def add(self, out: Tensor, rest: Tensor, space: _Whitened) -> None:
         self.out.append(out)
+        self.rows.append(space.whiten(self.problem.f[out]))
         self.rest.append(rest)
         self.spaces.append(space)
 
     def means_information(self) -> float:
         """What the discriminant of the means alone tells of pictures that they were not made from."""
-        parts = zip(self.out, self.spaces, strict=True)
-        logits = torch.cat([s.whiten(self.problem.f[out]) @ s.means.T + s.bias for out, s in parts])
+        parts = zip(self.rows, self.spaces, strict=True)
+        logits = torch.cat([rows @ space.means.T + space.bias for rows, space in parts])
         places = torch.cat(self.out)
         return _information(logits, self.problem.y[places], self.problem.weights[places])
 
@@ -362,11 +357,11 @@ class _HeldOut:
         problem = self.problem
         share = strength * _growth(problem.shots * (self.folds - 1) / self.folds)
         parts = []
-        for out, rest, space in zip(self.out, self.rest, self.spaces, strict=True):
+        for rows, rest, space in zip(self.rows, self.rest, self.spaces, strict=True):
             weight, bias = share * space.means, share * space.bias
             if not self.large:
                 weight, bias = problem.fit(space, rest, problem.text[rest], share)
-            parts.append((space.whiten(problem.f[out]) @ weight.T).add_(bias))
+            parts.append((rows @ weight.T).add_(bias))
         places = torch.cat(self.out)
         more, text, y = torch.cat(parts), problem.text[places], problem.y[places]
         weights = problem.weights[places]  # not balanced: classes of few pictures would make it a lottery
@@ -392,8 +387,7 @@ def _balanced(y: Tensor, classes: int, weights: Tensor) -> Tensor:
 
 def _log_loss(logits: Tensor, y: Tensor, weights: Tensor) -> float:
     """Weighted sum of cross-entropies of logits [N, K]."""
-    target = logits.gather(1, y[:, None])[:, 0]
-    return float(((torch.logsumexp(logits, dim=1) - target) * weights.to(logits)).sum())
+    return -float((torch.log_softmax(logits, dim=1).gather(1, y[:, None])[:, 0] * weights.to(logits)).sum())
 
 
 class _Objective:
@@ -409,20 +403,18 @@ class _Objective:
         self.pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
         # A class without a picture stays as it is.
         self.absent = torch.bincount(y, minlength=logits.shape[2]) == 0
-        self.normaliser = torch.logsumexp(logits, dim=2)  # [B, N]
 
-    def value(self, v: Tensor, step: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective [B] at weights V after a step [B] along a change of the logits, and its normaliser."""
-        total, normaliser = 0.5 * self.decay * v.pow(2).sum((1, 2)), torch.empty_like(self.normaliser)
+    def value(self, v: Tensor, step: Tensor, change: Tensor) -> Tensor:
+        """The objective [B] at weights V after a step [B] along a change of the logits."""
+        total = 0.5 * self.decay * v.pow(2).sum((1, 2))
         for piece in self.pieces:
             tried = torch.addcmul(self.logits[:, piece], change[:, piece], step[:, None, None])
-            normaliser[:, piece] = torch.logsumexp(tried, dim=2)
-            target = tried.gather(2, self.truth[:, piece])[..., 0]
-            total += ((normaliser[:, piece] - target) * self.weights[piece]).sum(1)
-        return total, normaliser
+            likely = torch.log_softmax(tried, dim=2).gather(2, self.truth[:, piece])[..., 0]
+            total -= (likely * self.weights[piece]).sum(1)
+        return total
 
-    def _probabilities(self, piece: slice) -> Tensor:
-        return (self.logits[:, piece] - self.normaliser[:, piece, None]).exp_()
+    def _probabilities(self, piece: slice) -> Tensor:  # where they are tiny, exp is ten times slower than this
+        return torch.softmax(self.logits[:, piece], dim=2)
 
     def gradient(self, v: Tensor) -> Tensor:
         g = self.decay[:, None, None] * v
@@ -453,16 +445,18 @@ def _minimise(rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: T
     v = rows.new_zeros(len(logits), logits.shape[2], rows.shape[1])
     objective = _Objective(rows, y, weights, logits, decay)
     history: list[tuple[Tensor, Tensor, Tensor]] = []
-    value, _ = objective.value(v, torch.zeros_like(decay), logits)
+    value = objective.value(v, torch.zeros_like(decay), logits)
     g = objective.gradient(v)
     for _ in range(iterations):
+        if bool((g.abs().amax((1, 2)) <= 1e-6 * weights.sum()).all()):
+            break
         direction = -_inverse_curvature(g, history)
         change = rows @ direction.transpose(1, 2)
         slope = (g * direction).sum((1, 2))
         bend = objective.curvature(direction, change)
         step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
         for _ in range(20):
-            tried, normaliser = objective.value(v + step[:, None, None] * direction, step, change)
+            tried = objective.value(v + step[:, None, None] * direction, step, change)
             worse = tried > value + 1e-4 * step * slope
             if not bool(worse.any()):
                 break
@@ -472,13 +466,10 @@ def _minimise(rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: T
         moved = direction.mul_(step[:, None, None])
         v += moved
         logits.add_(change.mul_(step[:, None, None]))
-        objective.normaliser = torch.where(better[:, None], normaliser, objective.normaliser)
         value = torch.where(better, tried, value)
         before, g = g, objective.gradient(v)
         difference = g - before
         history = [*history[-9:], (moved, difference, (moved * difference).sum((1, 2)))]
-        if bool((g.abs().amax((1, 2)) <= 1e-6 * weights.sum()).all()):
-            break
     return v
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,16 @@ def test_the_command_reads_loose_pictures_and_shows_hostile_names(
     code, text, _ = run(capsys, *options)
     assert code == 0
     assert "\x1b[31m" not in text
+
+
+def test_one_class_folder_is_called_that(capsys: pytest.CaptureFixture[str], folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "sorted" / "kind 0", tmp_path / "one" / "kind 0")
+    code, _, error = run(capsys, "difficulty", tmp_path / "one", "--base-model", "shipped")
+    assert code == 1
+    said = " ".join(error.split())
+    assert "holds one class folder only, 'kind 0'" in said
+    assert "--class-names" in said
+    assert "no labels" not in said
 
 
 def test_loose_pictures_without_names_are_an_error(capsys: pytest.CaptureFixture[str], folders: Path) -> None:

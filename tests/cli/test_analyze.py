@@ -19,6 +19,7 @@ from taskres_hf.analysis import analyzing
 from taskres_hf.analysis.analyzing import analyse_transfer, class_rows, correlations, summary, task_rows, write_transfer
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.modeling_taskres import TaskResCLIPForImageClassification
+from taskres_hf.paper import compare
 
 HOSTILE = ("=cmd()|'x'!A1", "<script>alert(1)</script>", "\x1b[31mred")
 
@@ -137,6 +138,31 @@ def test_tasks_are_trained_once_and_written_whole(
     assert len(value["tasks"]) == 8
     assert value["failures"] == []
     assert {row["correlation"]["rho"] for row in value["correlations"]} == {None}
+
+
+def test_fewer_pictures_than_shots_are_not_called_so_many(
+    capsys: pytest.CaptureFixture[str], splits: DatasetDict, tmp_path: Path
+) -> None:
+    _folder(tmp_path / "mine", splits, ("mammal", "bird"))
+    options = ("--shots", "1,100", "--seeds", "1", "--recipes", "auto", "-q", "-o", "out")
+    code, text, error = run(capsys, "analyze", "mine", *options)
+    assert code == 0, error
+    assert "Recipe auto, up to 100 shots, mean" in text
+    assert "Recipe auto, 1 shot, mean" in Path("out/report.md").read_text()
+    rows = {row["shots"]: row for row in csv.DictReader(Path("out/tasks.csv").read_text().splitlines())}
+    assert rows["1"]["fewest"] == "1"
+    fewest = int(rows["100"]["fewest"])
+    assert 1 < fewest < 100
+    assert f"mine ({fewest})" in " ".join(text.split())
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "run_tasks", None)  # would fail if anything were begun
+    for command in (["analyze", "food"], ["compare", "food"], ["benchmark", "--dataset", "shipped"]):
+        code, _, error = run(capsys, *command, "-o", f"{__file__}/out")
+        assert (code, "Cannot write" in error) == (1, True), (command, error)
 
 
 def test_wrong_recipes_are_told_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,41 @@ def test_predict_with_several(packed: Path, root: Path, tmp_path: Path, capsys: 
     (wanted,) = json.loads(alone)[0]["predictions"]
     assert row["classifiers"]["signs"][0]["label"] == wanted["label"]
     assert row["classifiers"]["signs"][0]["score"] == pytest.approx(wanted["score"], abs=1e-5)
-    assert run(capsys, "predict", packed, root / "a.png", "-o", tmp_path / "rows.csv")[0] == 2
+
+
+def test_predict_with_several_to_one_file(
+    packed: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "predict", packed, root / "a.png", "-o", tmp_path / "rows.csv", "--quiet")
+    assert (code, out.strip()) == (0, f"1 pictures classified by 2 classifiers in {tmp_path / 'rows.csv'}")
+    rows = (tmp_path / "rows.csv").read_text().splitlines()
+    assert rows[0] == "file,classifier,label,score,error"
+    assert [row.split(",")[1] for row in rows[1:]] == ["food", "signs"]
+    assert "\x1b" not in rows[2]
+    code, out, _ = run(capsys, "predict", root / "made", root / "a.png", "-o", tmp_path / "again.csv", "--json")
+    told = json.loads(out)
+    assert (code, told["classifiers"], told["classified"], told["skipped"]) == (0, ["food", "signs"], 1, 0)
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "rows.csv").read_bytes()
+    some = ("--classifier", "signs", "--classifier", "food", "--strength", 0, "--top-k", 2)
+    code, _, _ = run(capsys, "predict", packed, root / "a.png", "-o", tmp_path / "some.jsonl", *some)
+    rows = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert [(row["classifier"], len(row["predictions"])) for row in rows] == [("signs", 2), ("food", 2)]
+    assert run(capsys, "predict", packed, root / "a.png", "--reject", "-o", tmp_path / "x.csv")[0] == 2
+
+
+def test_predict_with_one_of_a_folder_of_classifiers(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, wanted, _ = run(capsys, "predict", root / "made" / "food", root / "a.png", "--json")
+    code, found, _ = run(capsys, "predict", root / "made", root / "a.png", "--classifier", "food", "--json")
+    assert (code, json.loads(found)) == (0, json.loads(wanted))
+    code, _, error = run(capsys, "predict", root / "made", root / "a.png", "--classifier", "dogs")
+    assert (code, ": food, signs." in error) == (1, True)
+    code, out, _ = run(
+        capsys, "predict", root / "made", root / "a.png", "--output-dir", tmp_path / "parts", "--classifier", "food",
+        "--classifier", "signs", "--json",
+    )  # fmt: skip
+    assert (code, json.loads(out)["rows"]) == (0, 2)
 
 
 def test_a_pack_is_served(packed: Path, root: Path) -> None:

@@ -53,6 +53,8 @@ def test_json_is_one_value(capsys: pytest.CaptureFixture[str], photos: Path) -> 
     assert found["status"] in ("reached", "reachable", "beyond", "level", "unknown")
     assert {row["name"] for row in found["classes"]} == {"mammal", "bird", "reptile or frog"}
     assert found["sentence"]
+    assert found["shots"] == 5  # the geometric mean of 5, 5 and 5, without what rounding leaves
+    assert [shots for shots, _ in found["measured"]] == [round(shots, 6) for shots, _ in found["measured"]]
 
 
 def test_few_pictures_and_no_test_split_say_that_they_are_too_few(
@@ -82,6 +84,8 @@ def test_a_classifier_brings_its_prompts_and_base(capsys: pytest.CaptureFixture[
     [
         (["--target", "90"], 1, "between 0 and 1"),
         (["--figure", "curve.pdf"], 1, ".png or .svg"),
+        (["--figure", "."], 1, ".png or .svg"),
+        (["--figure", f"{__file__}/curve.png"], 1, "Cannot write"),
         (["--metric", "f1"], 2, "accuracy"),
     ],
 )
@@ -92,6 +96,21 @@ def test_what_is_wrong_is_said_before_any_work(
     assert found == code
     assert words in error
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("command", ["plan", "difficulty", "suggest"])
+def test_several_labels_are_refused_without_an_option_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], photos: Path, here: Path, command: str
+) -> None:
+    folder = photos / "train" / "bird"
+    (here / "tags.csv").write_text(
+        f"file,label\n{folder}/0.png,cat|dog\n{folder}/1.png,dog\n{folder}/2.png,cat\n", encoding="utf-8"
+    )
+    data = ["--class-names", "cat,dog", folder, "--labelled", "tags.csv"] if command == "suggest" else ["tags.csv"]
+    code, _, error = run(capsys, command, *data, "--base-model", "shipped")
+    assert code == 1
+    assert "several labels" in " ".join(error.split())
+    assert "(--multi-label of taskres train; other commands take one label per picture)" in " ".join(error.split())
 
 
 def test_without_matplotlib_the_figure_is_refused_at_once(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from support import run
 
 from taskres_hf import ClassifierPool, TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
-from taskres_hf.cluster import embed, predict, read_manifest, stored_features
+from taskres_hf.cluster import Cluster, embed, predict, read_manifest, running, stored_features
 from taskres_hf.cluster.workers import Worker
 from taskres_hf.errors import ArtifactError, ConfigurationError, DataError
 from taskres_hf.predicting import classify_files
@@ -230,3 +233,26 @@ def test_the_command_without_ray_says_what_to_install(
     assert (code, 'pip install "taskres_hf[ray]"' in error) == (1, True)
     assert run(capsys, "embed", tables, *options, "--workers", 2)[0] == 2
     assert run(capsys, "predict", "x", tables, "--engine-cluster", "ray")[0] == 2
+
+
+def test_no_cluster_is_started_that_all_the_network_could_reach(
+    tables: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray reads its settings when it is imported, so what was imported before listens on all addresses."""
+    ray = ModuleType("ray")
+    ray.__spec__, ray.is_initialized = ModuleSpec("ray", None), lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    with pytest.raises(ConfigurationError, match="RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0") as caught:
+        embed(tables, base, tmp_path / "out", cluster="ray", progress=False)
+    assert all(word in str(caught.value) for word in ("all addresses", "ray start --head", "address='auto'"))
+    assert not (tmp_path / "out").exists()
+    own = [Cluster("ray"), Cluster("ray", address="auto")]
+    with pytest.raises(ConfigurationError):
+        running._close_to_others(own[0])
+    running._close_to_others(own[1])
+    ray.is_initialized = lambda: True  # type: ignore[attr-defined]
+    running._close_to_others(own[0])  # a cluster that is there already, whoever made it
+    ray.is_initialized = lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    running._close_to_others(own[0])

@@ -174,6 +174,11 @@ def test_text_embeddings_of_other_classes_are_not_taken(packed: Path, tmp_path: 
     assert torch.allclose(ClassifierPool.from_pretrained(to).logits(embeds)["half"], wanted, atol=1e-3)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="Cannot write"):
+        pack(tmp_path / "missing", Path(__file__, "pool.safetensors"))
+
+
 def test_what_cannot_be_packed(folders: Path, stranger: Path, tmp_path: Path) -> None:
     to = tmp_path / "pool.safetensors"
     with pytest.raises(ConfigurationError, match="different bases"):

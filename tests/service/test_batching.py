@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi_offline", reason="needs the serve extra")
 
+from taskres_hf.pool import PoolView
 from taskres_hf.service.batching import Batcher, Predictions, Waiting
 
+NOBODY = PoolView(torch.empty(0, 0), torch.empty(0), {})
 PATIENCE = 600.0  # seconds, after which a test is told to fail rather than to wait
 
 
@@ -25,7 +28,7 @@ def _batcher(sizes: list[int], answer: Any = _answer, turn: Any = None, **option
 
 
 def _put(batcher: Batcher, *numbers: int) -> list[Waiting]:
-    items = [Waiting({}, number) for number in numbers]
+    items = [Waiting(NOBODY, (), number) for number in numbers]
     for item in items:
         batcher.expect()
         batcher.put(item)
@@ -53,7 +56,7 @@ def test_one_alone_does_not_wait_and_company_that_is_being_decoded_is_waited_for
     assert _labels(_put(batcher, 1)) == ["1"]
     for _ in range(2):
         batcher.expect()
-    items = [Waiting({}, number) for number in (2, 3)]
+    items = [Waiting(NOBODY, (), number) for number in (2, 3)]
     batcher.put(items[0])
     assert not items[0].future.done()
     batcher.put(items[1])

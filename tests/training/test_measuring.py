@@ -293,6 +293,8 @@ def test_a_class_of_one_picture_many_times_cannot_be_tested() -> None:
     assert fold_of_each_picture([0, 0, 1, 1], ["a", "a", "b", "c"], 2, 1)[:2] == [-1, -1]
     with pytest.raises(DataError, match="No class has two different pictures"):
         fold_of_each_picture([0, 0, 1], ["a", "a", "b"], 2, 1)
+    with pytest.raises(DataError, match="No class has two different texts"):
+        fold_of_each_picture([0, 0, 1], ["a", "a", "b"], 2, 1, "text")
 
 
 def test_each_fold_is_a_training_of_its_own(model: Model, train: ImageFeatures, base: str) -> None:
