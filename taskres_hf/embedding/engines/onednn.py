@@ -80,6 +80,12 @@ def int8_products() -> Int8:
     return found
 
 
+def int8_variant() -> str:
+    """Tells embeddings by weights of fewer bits from those by whole bytes; empty for these."""
+    largest = int8_products().largest
+    return "" if largest == 127 else f" weights up to {largest}"
+
+
 @cache
 def mkl_is_slow() -> bool:
     """Whether torch multiplies fp32 with MKL on a processor that MKL does not know."""

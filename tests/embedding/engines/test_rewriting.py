@@ -235,8 +235,12 @@ def test_int8_is_taken_only_where_the_largest_sums_are_right(monkeypatch: pytest
 
 @needs_int8
 def test_int8_with_weights_of_seven_bits_is_close(model: Model, splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = linear.int8_products()._replace(largest=64)
-    monkeypatch.setattr(linear, "onednn_int8", lambda: narrow)
+    known = linear.int8_products()
+    keys = []
+    for largest in (127, 64):
+        monkeypatch.setattr(linear, "onednn_int8", lambda largest=largest: known._replace(largest=largest))
+        keys.append(Embedder(model.clip, model.image_processor, "torch", "int8").key)
+    assert keys[0] != keys[1]  # a cache that machines share does not mix the two
     pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(20))]
     expected = Embedder(model.clip, model.image_processor)(pictures)
     found = Embedder(model.clip, model.image_processor, "torch", "int8")(pictures)
