@@ -148,7 +148,8 @@ def throughput(
         if obstacles.get(name) is not None:
             report.skip(row, str(obstacles[name]))
         else:
-            report.add_ratio(row, found, name, "loop", 1.3 if "fp32" in name else 3.5, note, invert=True)
+            goal = (1.3 if "fp32" in name else 3.5) if cpu_has_bf16() else (1.4 if "fp32" in name else 1.9)
+            report.add_ratio(row, found, name, "loop", goal, note, invert=True)
     if "predict" in ways:
         goal = 3.5 if cpu_has_bf16() else 1.3
         name = "taskres predict on a folder, times the plain loop"

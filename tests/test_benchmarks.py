@@ -48,13 +48,13 @@ def fresh() -> Iterator[None]:
 def test_a_row_that_cannot_run_is_listed_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A processor without VNNI and bf16, and no openvino: every mode but exact fp32."""
+    """No products of bytes, no bf16, and no openvino: every mode but exact fp32."""
     monkeypatch.setattr(rewriting, "onednn_int8", lambda: None)
     monkeypatch.setattr(material, "cpu_has_bf16", lambda: False)
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     reasons = {name: material.obstacle(*mode) for name, mode in embedding.MODES.items()}
     assert [name for name, reason in reasons.items() if reason is None] == ["torch, exact fp32"]
-    assert "VNNI" in str(reasons["torch, int8"])
+    assert "no int8 products" in str(reasons["torch, int8"])
     assert "bf16" in str(reasons["torch, bf16"])
     assert "taskres_hf[openvino]" in str(reasons["openvino, fp32"])
     monkeypatch.setattr(embedding, "demo_tasks", dict)  # no task: what is left is which rows there are
@@ -69,7 +69,7 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
     assert kept["machine"]["abilities"] == abilities()
     table = markdown(Report.stored())
     assert table.count("| - (") == 2 * len(possible)
-    assert "this processor has no VNNI" in table
+    assert "has no int8 products" in table
     assert "not measured" in capsys.readouterr().out
 
 

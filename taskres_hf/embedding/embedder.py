@@ -109,7 +109,8 @@ class Embedder:
         kind += f" {self.draft}" if self.draft else ""
         kind += " torchvision" if self.preprocess.crop == "torchvision" else ""
         digest = image_weights_digest(self.base)
-        return [digest, str(self.base.dtype), self.engine.name, kind, self.image_processor.to_json_string()]
+        name = self.engine.name + self.engine.variant
+        return [digest, str(self.base.dtype), name, kind, self.image_processor.to_json_string()]
 
     @property
     def is_reproducible(self) -> bool:

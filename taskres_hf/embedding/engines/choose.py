@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_digest
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
-from .onednn import onednn
+from .onednn import int8_variant, onednn
 from .rewriting import best_batch_size, int8_obstacle, rewritten, takes_bytes, watched_module
 
 _FORMAT = 5  # of converted towers kept on disk
@@ -46,6 +46,7 @@ class ImageEngine:
         prepare: converts the tower and returns what runs it; called when the first pictures come.
         takes_bytes: whether the pixel values it takes are bytes, uint8, not yet normalised.
         is_stock: whether it is the tower as it is, so that there is nothing to compare it with.
+        variant: what else, of this machine, its embeddings depend on by more than last bits; or nothing.
     """
 
     engine: str
@@ -54,6 +55,7 @@ class ImageEngine:
     prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
     takes_bytes: bool = False
     is_stock: bool = False
+    variant: str = ""
 
     def get_ready(self) -> None:
         """Convert the tower now rather than when the first pictures come."""
@@ -311,6 +313,7 @@ def make_engine(
             best_batch_size(base) if on_cpu else 32,
             lambda: _torch_tower(base, dtype, normalisation),
             normalisation is not None,
+            variant=int8_variant() if precision == "int8" else "",
         )
     return openvino_engine(base, precision) if engine == "openvino" else onnxruntime_engine(base, precision)
 

@@ -19,7 +19,7 @@ import math
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +38,52 @@ def onednn(dtype: torch.dtype) -> tuple[Any, Any] | None:
     return (layout, multiply) if torch.equal(result, F.linear(inputs, weight)) else None
 
 
-@cache
-def onednn_int8() -> tuple[Any, Any] | None:
-    """oneDNN's layout and product of unsigned with signed bytes, or None where torch or the processor lacks them.
+class Int8(NamedTuple):
+    """oneDNN's layout and product of unsigned with signed bytes, and the largest number a weight may be rounded to.
 
-    The largest bytes are tried: without VNNI instructions sums of two products would overflow.
+    Without VNNI instructions a processor adds two products in 16 bits, which hold 2 * 255 * 64: weights have 7 bits.
     """
-    inputs, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
-    scales, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
-    supported = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+
+    layout: Any
+    multiply: Any
+    largest: int
+
+
+@cache
+def onednn_int8() -> Int8 | None:
+    """Products of bytes, or None where torch or the processor lacks them, or gets the largest sums wrong."""
+    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
     try:
-        layout, multiply = torch.ops.onednn.qlinear_prepack, torch.ops.onednn.qlinear_pointwise
-        laid_out = layout(weight, [2, 64])
-        sums = multiply(
-            inputs, 1.0, 0, laid_out, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # fmt: skip
+        operators = torch.ops.onednn.qlinear_prepack, torch.ops.onednn.qlinear_pointwise
+        for found in (Int8(*operators, 127), Int8(*operators, 64)) if vnni else (Int8(*operators, 64),):
+            if _is_right(found):
+                return found
     except (AttributeError, NotImplementedError, RuntimeError):
-        return None
-    return (layout, multiply) if supported() and bool((sums == 64 * 255 * 127).all()) else None
+        pass
+    return None
+
+
+def _is_right(int8: Int8) -> bool:
+    """Whether sums of the largest products, of either sign, come out exactly."""
+    inputs, signs = torch.full((32, 256), 255, dtype=torch.uint8), torch.ones(64, dtype=torch.int8)
+    signs[::2] = -1
+    weight = int8.layout((int8.largest * signs)[:, None].repeat(1, 256), [32, 256])
+    scales, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+    sums = int8.multiply(inputs, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return torch.equal(sums, (256.0 * 255 * int8.largest * signs).expand(32, 64))
+
+
+def int8_products() -> Int8:
+    """Products of bytes, where they were found before."""
+    found = onednn_int8()
+    assert found is not None, "the caller has looked for int8 products"
+    return found
+
+
+def int8_variant() -> str:
+    """Tells embeddings by weights of fewer bits from those by whole bytes; empty for these."""
+    largest = int8_products().largest
+    return "" if largest == 127 else f" weights up to {largest}"
 
 
 @cache
@@ -128,7 +156,7 @@ class PackedLinear(nn.Module):
 def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [N, D] as signed bytes [N, D] times steps [N, 1]."""
     low, high = torch.aminmax(weight, dim=1, keepdim=True)
-    steps = torch.maximum(high, -low).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    steps = torch.maximum(high, -low).clamp_min_(torch.finfo(torch.float32).tiny) / int8_products().largest
     return (weight / steps).round_().to(torch.int8), steps
 
 
@@ -150,9 +178,7 @@ class Int8Linear(nn.Module):
         activation: tuple[str, str] = ("none", ""),
     ) -> None:
         super().__init__()
-        operators = onednn_int8()
-        assert operators is not None, "the caller has looked for int8 products"
-        layout, self.multiply = operators
+        layout, self.multiply, _ = int8_products()
         rounded, steps = in_bytes(weight)
         self.weight = layout(rounded, [rows, weight.shape[1]])
         zeros = torch.zeros(len(weight), dtype=torch.int32)

@@ -176,7 +176,8 @@ def _key(base: PreTrainedModel) -> str:
     vision = getattr(base.config, "vision_config", base.config)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     shape = [base.config.model_type, *(getattr(vision, name, None) for name in names)]
-    return json.dumps([2, processor(), os.cpu_count(), _versions(), shape])
+    held_to = torch.backends.cpu.get_cpu_capability()  # less than the processor has, where a variable says so
+    return json.dumps([2, processor(), held_to, os.cpu_count(), _versions(), shape])
 
 
 def _versions() -> list[str | None]:

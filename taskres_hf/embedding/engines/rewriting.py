@@ -3,7 +3,7 @@
 Three things, none of which changes more than last bits: linear layers are laid out once for oneDNN, in fp32 or bf16;
 queries, keys and values are one product, and an MLP's activation is part of one; and where an embedding is that of the
 first token, the last layer works for that token alone. A fourth, on request only, rounds more: the large products in
-int8 (`int8.py`). The model itself is left as it is: the rewritten one shares with it whatever it did not have to lay
+int8 (`onednn.py`). The model itself is left as it is: the rewritten one shares with it whatever it did not have to lay
 out anew.
 """
 
@@ -36,7 +36,6 @@ from .onednn import (
 
 _CAPTURE = "transformers.utils.output_capturing"
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_FEW_TOKENS = 64  # up to here two small products beat the fused attention in bf16
 
 
 def num_patches(base: PreTrainedModel) -> int:
@@ -146,7 +145,7 @@ def image_side_state(base: PreTrainedModel) -> list[tuple[Any, ...]]:
 def int8_obstacle(base: PreTrainedModel) -> str | None:
     """What keeps a tower from being multiplied in int8, or None."""
     if onednn_int8() is None:
-        return "this processor has no VNNI instructions, or this torch no int8 products"
+        return "this torch, on this processor, has no int8 products"
     layers = _layers(base)
     for layer in layers:
         if not Layer.fits(layer) or _activation(layer.mlp) is None:
@@ -213,11 +212,7 @@ class Layer(nn.Module):
     def _mixed(self, normed: Tensor) -> Tensor:
         parts = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
         query, key, value = parts.permute(2, 0, 3, 1, 4).contiguous()
-        if query.dtype == torch.bfloat16 and key.shape[2] <= _FEW_TOKENS:
-            weights = torch.matmul(query, key.transpose(2, 3)).softmax(dim=-1, dtype=torch.float32)
-            mixed = torch.matmul(weights.to(value.dtype), value)
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return mixed.transpose(1, 2).flatten(2)
 
     def _mixed_for_first(self, normed: Tensor) -> Tensor:

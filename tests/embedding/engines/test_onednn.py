@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from taskres_hf.embedding.engines.onednn import Int8Linear, PackedLinear, in_bytes, onednn, onednn_int8
+from taskres_hf.embedding.engines.onednn import (
+    Int8Linear,
+    PackedLinear,
+    in_bytes,
+    onednn,
+    onednn_int8,
+)
 
 needs_onednn = pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
 

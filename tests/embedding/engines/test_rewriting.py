@@ -202,7 +202,7 @@ def test_where_int8_does_not_run(model: Model, monkeypatch: pytest.MonkeyPatch) 
     for engine in ("openvino", "onnxruntime"):
         with pytest.raises(ConfigurationError, match="engine='torch'"):
             make_engine(model.clip, engine, "int8")
-    monkeypatch.setattr(towers, "onednn_int8", lambda: (None, None))
+    monkeypatch.setattr(towers, "onednn_int8", lambda: linear.Int8(None, None, 127))
     with pytest.raises(ConfigurationError, match="family"):
         make_engine(AutoModel.from_config(tiny_config("blip")), precision="int8")
     with pytest.raises(ConfigurationError, match="not in fp32"):
@@ -212,12 +212,37 @@ def test_where_int8_does_not_run(model: Model, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigurationError, match="not plain CLIP layers"):
         make_engine(watched, precision="int8")
     monkeypatch.setattr(towers, "onednn_int8", lambda: None)
-    with pytest.raises(ConfigurationError, match=r"VNNI.*precision='auto'"):
+    with pytest.raises(ConfigurationError, match=r"no int8 products.*precision='auto'"):
         make_engine(model.clip, precision="int8")
 
 
-def test_int8_is_looked_for_with_the_largest_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without VNNI sums of products overflow, so that processor has none."""
+def test_int8_is_taken_only_where_the_largest_sums_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without VNNI cuts off sums of two products that 16 bits do not hold."""
     probe = linear.onednn_int8.__wrapped__
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+
+    def cut_off(x: Tensor, step: float, zero: int, weight: Tensor, *rest: Any) -> Tensor:
+        pairs = (x[:, None, 0::2].int() * weight[None, :, 0::2]) + (x[:, None, 1::2].int() * weight[None, :, 1::2])
+        return pairs.clamp(-32768, 32767).sum(-1).float()
+
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda weight, shape: weight)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", cut_off)
+    found = probe()
+    assert found is not None
+    assert found.largest == 64
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", lambda *a: cut_off(*a).clamp(max=1e6))
     assert probe() is None
+
+
+@needs_int8
+def test_int8_with_weights_of_seven_bits_is_close(model: Model, splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = linear.int8_products()
+    keys = []
+    for largest in (127, 64):
+        monkeypatch.setattr(linear, "onednn_int8", lambda largest=largest: known._replace(largest=largest))
+        keys.append(Embedder(model.clip, model.image_processor, "torch", "int8").key)
+    assert keys[0] != keys[1]  # a cache that machines share does not mix the two
+    pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(20))]
+    expected = Embedder(model.clip, model.image_processor)(pictures)
+    found = Embedder(model.clip, model.image_processor, "torch", "int8")(pictures)
+    mean = expected.mean(dim=0)
+    assert torch.cosine_similarity(found - mean, expected - mean).min() > 0.99

@@ -1,0 +1,153 @@
+"""`python -m benchmarks.engine_parts`: what each part of the rewritten tower earns, switched off beside the whole.
+
+ViT-B/32 with random weights, on one core, decoding left out. Each number is the CPU time of a pass with the part off
+over that of the whole form, timed in turn in one process: 1.10 is a part that earns 10 %. Each kind of processor is a
+process of its own: this machine as it is, and this same machine with oneDNN, torch and MKL held to AVX2 by their
+environment variables, which is not quite a processor that has no more."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPModel
+
+from taskres_hf.embedding.embedder import Embedder
+from taskres_hf.embedding.engines import onednn, rewriting
+from taskres_hf.embedding.engines.onednn import onednn_int8
+from taskres_hf.embedding.engines.proving import processor
+from taskres_hf.encoders import cpu_has_bf16, encode_images
+from taskres_hf.tables import Table
+
+from .material import clip_folder
+from .timing import HELD, ratios, timed
+
+KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD["avx2"]}
+_PICTURES = 8  # a pass
+
+
+class _Three(nn.Module):
+    """The joined product as the three it was."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *more: Any) -> None:
+        super().__init__()
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        parts = zip(weight.chunk(3), biases, strict=True)
+        self.parts = nn.ModuleList(_real(part.contiguous(), bias, *more) for part, bias in parts)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([part(inputs) for part in self.parts], dim=-1)
+
+
+_real = rewriting.PackedLinear
+
+
+def _separate(weight: Tensor, bias: Tensor | None, *more: Any, **named: Any) -> nn.Module:
+    joined = weight.shape[0] == 3 * weight.shape[1]
+    return _Three(weight, bias, *more) if joined else _real(weight, bias, *more, **named)
+
+
+@contextmanager
+def _without(part: str) -> Iterator[None]:
+    """The tower is rewritten without a part."""
+    family = rewriting.family_of
+    off: dict[str, list[Any]] = {
+        "weights laid out once for oneDNN": [
+            patch.object(rewriting, "onednn", lambda dtype: None), patch.object(onednn, "onednn", lambda dtype: None),
+        ],
+        "queries, keys and values joined": [patch.object(rewriting, "PackedLinear", _separate)],
+        "activation within the product": [patch.object(rewriting, "packed_mlp", lambda *_: None)],
+        "last layer for the first token alone": [
+            patch.object(rewriting, "family_of", lambda base: replace(family(base), reads_first_token=False))
+        ],
+        "patches as a linear layer": [patch.object(rewriting.PackedPatches, "fits", staticmethod(lambda layer: False))],
+    }  # fmt: skip
+    switches = off.get(part, [])
+    for switch in switches:
+        switch.start()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.stop()
+
+
+_LINEAR = ["weights laid out once for oneDNN", "queries, keys and values joined", "activation within the product"]
+_ALL = ["last layer for the first token alone", "patches as a linear layer"]
+PARTS = {
+    "fp32": [*_LINEAR, *_ALL],
+    "bf16": [*_LINEAR, *_ALL, "pictures as bytes"],
+    "int8": ["last layer for the first token alone", "pictures as bytes"],
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """By form and part: the median of the time without the part over the time with it, and the stock tower's."""
+    torch.set_num_threads(1)
+    clip = CLIPModel.from_pretrained(clip_folder(32), dtype=torch.float32).eval()
+    processor = CLIPImageProcessor()
+    values = torch.randn(_PICTURES, 3, 224, 224)
+    pictures = torch.randint(0, 256, (_PICTURES, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    normalisation = Embedder(clip, processor).preprocess.normalisation
+    found: dict[str, dict[str, float]] = {}
+    for form, parts in PARTS.items():
+        if (form == "bf16" and not cpu_has_bf16()) or (form == "int8" and onednn_int8() is None):
+            continue
+        ways: dict[str, Callable[[], Tensor]] = {"the tower as it is": _pass(clip, values)}
+        for part in ["", *parts]:
+            bytes_in = form != "fp32" and rewriting.takes_bytes(clip) and part not in ("pictures as bytes", _ALL[1])
+            with torch.no_grad(), _without(part):
+                tower = rewriting.rewritten(clip, _DTYPES[form], normalisation if bytes_in else None)
+            ways[part] = _pass(tower, pictures if bytes_in else values)
+        times = timed(ways, rounds=rounds)
+        found[form] = {part: median(ratios(times, part, "")["cpu"]) for part in ways if part}
+    return found
+
+
+def _pass(tower: Any, values: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return encode_images(tower, {"pixel_values": values})
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="measure this very process and print JSON")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.json:
+        print(json.dumps(measure(options.rounds)))
+        return
+    found = {}
+    for kind, variables in KINDS.items():
+        command = [sys.executable, "-m", "benchmarks.engine_parts", "--json", "--rounds", str(options.rounds)]
+        done = subprocess.run(command, env={**os.environ, **variables}, check=True, stdout=subprocess.PIPE, text=True)
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{processor()}, torch {torch.__version__}, one core; times the whole form's time\n")
+    rows = []
+    for form, parts in PARTS.items():
+        for part in ["the tower as it is", *parts]:
+            numbers = [found[kind].get(form, {}).get(part) for kind in KINDS]
+            name = part if part == "the tower as it is" else f"without: {part}"
+            rows.append([form, name, *("-" if number is None else f"{number:.2f}" for number in numbers)])
+    print(Table(["form", "", *KINDS], rows).markdown())
+
+
+if __name__ == "__main__":
+    main()
