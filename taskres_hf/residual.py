@@ -234,9 +234,9 @@ class TaskResClassifier(nn.Module):
                 f"(problem_type '{MULTI_LABEL}')."
             )
 
-    def check_has_text(self, what: str) -> None:
-        """Raise a ConfigurationError that begins with `what`: of texts here, over an image tower alone in `alone`."""
-        if getattr(self.config, "text_encoding", None) is not None:
+    def check_has_text(self, what: str, or_texts: bool = False) -> None:
+        """Raise a ConfigurationError that begins with `what`: over one tower alone, or of texts unless `or_texts`."""
+        if not or_texts and getattr(self.config, "text_encoding", None) is not None:
             raise ConfigurationError(f"{what} is for classifiers of pictures; this one is of texts.")
 
     def mean_square(self) -> float:

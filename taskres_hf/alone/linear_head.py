@@ -43,8 +43,13 @@ class LinearHead(TaskResClassifier):
         super().__init__(base, alpha, logit_scale, logit_bias, side)
         self.takes_raw_embeddings = bool(base.any())
 
-    def check_has_text(self, what: str) -> None:
-        super().check_has_text(what)
+    def check_has_text(self, what: str, or_texts: bool = False) -> None:
+        super().check_has_text(what, or_texts)
+        if getattr(self.config, "text_encoding", None) is not None:
+            raise ConfigurationError(
+                f"{what} is for classifiers whose rows are made of class names; the rows of this one are those of a "
+                "pretrained head, or class means."
+            )
         raise ConfigurationError(
             f"{what} is for classifiers over a dual encoder; this one is over an image tower alone, which reads no "
             "text."

@@ -78,7 +78,7 @@ class ChangesClasses:
             BaseMismatchError: the base gives other text embeddings for the old classes than the classifier has.
             DataError: the pictures cannot be used.
         """
-        self.classifier.check_has_text("Adding classes")
+        self.classifier.check_has_text("Adding classes", or_texts=True)
         self.classifier.check_one_label("Adding classes")
         before = self.config, self.classifier
         new = check_class_names(class_names, minimum=1)
@@ -143,7 +143,7 @@ class ChangesClasses:
                 of several labels per picture, whose biases were fitted to the old text.
         """
         if reembed:
-            self.classifier.check_has_text("Renaming with new text embeddings (reembed)")
+            self.classifier.check_has_text("Renaming with new text embeddings (reembed)", or_texts=True)
             self.classifier.check_one_label("Renaming with new text embeddings (reembed)")
         if not isinstance(names, Mapping) or not names:
             raise ClassNamesError(f"Names to change must be a mapping {{old: new}}; got {names!r:.80}.")
@@ -157,6 +157,11 @@ class ChangesClasses:
         head = _reembedded(self, config, places) if reembed else _same(self.classifier)
         pairs = {"classes": [old[place] for place in places], "to": [after[place] for place in places]}
         return exchange(self, _told(config, "renamed", reembedded=reembed, **pairs), head)
+
+    def base_rows(self, config: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The base classifier `t` [K, D] of a config's classes by this model's base, and its fingerprint."""
+        source = self._base_source
+        return make_base_classifier(self.clip, source, config.class_prompts(), config.prompt_average, self._tokenizer)
 
     @classmethod
     def merge_residuals(cls, models: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
@@ -216,9 +221,8 @@ def _text_rows(model: Any, config: Any, kept: list[int]) -> Tensor:
     Raises:
         BaseMismatchError: the base gives others for those.
     """
-    table, config.base_fingerprint = make_base_classifier(
-        model.clip, model._base_source, config.class_prompts(), config.prompt_average, model._tokenizer
-    )
+    table: Tensor
+    table, config.base_fingerprint = model.base_rows(config)
     old = model.classifier.base.cpu()[kept]
     gap = float((table[kept] - old).norm() / old.norm().clamp_min(1e-12))
     if gap > text_tolerance(config.base_fingerprint, model.config.base_fingerprint or {}):

@@ -198,7 +198,8 @@ def _add(classifier: Any, names: list[str], templates: Any, dataset: str | None,
     from ..data import load_training_data
     from ..training import recorded_arguments
 
-    data = load_training_data(dataset, eval_split="none")
+    texts = classifier.config.text_encoding is not None
+    data = load_training_data(dataset, eval_split="none", texts=texts)
     if not quiet:
         say("\n".join(data.account.lines()))
     before = classifier.config

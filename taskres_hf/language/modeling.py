@@ -295,8 +295,12 @@ class TaskResForSequenceClassification(TaskResCLIPForImageClassification):
 
     def base_again(self) -> tuple[Tensor, dict[str, Any]]:
         """The base classifier [K, D] made anew, and its fingerprint."""
-        needed = self.config.base_classifier == CLASS_NAMES
-        return made_of(self.clip, self.tokenizer if needed else None, self.config)
+        return self.base_rows(self.config)
+
+    def base_rows(self, config: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The base classifier [K, D] of a config's classes, and its fingerprint."""
+        needed = config.base_classifier == CLASS_NAMES
+        return made_of(self.clip, self.tokenizer if needed else None, config)
 
     # ------------------------------------------------------------------ what is for pictures
 

@@ -40,7 +40,7 @@ def learn_new_classes(model: Any, before: tuple[Any, Any], dataset: Any, args: T
     lacking = [names[label] for label in range(old, len(names)) if label not in present]
     if lacking:
         raise DataError(
-            f"Of these new classes there is no picture: {listed(lacking)}. Give some, "
+            f"Of these new classes there is no {data.noun}: {listed(lacking)}. Give some, "
             "or add what has none in a call without pictures."
         )
     if len(present) == len(names):
@@ -49,15 +49,15 @@ def learn_new_classes(model: Any, before: tuple[Any, Any], dataset: Any, args: T
         return model
     if min(present) < old:
         warnings.warn(
-            "The dataset has pictures of some of the old classes only: the old rows stay as they are, and those "
-            "pictures are not used. Give pictures of all classes to train all of them anew.",
+            f"The dataset has {data.noun}s of some of the old classes only: the old rows stay as they are, and those "
+            f"{data.noun}s are not used. Give {data.noun}s of all classes to train all of them anew.",
             stacklevel=3,
         )
     rows = [row for row, label in enumerate(data.labels.tolist()) if label >= old]
     if len(names) - old == 1:
         warnings.warn(
-            f"Pictures of {names[old]!r} alone do not say what sets it apart from classes without pictures: it was "
-            "added from its text. Give pictures of all classes to train on.",
+            f"{data.noun.capitalize()}s of {names[old]!r} alone do not say what sets it apart from classes without "
+            f"{data.noun}s: it was added from its name. Give {data.noun}s of all classes to train on.",
             stacklevel=3,
         )
         model.config.training["changes"][-1]["from"] = "text"

@@ -132,8 +132,6 @@ def test_a_damaged_artifact_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_what_is_for_pictures_is_refused(saved: Path, texts: Any, tmp_path: Path) -> None:
     model = Model.from_pretrained(saved)
     asked: list[Callable[[], Any]] = [
-        lambda: model.add_classes(["new"]),
-        lambda: model.rename_classes({model.class_names[0]: "new"}, reembed=True),
         lambda: Model.merge_residuals([model, model]),
         lambda: Model.unite([model, model]),
         lambda: model.image_processor,
