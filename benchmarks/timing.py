@@ -141,13 +141,16 @@ def markdown(reports: Sequence[Report]) -> str:
         if name.startswith(PEER):
             peers.append([name.removeprefix(PEER), *map(_peer_cell, rows), first.get("note", "")])
         else:
-            sign = ">=" if first.get("higher_is_better") else "<="
-            goal = f"{sign} {first['goal']:g}" if first else ""
-            claims.append([name, goal, *map(_cell, rows), first.get("note", "")])
+            goals = dict.fromkeys(_goal(row) for row in rows if "goal" in row)  # of each kind its own
+            claims.append([name, " / ".join(goals), *map(_cell, rows), first.get("note", "")])
     kinds = [report.kind for report in reports]
     measured = Table(["measured", "goal", *kinds, "note"], claims)
     beside = Table(["way to a classifier: times slower than ours", *kinds, "what it takes, and how measured"], peers)
     return f"{measured.markdown()}\n\n{beside.markdown()}"
+
+
+def _goal(row: Mapping[str, Any]) -> str:
+    return f"{'>=' if row['higher_is_better'] else '<='} {row['goal']:g}"
 
 
 def _cell(row: Mapping[str, Any]) -> str:
