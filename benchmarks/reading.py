@@ -173,8 +173,8 @@ def measure(count: int, rounds: int) -> None:
     rows = []
     for what, base, files in (
         ("400x300, shipped base", demo_model(), many(10_000)[:640]),
-        ("400x300, ViT-B/32", clip_folder(32), many(10_000)[:96]),
-        ("4000x3000, ViT-B/32", clip_folder(32), many(96, CAMERA)[:32]),
+        ("400x300, ViT-B/32", clip_folder(32), many(10_000)[:192]),
+        ("4000x3000, ViT-B/32", clip_folder(32), many(96, CAMERA)),
     ):
         found = first_pass(base, files, rounds)
         rows.append([what, str(len(files)), *(f"{value:.2f}" for value in (median(found), min(found), max(found)))])
