@@ -44,7 +44,7 @@ def problem(classes: int, shots: int, dim: int, seed: int = 1) -> Case:
     return case._replace(labels=labels)
 
 
-def ways(case: Case, dim: int) -> dict[str, Fit]:
+def ways(case: Case) -> dict[str, Fit]:
     """Each fits once and returns what predicts class ids of embeddings [M, D]; without what would take too long."""
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold
@@ -79,7 +79,7 @@ def ways(case: Case, dim: int) -> dict[str, Fit]:
 def measure(classes: int, shots: int, dim: int) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
     """CPU and wall seconds of each way by round, and accuracies in percent."""
     case = problem(classes, shots, dim)
-    found = ways(case, dim)
+    found = ways(case)
     pictures, truth = case.test.numpy(), case.truth.numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # folds that lack a class
@@ -96,8 +96,8 @@ def memory(name):
     return int(open("/proc/self/status").read().split(name)[1].split()[0]) / 1024
 
 classes, shots, dim = map(int, sys.argv[2:])
-ways(problem(2, 2, dim), dim)[sys.argv[1]]()  # loads what fitting uses
-fit = ways(problem(classes, shots, dim), dim)[sys.argv[1]]
+ways(problem(2, 2, dim))[sys.argv[1]]()  # loads what fitting uses
+fit = ways(problem(classes, shots, dim))[sys.argv[1]]
 before = memory("VmRSS:")
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 fit()
