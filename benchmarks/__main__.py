@@ -29,7 +29,7 @@ GROUPS = {
     "throughput": [
         embedding.throughput,
         lambda report: embedding.throughput(report, 16, 48),
-        lambda report: embedding.throughput(report, 32, 16, (4000, 3000), rounds=5),
+        lambda report: embedding.throughput(report, 32, 16, (4000, 3000), rounds=4),
     ],
     "precision": [embedding.precision],
     "training": [embedding.training],

@@ -84,7 +84,7 @@ def training(report: Report, count: int = 640, classes: int = 40, views: int = 0
         report.add_ratio(name, found, "products", "bare", 0.30, note)
     else:
         report.skip(name, str(obstacle("torch", "bf16")))
-    goals = {"fp32": 1.05, "bf16": 0.30, "int8": 0.22}
+    goals = {"fp32": 1.05, "bf16": 0.22, "int8": 0.22}  # bf16 is what runs by default where it is native
     for name, mode in MODES.items():
         row, reason = f"training end to end, {name}", obstacle(*mode)
         if reason is not None:
@@ -108,7 +108,7 @@ def _products(count: int) -> Callable[[], None]:
 
 
 def throughput(
-    report: Report, patch: int = 32, count: int = 160, size: tuple[int, int] = (400, 300), rounds: int = 4
+    report: Report, patch: int = 32, count: int = 160, size: tuple[int, int] = (400, 300), rounds: int = 3
 ) -> None:
     """Against the loop a user would write with `CLIPModel` and `CLIPImageProcessor`."""
     base = clip_folder(patch)

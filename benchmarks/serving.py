@@ -55,7 +55,7 @@ def inference(report: Report) -> None:
                             ours(pictures[:size], batch_size=size) for _ in range(32 // size // 2 or 1)
                         ],
                     },
-                    rounds=7,
+                    rounds=5,
                 )
                 name = f"pipeline / bare tower and preprocessing, batch {size}, K={classes}"
                 report.add_ratio(name, found, "pipeline", "bare", 1.05, "ViT-B/32")
