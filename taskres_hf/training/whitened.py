@@ -395,7 +395,7 @@ class _Problem:
             left, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
             out = left
             if large and len(left) > limit:  # no more than are needed to judge, from all over
-                out = left[torch.arange(len(left)) * _GOLDEN % 1.0 < limit / len(left)]
+                out = left[torch.arange(len(left), dtype=torch.float64) * _GOLDEN % 1.0 < limit / len(left)]
             sums, squares = _moments(self.f[left], self.y[left], classes, self.weights[left])
             moments = self.moments[0] - sums, self.moments[1] - squares
             if self.at_once:
