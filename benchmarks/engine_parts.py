@@ -1,15 +1,17 @@
 """`python -m benchmarks.engine_parts`: what each part of the rewritten tower earns, switched off beside the whole.
 
-ViT-B/32 with random weights, on one core, decoding left out. Each number is the CPU time of a pass with the part off
-over that of the whole form, timed in turn in one process: 1.10 is a part that earns 10 %. Each kind of processor is a
-process of its own: this machine as it is, and this same machine with oneDNN, torch and MKL held to AVX2 by their
-environment variables, which is not quite a processor that has no more."""
+ViT-B/32 and ViT-B/16 with random weights, on one core, decoding left out. Each number is the CPU time of a pass with
+the part off over that of the whole form, timed in turn in one process: 1.10 is a part that earns 10 %. Each kind of
+processor is a process of its own: this machine as it is, and this same machine with oneDNN, torch and MKL held to AVX2
+by their environment variables, which is not quite a processor that has no more.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,9 +24,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPModel
+from transformers import CLIPModel
 
-from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import onednn, rewriting
 from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.proving import processor
@@ -35,7 +36,6 @@ from .material import clip_folder
 from .timing import HELD, ratios, timed
 
 KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD["avx2"]}
-_PICTURES = 8  # a pass
 
 
 class _Three(nn.Module):
@@ -69,10 +69,9 @@ def _without(part: str) -> Iterator[None]:
         ],
         "queries, keys and values joined": [patch.object(rewriting, "PackedLinear", _separate)],
         "activation within the product": [patch.object(rewriting, "packed_mlp", lambda *_: None)],
-        "last layer for the first token alone": [
+        _LAST: [
             patch.object(rewriting, "family_of", lambda base: replace(family(base), reads_first_token=False))
         ],
-        "patches as a linear layer": [patch.object(rewriting.PackedPatches, "fits", staticmethod(lambda layer: False))],
     }  # fmt: skip
     switches = off.get(part, [])
     for switch in switches:
@@ -84,43 +83,41 @@ def _without(part: str) -> Iterator[None]:
             switch.stop()
 
 
-_LINEAR = ["weights laid out once for oneDNN", "queries, keys and values joined", "activation within the product"]
-_ALL = ["last layer for the first token alone", "patches as a linear layer"]
-PARTS = {
-    "fp32": [*_LINEAR, *_ALL],
-    "bf16": [*_LINEAR, *_ALL, "pictures as bytes"],
-    "int8": ["last layer for the first token alone", "pictures as bytes"],
-}
+_LAST = "last layer for the first token alone"
+_FLOATS = [
+    "weights laid out once for oneDNN", "queries, keys and values joined", "activation within the product", _LAST,
+]  # fmt: skip
+PARTS = {"fp32": _FLOATS, "bf16": _FLOATS, "int8": [_LAST]}
+STOCK, COMPILED = "everything: the tower as it is, in fp32", "everything, and torch.compile in its place"
+TOWERS = {32: 8, 16: 4}  # pixels of a patch, and pictures a pass
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """By form and part: the median of the time without the part over the time with it, and the stock tower's."""
+    """By tower and form, by part: the median of the time without the part over the time with it."""
     torch.set_num_threads(1)
-    clip = CLIPModel.from_pretrained(clip_folder(32), dtype=torch.float32).eval()
-    processor = CLIPImageProcessor()
-    values = torch.randn(_PICTURES, 3, 224, 224)
-    pictures = torch.randint(0, 256, (_PICTURES, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    normalisation = Embedder(clip, processor).preprocess.normalisation
     found: dict[str, dict[str, float]] = {}
-    for form, parts in PARTS.items():
-        if (form == "bf16" and not cpu_has_bf16()) or (form == "int8" and onednn_int8() is None):
-            continue
-        ways: dict[str, Callable[[], Tensor]] = {"the tower as it is": _pass(clip, values)}
-        for part in ["", *parts]:
-            bytes_in = form != "fp32" and rewriting.takes_bytes(clip) and part not in ("pictures as bytes", _ALL[1])
-            with torch.no_grad(), _without(part):
-                tower = rewriting.rewritten(clip, _DTYPES[form], normalisation if bytes_in else None)
-            ways[part] = _pass(tower, pictures if bytes_in else values)
-        times = timed(ways, rounds=rounds)
-        found[form] = {part: median(ratios(times, part, "")["cpu"]) for part in ways if part}
+    for size, pictures in TOWERS.items():
+        clip = CLIPModel.from_pretrained(clip_folder(size), dtype=torch.float32).eval()
+        values = torch.randn(pictures, 3, 224, 224)
+        for form, parts in PARTS.items():
+            if (form == "bf16" and not cpu_has_bf16()) or (form == "int8" and onednn_int8() is None):
+                continue
+            ways: dict[str, Callable[[], Tensor]] = {STOCK: _pass(clip, values)}
+            for part in ["", *parts]:
+                with torch.no_grad(), _without(part):
+                    ways[part] = _pass(rewriting.rewritten(clip, _DTYPES[form]), values)
+            if form == "fp32" and shutil.which(os.environ.get("CXX", "g++")):
+                ways[COMPILED] = torch.compile(_pass(clip, values))
+            times = timed(ways, rounds=rounds)
+            found[f"{form} {size}"] = {part: median(ratios(times, part, "")["cpu"]) for part in ways if part}
     return found
 
 
 def _pass(tower: Any, values: Tensor) -> Callable[[], Tensor]:
+    @torch.no_grad()
     def run() -> Tensor:
-        with torch.no_grad():
-            return encode_images(tower, {"pixel_values": values})
+        return encode_images(tower, {"pixel_values": values})
 
     return run
 
@@ -139,14 +136,14 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.engine_parts", "--json", "--rounds", str(options.rounds)]
         done = subprocess.run(command, env={**os.environ, **variables}, check=True, stdout=subprocess.PIPE, text=True)
         found[kind] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{processor()}, torch {torch.__version__}, one core; times the whole form's time\n")
+    print(f"{processor()}, torch {torch.__version__}, one core; time without a part over time with it\n")
     rows = []
     for form, parts in PARTS.items():
-        for part in ["the tower as it is", *parts]:
-            numbers = [found[kind].get(form, {}).get(part) for kind in KINDS]
-            name = part if part == "the tower as it is" else f"without: {part}"
-            rows.append([form, name, *("-" if number is None else f"{number:.2f}" for number in numbers)])
-    print(Table(["form", "", *KINDS], rows).markdown())
+        for part in [STOCK, *([COMPILED] if form == "fp32" else []), *parts]:
+            numbers = [found[kind].get(f"{form} {size}", {}).get(part) for kind in KINDS for size in TOWERS]
+            rows.append([form, part, *("-" if number is None else f"{number:.2f}" for number in numbers)])
+    columns = [f"ViT-B/{size}, {kind}" for kind in KINDS for size in TOWERS]
+    print(Table(["form", "switched off", *columns], rows).markdown())
 
 
 if __name__ == "__main__":

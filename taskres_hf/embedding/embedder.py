@@ -80,13 +80,12 @@ class Embedder:
 
     def _choose_engine(self) -> None:
         engine, precision = self._wanted
-        self.engine = make_engine(self.base, engine, precision, self.preprocess.normalisation)
+        self.engine = make_engine(self.base, engine, precision)
         self._is_ready = self.engine.is_stock
         self._made_of = image_side_state(self.base)
         self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
         if self._may_choose and not self._is_ready:
             self._take(fastest(remembered(self.base), self.candidates()))
-        self.preprocess.in_bytes = self.engine.takes_bytes
 
     def candidates(self) -> dict[str, tuple[str, str]]:
         """What may be chosen automatically, by name."""
@@ -97,10 +96,8 @@ class Embedder:
         if name == STOCK:
             self._run_stock()
         elif name is not None and name != self.engine.name:
-            pair = self.candidates()[name]
-            self.engine = make_engine(self.base, *pair, self.preprocess.normalisation)
+            self.engine = make_engine(self.base, *self.candidates()[name])
             self._is_ready = self.engine.is_stock
-            self.preprocess.in_bytes = self.engine.takes_bytes
 
     @property
     def key(self) -> list[Any]:
@@ -134,7 +131,7 @@ class Embedder:
             return
         self._is_ready = True
         probes, stock = probe_pictures(), stock_engine(self.base)
-        expected = stock(self._values(probes))
+        expected = stock(self.preprocess(probes))
         try:
             self.engine.get_ready()
             embeds = self.engine(self.preprocess(probes))
@@ -185,20 +182,16 @@ class Embedder:
         pairs = self.candidates() if pairs is None else pairs
         engines = {STOCK: lambda: stock_engine(self.base)}
         for name, pair in pairs.items():
-            engines[name] = partial(make_engine, self.base, *pair, self.preprocess.normalisation)
-        before = (self.engine, self._is_ready, self.preprocess.in_bytes)
+            engines[name] = partial(make_engine, self.base, *pair)
+        before, probes = (self.engine, self._is_ready), self.preprocess(probe_pictures())
         try:
-            return prove(engines, self._probe_embeds, self._pace)
+            return prove(engines, lambda engine: engine(probes), self._pace)
         finally:
-            self.engine, self._is_ready, self.preprocess.in_bytes = before
-
-    def _probe_embeds(self, engine: ImageEngine) -> Tensor:
-        self.preprocess.in_bytes = engine.takes_bytes
-        return engine(self.preprocess(probe_pictures()))
+            self.engine, self._is_ready = before
 
     def _pace(self, engine: ImageEngine) -> float:
         """Seconds a picture takes in a large job, with every core at work and its decoding left out."""
-        self.engine, self._is_ready, self.preprocess.in_bytes = engine, True, engine.takes_bytes
+        self.engine, self._is_ready = engine, True
         probes, cores = probe_pictures(), torch.get_num_threads()
         batches = [[probes[number % 2] for number in range(self.batch_size)] for _ in range(cores)]
         start = time.perf_counter()
@@ -206,16 +199,9 @@ class Embedder:
             pass
         return (time.perf_counter() - start) / (cores * self.batch_size)
 
-    def _values(self, pictures: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Inputs of the tower as it is, also where the engine takes bytes."""
-        self.preprocess.in_bytes = False
-        values = self.preprocess(pictures)
-        self.preprocess.in_bytes = self.engine.takes_bytes
-        return values
-
     def _run_stock(self) -> None:
         """Let the tower run as it is from now on."""
-        self.engine, self._is_ready, self.preprocess.in_bytes = stock_engine(self.base), True, False
+        self.engine, self._is_ready = stock_engine(self.base), True
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> Tensor:
@@ -234,49 +220,39 @@ class Embedder:
     ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
         """Each batch with the embeddings of the pictures that `load` gave, in order; decoding overlaps the tower.
 
-        On a CPU every core takes a batch from file to embedding, so that one decodes while another multiplies, and none
-        waits for another within a layer. With fewer batches than cores, and in engines with threads of their own, all
-        cores decode a few batches, then all run the tower. Beside a GPU the next batch is decoded meanwhile.
+        As `stream_found`, for callers that know their pictures; what passes the tower together is as many as the first
+        batch has.
 
         Args:
-            load: the picture of an item, or None for one that cannot be read.
+            load: the picture of an item, or None for one that cannot be read; in any thread.
             pad_to: fill smaller batches up to so many pictures, whose embeddings are thrown away: libraries multiply
                 small matrices another way, so last bits would depend on how many pictures happen to be left over.
             total: number of batches of the whole job, of which these are the rest; by default these.
         """
-        self.get_ready()
-
-        def prepare(item: _T) -> Any:
-            picture = load(item)
-            return None if picture is None else self.preprocess.prepare(picture, augmented)
-
-        def inputs(prepared: Iterable[Any]) -> dict[str, Tensor] | None:
-            readable = [picture for picture in prepared if picture is not None]
-            return self.preprocess.collate(readable, augmented) if readable else None
-
-        def embed(batch: dict[str, Tensor] | None) -> Tensor | None:
-            if batch is None:
-                return None
-            count = len(batch["pixel_values"])
-            return self.engine({name: _padded(value, pad_to) for name, value in batch.items()})[:count]
-
-        if next(self.base.parameters()).device.type != "cpu":
-            prepared = _decoded_ahead(batches, lambda pool, batch: inputs(pool.map(prepare, batch)))
-            yield from ((batch, embed(ready)) for batch, ready in prepared)
-            return
         batches, cores = iter(batches), torch.get_num_threads()
         first = list(islice(batches, cores))
-        batches = chain(first, batches)
-        if self._has_core_each(len(first) if total is None else total):
-            yield from _on_every_core(batches, lambda batch: embed(inputs(map(prepare, batch))), cores)
-            return
-        ahead = _PREPARED_AHEAD if self.preprocess.fast else 1  # the stock processor is given whole pictures: hold few
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            for group in _grouped(batches, ahead):
-                ready = list(pool.map(prepare, [item for batch in group for item in batch]))
-                for batch in group:
-                    yield batch, embed(inputs(ready[: len(batch)]))
-                    del ready[: len(batch)]
+        ends: deque[tuple[Sequence[_T], int]] = deque()  # batches under way, and the number of the first item after
+
+        def items() -> Iterator[tuple[int, _T]]:
+            number = 0
+            for batch in chain(first, batches):
+                ends.append((batch, number + len(batch)))
+                yield from enumerate(batch, number)
+                number += len(batch)
+
+        def find(numbered: tuple[int, _T]) -> list[tuple[int, PIL.Image.Image]]:
+            picture = load(numbered[1])
+            return [] if picture is None else [(numbered[0], picture)]
+
+        size = max(map(len, first), default=1) or 1
+        count = len(first) if total is None else total
+        rows: list[tuple[int, Tensor]] = []
+        for numbers, embeds in self.stream_found(items(), find, augmented, size, count, pad_to=pad_to):
+            rows += zip(numbers, embeds, strict=True)
+            while ends and ends[0][1] <= numbers[-1] + 1:
+                yield _split_off(rows, *ends.popleft())
+        while ends:
+            yield _split_off(rows, *ends.popleft())
 
     @torch.no_grad()
     def stream_found(
@@ -287,18 +263,23 @@ class Embedder:
         batch_size: int,
         total: int,
         each: int = 1,
+        pad_to: int | None = None,
     ) -> Iterator[tuple[Sequence[_T], Tensor]]:
-        """As `stream`, where only reading an item tells which pictures there are to embed: names and embeddings [B, D].
+        """Names and embeddings [B, D] of the pictures of items, of which only reading one tells what it holds.
 
-        Batches are full but the last, whatever `find` gives of an item: no picture, one, or several. Of pictures no
-        more are held than cores are at work on, and a few batches of what the tower takes.
+        On a CPU each core reads a few items or lets a batch pass the tower, whatever is next, so that one decodes while
+        another multiplies, and none waits for another within a layer. With fewer batches than cores, and in engines
+        with threads of their own, all cores decode a few batches, then all run the tower. Beside a GPU decoding runs
+        ahead. Batches are full but the last, whatever `find` gives of an item: no picture, one, or several. Of pictures
+        no more are held than cores are at work on, and a few batches of what the tower takes.
 
         Args:
             find: pictures of an item, each with what to call it; in any thread.
             total: number of batches, if nothing were left out. each: pictures of an item, at most.
+            pad_to: see `stream`; by default a whole batch.
         """
         self.get_ready()
-        pad_to = min(batch_size, self.batch_size)
+        full = min(batch_size, self.batch_size) if pad_to is None else pad_to
 
         @torch.no_grad()
         def prepare(part: Sequence[_I]) -> list[tuple[_T, Any]]:
@@ -308,7 +289,7 @@ class Embedder:
         @torch.no_grad()
         def embed(batch: Sequence[tuple[_T, Any]]) -> tuple[Sequence[_T], Tensor]:
             values = self.preprocess.collate([picture for _, picture in batch], augmented)
-            embeds = self.engine({name: _padded(value, pad_to) for name, value in values.items()})
+            embeds = self.engine({name: _padded(value, full) for name, value in values.items()})
             return [name for name, _ in batch], embeds[: len(batch)]
 
         if next(self.base.parameters()).device.type != "cpu":
@@ -360,37 +341,18 @@ def use_engine(model: Any, engine: str | None = "auto", precision: str = "auto")
     return STOCK if embedder.engine.is_stock else embedder.engine.name
 
 
+def _split_off(rows: list[tuple[int, Tensor]], batch: Sequence[_T], end: int) -> tuple[Sequence[_T], Tensor | None]:
+    """A batch with the embeddings [B, D] of those of its items that have one, taken out of numbered rows."""
+    count = next((place for place, (number, _) in enumerate(rows) if number >= end), len(rows))
+    embeds = [row for _, row in rows[:count]]
+    del rows[:count]
+    return batch, torch.stack(embeds) if embeds else None
+
+
 def _padded(rows: Tensor, count: int) -> Tensor:
     """The rows [B, ...], the last one repeated until there are `count`."""
     missing = count - len(rows)
     return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-
-
-def _decoded_ahead(
-    batches: Iterable[Sequence[_T]], inputs: Callable[[ThreadPoolExecutor, Sequence[_T]], Any]
-) -> Iterator[tuple[Sequence[_T], Any]]:
-    """Batches with their inputs, two of them decoded ahead, beside a GPU."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, ThreadPoolExecutor(1) as ahead:
-        yield from _ahead(((batch, ahead.submit(inputs, pool, batch)) for batch in batches), 2)
-
-
-def _on_every_core(
-    batches: Iterable[Sequence[_T]],
-    embed: Callable[[Sequence[_T]], Tensor | None],
-    cores: int,
-) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
-    """Batches with what `embed` makes of them, each on one core."""
-
-    @torch.no_grad()
-    def work(batch: Sequence[_T]) -> Tensor | None:
-        return embed(batch)
-
-    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from _ahead(((batch, pool.submit(work, batch)) for batch in batches), 2 * cores)
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for batches nobody will see
-        torch.set_num_threads(cores)  # what a thread sets for itself, torch also takes for threads to come
 
 
 def _read_on_every_core(
@@ -439,15 +401,3 @@ def _ahead(jobs: Iterable[tuple[_T, Future[Any]]], count: int) -> Iterator[tuple
     while waiting:
         item, future = waiting.popleft()
         yield item, future.result()
-
-
-def _grouped(batches: Iterable[Sequence[_T]], size: int) -> Iterator[list[Sequence[_T]]]:
-    """Batches in lists of at least `size` items, but the last."""
-    group: list[Sequence[_T]] = []
-    for batch in batches:
-        group.append(batch)
-        if sum(map(len, group)) >= size:
-            yield group
-            group = []
-    if group:
-        yield group

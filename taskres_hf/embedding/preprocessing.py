@@ -49,7 +49,6 @@ class Preprocessor:
 
     Attributes:
         fast: whether the short way is used.
-        in_bytes: whether to leave the normalisation to the tower and give bytes; set it before use.
     """
 
     def __init__(self, image_processor: Any, exact: bool = False, crop: str = "processor") -> None:
@@ -60,12 +59,6 @@ class Preprocessor:
         self.fast = self._plan is not None and self._agrees()
         if self._plan is not None:
             self._plan.half_to_even = crop == "torchvision"
-        self.in_bytes = False
-
-    @property
-    def normalisation(self) -> tuple[Tensor, Tensor] | None:
-        """What pixel values are: a byte times the one plus the other, per channel, [3] each; None if not known."""
-        return (self._plan.scale, self._plan.shift) if self.fast and self._plan is not None else None
 
     def check(self, picture: PIL.Image.Image) -> None:
         """Refuse a picture so long and thin that scaling it would take all memory.
@@ -85,8 +78,7 @@ class Preprocessor:
     def prepare(self, picture: PIL.Image.Image, augmented: bool = False) -> Any:
         """What can be done for an RGB picture alone, in any thread; an `augmented` one has the tower's size."""
         if self.fast and self._plan is not None:
-            pixels = self._plan.cropped(picture, augmented)
-            return pixels if self.in_bytes else self._plan.normalised(pixels)
+            return self._plan.normalised(self._plan.cropped(picture, augmented))
         if augmented:
             return picture
         self.check(picture)
@@ -104,8 +96,7 @@ class Preprocessor:
     def collate(self, prepared: Sequence[Any], augmented: bool = False) -> dict[str, Tensor]:
         """Inputs of the tower from what `prepare` gave."""
         if self.fast:
-            pixels = torch.from_numpy(np.stack(prepared))
-            return {"pixel_values": pixels.permute(0, 3, 1, 2) if self.in_bytes else pixels}
+            return {"pixel_values": torch.from_numpy(np.stack(prepared))}
         cropped = self.crop == "torchvision" and getattr(self.stock, "do_center_crop", False)
         options = {"do_resize": False, "do_center_crop": False} if augmented or cropped else {}
         inputs = self.stock(images=list(prepared), return_tensors="pt", **options)
@@ -167,7 +158,6 @@ class _Plan:
         mean = torch.tensor(processor.image_mean) if processor.do_normalize else torch.zeros(3)
         self.std = torch.tensor(processor.image_std) if processor.do_normalize else torch.ones(3)
         factor = float(processor.rescale_factor)
-        self.scale, self.shift = factor / self.std, -mean / self.std
         values = torch.arange(256, dtype=torch.float32) * factor
         self.table = ((values - mean[:, None]) / self.std[:, None]).numpy()  # [3, 256]
 

@@ -158,7 +158,7 @@ def _coordinates(f: Tensor) -> Tensor:
     return coordinates.to(f)
 
 
-_TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64)).tolist()
+_TEMPERATURES = torch.exp(torch.linspace(-4.5, 1.2, 58, dtype=torch.float64)).tolist()
 
 
 def _growth(shots: float) -> float:

@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from torch import Tensor
 
+from benchmarks.solver import problem
 from taskres_hf.errors import ConfigurationError
 from taskres_hf.evaluation import accuracy, expected_calibration_error
 from taskres_hf.few_shot import few_shot_indices
@@ -348,6 +349,15 @@ def test_many_logits_take_the_short_way_to_about_the_same(monkeypatch: pytest.Mo
     assert found[1] == pytest.approx(found[0], abs=0.04)
     zero_shot = torch.nn.functional.normalize(new, dim=1) @ torch.nn.functional.normalize(base, dim=1).T
     assert large > accuracy(zero_shot, labels) + 0.1
+
+
+def test_a_fit_that_is_right_and_far_too_sure_is_kept() -> None:
+    """A tenth of the labels are exchanged: only a small temperature makes its probabilities mean what they say."""
+    case = problem(10, 16, 1024)
+    fitted = fit_whitened(case.images, case.labels, case.head.base, SCALE)
+    assert fitted.chosen["temperature"] < 0.05
+    assert fitted.chosen["zero_shot"] < 0.1
+    assert accuracy(_logits(fitted, case.test), case.truth) > 0.99
 
 
 # Of `food` with 16 shots it is not so.

@@ -31,7 +31,7 @@ from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_di
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
 from .onednn import int8_variant, onednn
-from .rewriting import best_batch_size, int8_obstacle, rewritten, takes_bytes, watched_module
+from .rewriting import best_batch_size, int8_obstacle, rewritten, watched_module
 
 _FORMAT = 5  # of converted towers kept on disk
 _SHEET = "sha256.json"  # the checksums of a converted tower's files
@@ -44,7 +44,6 @@ class ImageEngine:
     Attributes:
         engine, precision: what was chosen. batch_size: pictures a pass at which it is fastest.
         prepare: converts the tower and returns what runs it; called when the first pictures come.
-        takes_bytes: whether the pixel values it takes are bytes, uint8, not yet normalised.
         is_stock: whether it is the tower as it is, so that there is nothing to compare it with.
         variant: what else, of this machine, its embeddings depend on by more than last bits; or nothing.
     """
@@ -53,7 +52,6 @@ class ImageEngine:
     precision: str
     batch_size: int
     prepare: Callable[[], Callable[[Mapping[str, Tensor]], Tensor]]
-    takes_bytes: bool = False
     is_stock: bool = False
     variant: str = ""
 
@@ -66,8 +64,6 @@ class ImageEngine:
         return self.prepare()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self.takes_bytes and inputs["pixel_values"].dtype != torch.uint8:
-            raise TypeError(f"This engine takes pictures as bytes; got {inputs['pixel_values'].dtype}.")
         return self._run(inputs)
 
     @property
@@ -258,18 +254,11 @@ _LARGEST_REUSED = 31 << 20  # bytes; glibc's limit is 32 MiB
 _LARGE = 512  # width of a tower from which bf16 pays
 
 
-def make_engine(
-    base: PreTrainedModel,
-    engine: str = "auto",
-    precision: str = "auto",
-    normalisation: tuple[Tensor, Tensor] | None = None,
-) -> ImageEngine:
+def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "auto") -> ImageEngine:
     """The engine for a base.
 
     Args:
         base: the dual encoder, on its device. engine, precision: see the module.
-        normalisation: what pixel values are: a byte times the one plus the other, per channel, [3] each. With it an
-            engine may take bytes (`ImageEngine.takes_bytes`).
 
     Raises:
         ConfigurationError: an unknown name, or a combination that does not exist.
@@ -306,13 +295,11 @@ def make_engine(
         return watched
     if engine == "torch":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-        normalisation = normalisation if precision != "fp32" and on_cpu and takes_bytes(base) else None
         return ImageEngine(
             "torch",
             precision,
             best_batch_size(base) if on_cpu else 32,
-            lambda: _torch_tower(base, dtype, normalisation),
-            normalisation is not None,
+            lambda: _torch_tower(base, dtype),
             variant=int8_variant() if precision == "int8" else "",
         )
     return openvino_engine(base, precision) if engine == "openvino" else onnxruntime_engine(base, precision)
@@ -360,7 +347,7 @@ def stock_engine(base: PreTrainedModel) -> ImageEngine:
     parameter = next(getattr(base, "vision_model", base).parameters())
     name = {torch.float32: "fp32"}.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
     size = best_batch_size(base) if parameter.device.type == "cpu" else 32
-    return ImageEngine("torch", name, size, lambda: _torch_tower(base, None, None), is_stock=True)
+    return ImageEngine("torch", name, size, lambda: _torch_tower(base, None), is_stock=True)
 
 
 def _check_int8(base: PreTrainedModel, engine: str, fp32_on_cpu: bool) -> None:
@@ -374,12 +361,10 @@ def _check_int8(base: PreTrainedModel, engine: str, fp32_on_cpu: bool) -> None:
         )
 
 
-def _torch_tower(
-    base: PreTrainedModel, dtype: torch.dtype | None, normalisation: tuple[Tensor, Tensor] | None
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _torch_tower(base: PreTrainedModel, dtype: torch.dtype | None) -> Callable[[Mapping[str, Tensor]], Tensor]:
     # glibc keeps pieces as large as the largest that was given back, and asks the system anew for larger ones: slow.
     torch.empty(_LARGEST_REUSED, dtype=torch.uint8)
-    return partial(_torch, base if dtype is None else rewritten(base, dtype, normalisation))
+    return partial(_torch, base if dtype is None else rewritten(base, dtype))
 
 
 def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -22,12 +22,10 @@ from ...encoders import cpu_has_bf16, family_of
 from .onednn import (
     ACTIVATIONS,
     LINEAR,
-    Int8Linear,
     PackedLinear,
     Rotation,
     factored,
     frozen_linear,
-    in_bytes,
     int8_parts,
     onednn,
     onednn_int8,
@@ -51,16 +49,13 @@ def best_batch_size(base: PreTrainedModel, cores: int = 1) -> int:
     return max(4, rows // max(num_patches(base), 50), min(cores, 64))
 
 
-def rewritten(
-    base: PreTrainedModel, dtype: torch.dtype | None = None, normalisation: tuple[Tensor, Tensor] | None = None
-) -> PreTrainedModel:
+def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The image side of a model, doing less work; the text side is left out.
 
     Args:
         base: a frozen dual encoder. dtype: also lay its linear layers out for oneDNN, to multiply in fp32, bf16 or int8
             (the base must be one that `int8_obstacle` finds nothing about); None to leave them to whoever converts the
-            model. normalisation: let the tower take pictures as bytes, uint8 [B, 3, H, W], and multiply and add these
-            numbers per channel, [3] each (the base must be one that `takes_bytes`).
+            model.
     """
     rows = best_batch_size(base) * num_patches(base)
     layers = _layers(base)
@@ -75,11 +70,6 @@ def rewritten(
             small = name.endswith("_projection") and module.weight.is_cpu  # one small product
             dtype_here = torch.float32 if small else inner_dtype
             return PackedLinear(module.weight, module.bias, dtype_here, rows, _is_inner(name, whole))  # type: ignore[arg-type]
-        if inner_dtype is not None and PackedPatches.fits(module):
-            patches: Any = module
-            if normalisation is not None:
-                return BytePatches(patches, rows, normalisation)
-            return PackedPatches(patches, rows)
         replaced: dict[str, nn.Module] = {}
         if module in layers and Layer.fits(module):
             clone: Any = Layer(module, first_only=module is last)
@@ -266,76 +256,3 @@ def _activation(module: Any) -> tuple[str, str, float, float] | None:
         return None
     linear = type(module.fc1) in LINEAR and type(module.fc2) in LINEAR
     return ACTIVATIONS.get(type(module.activation_fn).__name__) if linear else None
-
-
-class PackedPatches(nn.Module):
-    """A convolution whose patches do not overlap, as the linear layer it is; in fp32."""
-
-    def __init__(self, layer: nn.Conv2d, rows: int) -> None:
-        super().__init__()
-        self.weight: Tensor = layer.weight  # towers ask for its dtype
-        self.high, self.wide = layer.kernel_size
-        self.linear = PackedLinear(layer.weight.flatten(1), layer.bias, torch.float32, rows, inner=False)
-
-    @staticmethod
-    def fits(layer: Any) -> bool:
-        """Whether a module is such a convolution, on a CPU."""
-        return (
-            type(layer) is nn.Conv2d
-            and layer.weight.device.type == "cpu"
-            and layer.stride == layer.kernel_size
-            and layer.padding in ((0, 0), "valid")
-            and layer.dilation == (1, 1)
-            and layer.groups == 1
-        )
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        patches, grid = self._patches(pixel_values)
-        return self._as_convolved(self.linear(patches.permute(0, 1, 2, 5, 3, 4).flatten(3).flatten(1, 2)), grid)
-
-    def _patches(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches [B, down, across, high, wide, C] of pictures [B, C, H, W], as a view, and (down, across)."""
-        down, across = pixel_values.shape[2] // self.high, pixel_values.shape[3] // self.wide
-        pixel_values = pixel_values[:, :, : down * self.high, : across * self.wide]
-        patches = pixel_values.unflatten(3, (across, self.wide)).unflatten(2, (down, self.high))
-        return patches.permute(0, 2, 4, 3, 5, 1), (down, across)
-
-    def _as_convolved(self, embeds: Tensor, grid: tuple[int, int]) -> Tensor:
-        grid_of_embeds: Tensor = embeds.transpose(1, 2).unflatten(2, grid)
-        return grid_of_embeds
-
-
-class BytePatches(PackedPatches):
-    """`PackedPatches` that takes bytes as decoded, [B, 3, H, W], and normalises them by its weights.
-
-    Two int8 products take the place of one in fp32: bytes are what pictures are, and the sum of two rounded weights has
-    15 bits.
-    """
-
-    def __init__(self, layer: nn.Conv2d, rows: int, normalisation: tuple[Tensor, Tensor]) -> None:
-        nn.Module.__init__(self)
-        self.weight = torch.empty(0, dtype=torch.uint8)  # towers ask for its dtype
-        self.high, self.wide = layer.kernel_size
-        scale, shift = (values.view(3, 1, 1) for values in normalisation)
-        weight = layer.weight.detach()
-        bias = (weight * shift).sum(dim=(1, 2, 3))
-        if layer.bias is not None:
-            bias = bias + layer.bias.detach()
-        weight = (weight * scale).permute(0, 2, 3, 1).flatten(1)
-        rounded, steps = in_bytes(weight)
-        self.large = Int8Linear(weight, bias, 1.0, 0, rows, torch.float32)
-        self.small = Int8Linear(weight - rounded * steps, None, 1.0, 0, rows, torch.float32)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        patches, grid = self._patches(pixel_values)
-        patches = patches.flatten(3).flatten(1, 2)  # [B, T, high * wide * C]
-        return self._as_convolved(self.large(patches).add_(self.small(patches)), grid)
-
-
-def takes_bytes(base: PreTrainedModel) -> bool:
-    """Whether `rewritten` can let an image tower take bytes instead of normalised values."""
-    if not family_of(base).clip_layers or onednn_int8() is None:
-        return False
-    embeddings = getattr(getattr(base, "vision_model", None), "embeddings", None)
-    convolution = getattr(embeddings, "patch_embedding", None)
-    return PackedPatches.fits(convolution) and convolution.in_channels == 3  # type: ignore[union-attr]

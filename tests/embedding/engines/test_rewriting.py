@@ -19,12 +19,9 @@ from taskres_hf.embedding.engines import rewriting as towers
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import Rotation, onednn, onednn_int8, rotate_layer
 from taskres_hf.embedding.engines.rewriting import (
-    BytePatches,
     Layer,
-    PackedPatches,
     packed_mlp,
     rewritten,
-    takes_bytes,
 )
 from taskres_hf.encoders import FAMILIES, encode_images
 from taskres_hf.errors import ConfigurationError
@@ -62,17 +59,6 @@ def test_a_model_that_showed_its_hidden_states_is_rewritten_too(model: Model, pi
     assert all(map(Layer.fits, model.clip.vision_model.encoder.layers))
     model.clip.vision_model.encoder.layers[0].register_forward_pre_hook(lambda *a: None)
     assert not Layer.fits(model.clip.vision_model.encoder.layers[0])
-
-
-@pytest.mark.parametrize("options", [{"kernel_size": 8, "stride": 8}, {"kernel_size": (4, 8), "stride": (4, 8)}])
-def test_patches_are_a_linear_layer(options: Any) -> None:
-    layer = nn.Conv2d(3, 6, **options).requires_grad_(False)
-    assert PackedPatches.fits(layer)
-    for size in ((32, 32), (37, 20)):  # also what the patches do not cover
-        pixels = torch.randn(2, 3, *size)
-        torch.testing.assert_close(PackedPatches(layer, 10)(pixels), layer(pixels), atol=1e-5, rtol=1e-5)
-    for other in ({"kernel_size": 8, "stride": 4}, {"kernel_size": 8, "stride": 8, "padding": 1}):
-        assert not PackedPatches.fits(nn.Conv2d(3, 6, **other))
 
 
 @pytest.mark.skipif(onednn(torch.float32) is None, reason="this torch was built without oneDNN")
@@ -167,35 +153,6 @@ def test_in_int8_a_picture_does_not_depend_on_its_neighbours(model: Model, split
     embedder = Embedder(model.clip, model.image_processor, "torch", "int8")
     alone = torch.cat([embedder([picture]) for picture in pictures])
     torch.testing.assert_close(embedder(pictures), alone, atol=1e-2 * float(alone.abs().max()), rtol=0)
-
-
-@needs_int8
-@pytest.mark.parametrize("size", [(32, 32), (37, 20)])
-def test_bytes_are_normalised_by_the_weights(size: tuple[int, int]) -> None:
-    layer = nn.Conv2d(3, 6, kernel_size=(4, 8), stride=(4, 8)).requires_grad_(False)
-    scale, shift = torch.tensor([0.01, 0.02, 0.03]), torch.tensor([-1.8, 0.5, 2.0])
-    pictures = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    expected = layer(pictures * scale.view(3, 1, 1) + shift.view(3, 1, 1))
-    found = BytePatches(layer, 10, (scale, shift))(pictures)
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
-
-
-@needs_int8
-def test_a_tower_takes_bytes_or_values_never_the_wrong_ones(model: Model, splits: Any, pixel_values: Tensor) -> None:
-    pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(5))]
-    for precision in ("bf16", "int8"):
-        embedder = Embedder(model.clip, model.image_processor, "torch", precision)
-        assert embedder.engine.takes_bytes
-        values = make_engine(model.clip, "torch", precision)
-        given = Embedder(model.clip, model.image_processor).preprocess(pictures)
-        torch.testing.assert_close(
-            embedder(pictures), values(given), atol=2e-2 * float(values(given).abs().max()), rtol=0
-        )
-        with pytest.raises(TypeError, match="bytes"):
-            embedder.engine({"pixel_values": pixel_values})
-    for options in ({"precision": "fp32"}, {"precision": "bf16", "exact_preprocessing": True}):
-        assert not Embedder(model.clip, model.image_processor, "torch", **options).engine.takes_bytes
-    assert not takes_bytes(AutoModel.from_config(tiny_config("blip")))
 
 
 def test_where_int8_does_not_run(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
