@@ -64,7 +64,7 @@ def scores(head: TaskResClassifier, shots: ImageFeatures, embeds: Tensor, labels
     logits, count = head(embeds).double(), torch.bincount(y, minlength=len(head.base)).double()
     means = torch.zeros(len(count), own.shape[1], dtype=own.dtype).index_add_(0, y, own) / count[:, None]
     top = logits.max(1)[0]
-    metric = _Whitened(own, y, len(count), torch.ones(len(y), dtype=torch.float64))
+    metric = _Whitened(own, y, len(count), torch.ones(len(y), dtype=torch.float64), own.shape[1])
     two = logits.topk(2, dim=1)[0]
     chances = logits.softmax(1)
     return {

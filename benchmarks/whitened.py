@@ -26,11 +26,15 @@ PARTS: dict[str, dict[str, Any]] = {
     "auto": {},
     "without the class means": {"SHARE": 0.0},
     "without the residual": {"iterations": 0},
-    "the same share of the means in every task": {"SHARE": 0.06, "_FOR_MEANS": 0.0, "_information": lambda *_: 0.0},
+    "the same share of the means in every task": {
+        "SHARE": 0.06,
+        "_FOR_MEANS": 0.0,
+        "_information": lambda *_: (0.0, 1.0),
+    },
     "nothing held out": {"_MOST_FOLDS": 1},
     "copies count as pictures": {"_NEAR": -1.0},
     "4 iterations": {"iterations": 4},
-    "60 iterations": {"iterations": 60},
+    "60 iterations": {"iterations": 60, "_SETTLED": 0.0},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,3 +37,20 @@ def assert_close(found: Any, expected: Array, tolerance: float = 1e-4) -> None:
     found = np.asarray(found.detach(), dtype=np.float64)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= tolerance * max(np.abs(expected).max(), 1.0)
+
+
+def least(rows: Array, y: Array, offsets: Array, decay: float, iterations: int = 2000) -> tuple[Array, float]:
+    """V [K, D] of least summed cross-entropy and penalty, and that."""
+    truth = np.eye(offsets.shape[1])[y]
+
+    def objective(flat: Array) -> tuple[float, Array]:
+        v = flat.reshape(offsets.shape[1], -1)
+        logits = offsets + rows @ v.T
+        value = (logsumexp(logits, axis=1) - (truth * logits).sum(1)).sum() + 0.5 * decay * (v**2).sum()
+        return float(value), ((softmax(logits) - truth).T @ rows + decay * v).ravel()
+
+    found = minimize(
+        objective, np.zeros(offsets.shape[1] * rows.shape[1]), jac=True, method="L-BFGS-B",
+        options={"maxiter": iterations, "maxfun": 10 * iterations, "ftol": 1e-15, "gtol": 1e-9},
+    )  # fmt: skip
+    return found.x.reshape(offsets.shape[1], -1), float(found.fun)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .minimising import laid_out, minimise, over_classes
 
 WIDTH = 0.05  # of the residual, in units of the logit scale
 SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing of others
@@ -33,11 +34,13 @@ _MOST_FOLDS = 4
 _NEAR = 0.12  # of the usual distance of two pictures, below which they are as one
 _MOST_COMPARED = 2048  # pictures of a class up to which each is compared with each
 _NO_SPREAD = 1e-8  # squared distance to the mean, of embeddings of length 1, that rounding alone can make
-_SINGLE = 50_000  # logits of the shots from which on fp32 is exact enough
-_MANY = 250_000  # from which on one fold is enough
+_SINGLE = 20_000  # logits of the shots from which on fp32 is exact enough, and fits at once are no faster than in turn
+_MANY = 100_000  # from which on one fold is enough
 _LARGE = 1_000_000  # logits of the shots from which on held-out pictures are judged by text and means alone
-_PIECE = 4_000_000  # logits looked at in one go
 _FOR_TEXT = 2_000_000  # logits that are enough to see what the text tells
+_PIECE = 1_000_000  # numbers handled in one go
+_GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
+_SETTLED = 0.003  # share of what a fit gained so far that one more iteration must bring
 
 
 @dataclass(frozen=True)
@@ -108,26 +111,38 @@ def fit_beside(
     # `unit` are the embeddings f [V * N, D] at unit length, by which pictures are compared.
     large, (count, dim), classes = text.numel() > _LARGE, f.shape, text.shape[1]
     numbers, weights = _pictures(unit, y, views)
-    span, f = torch.linalg.qr(f.T) if count < dim else (None, f.T)  # all that is learned lies in the shots' span
-    f = f.T.contiguous()
+    given, few = f, 1.25 * count <= dim
+    f = _coordinates(f) if few else f  # all that is learned lies in the shots' span
     counts = torch.bincount(y, weights, minlength=classes)
     shots = float(counts[counts > 0].median().round())
-    problem = _Problem(f, y, weights, numbers, text, logit_scale, iterations, shots, dim)
-    told = problem.text_information()
+    moments = _moments(f, y, classes, weights)
+    problem = _Problem(f, y, weights, numbers, text, moments, logit_scale, iterations, shots, dim)
+    told, factor = problem.text_information()
     held = problem.held_out(large)
     means_told = held.means_information() if held.spaces else _MEANS_AT_ONE
     strength = SHARE * (1.0 - told * (1.0 - means_told)) * (1.0 + _FOR_MEANS * means_told**2)
-    chosen: dict[str, Any] = {}
+    share, chosen = strength * _growth(shots), dict[str, Any]()
+    if problem.at_once:
+        spaces = [*held.spaces, _Whitened(f, y, classes, weights, dim, problem.moments)]
+        shares = [held.share(strength)] * len(held.spaces) + [share]
+        fits = problem.fit(spaces, shares, slice(None))
+        more = held.logits(fits[:-1])
+    else:
+        more = held.logits(held.fits(strength))
     if held.spaces:
-        kept, temperature, chosen["gain"] = held.judge(strength, reluctance)
+        kept, temperature, chosen["gain"] = held.judge(more, reluctance)
     else:
         pictures = float(weights.sum())
         kept = pictures / (pictures + _TEXT_PICTURES * told)
-        temperature = max(0.3, _likeliest_factor(text, y, weights))
-    share = strength * _growth(shots)
-    space = _Whitened(f, y, classes, weights, dim)
-    rows, bias = problem.fit(space, slice(None), text, share)
-    rows = space.unwhiten(rows) if span is None else space.unwhiten(rows) @ span.T
+        temperature = max(0.3, factor)
+    if not problem.at_once:
+        del held, more
+        spaces = [_Whitened(f, y, classes, weights, dim, problem.moments)]
+        fits = problem.fit(spaces, [share], slice(None))
+    space, (rows, bias) = spaces[-1], fits[-1]
+    rows = space.unwhiten(rows)
+    if few:
+        rows = torch.linalg.solve_triangular(f, rows, upper=False, left=False) @ given
     chosen |= {
         "text_information": told, "means_information": means_told, "share": share, "zero_shot": 1.0 - kept,
         "temperature": temperature,
@@ -135,7 +150,15 @@ def fit_beside(
     return kept * rows, (temperature * kept * bias).double(), chosen
 
 
-_TEMPERATURES = torch.exp(torch.linspace(-2.5, 1.2, 38, dtype=torch.float64)).tolist()
+def _coordinates(f: Tensor) -> Tensor:
+    """Lower triangle [N, N] whose rows have the lengths and angles of f [N, D], but for 3e-5 by which copies differ."""
+    products = f.double() @ f.double().T
+    products.diagonal().add_(1e-9 * products.diagonal().mean().clamp_min(1e-30))
+    coordinates: Tensor = torch.linalg.cholesky(products)
+    return coordinates.to(f)
+
+
+_TEMPERATURES = torch.exp(torch.linspace(-4.5, 1.2, 58, dtype=torch.float64)).tolist()
 
 
 def _growth(shots: float) -> float:
@@ -148,31 +171,45 @@ def _growth(shots: float) -> float:
 
 def _likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
     """The factor in [0, 1] on logits [N, K] under which the labels [N], weighted, are likeliest."""
-    low, high = 0.0, 1.0
     weights = weights.to(logits)
     target = weights @ logits.gather(1, labels[:, None])[:, 0]
-
-    def slope(factor: float) -> float:
-        return float(target - weights @ (torch.softmax(factor * logits, dim=1).mul_(logits)).sum(1))
-
-    if slope(high) >= 0:
-        return high
-    if slope(low) <= 0:
-        return low
-    for _ in range(20):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return low
-
-
-def _information(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """What logits [N, K] tell of the labels [N] at their best factor: 0 as much as chance, 1 all."""
-    classes = logits.shape[1]
-    if classes < 2:
+    if float(target - weights @ logits.mean(1)) <= 0:
         return 0.0
-    factor = _likeliest_factor(logits, labels, weights)
-    lost = _log_loss(factor * logits, labels, weights) / float(weights.sum())
-    return min(1.0, max(0.0, 1.0 - lost / math.log(classes)))
+    low, factor, high = 0.0, 1.0, 1.0
+    for _ in range(40):  # Newton's steps, which halve the bracket where they leave it
+        chances = over_classes(torch.softmax, factor * logits).mul_(logits)
+        mean = chances.sum(1)
+        slope = float(target - weights @ mean)
+        if factor == 1.0 and slope >= 0:
+            return 1.0
+        low, high = (factor, high) if slope > 0 else (low, factor)
+        bend = float(weights @ (chances.mul_(logits).sum(1) - mean.square_()))
+        following = factor + slope / max(bend, 1e-30)
+        if not low < following < high:
+            following = 0.5 * (low + high)
+        if abs(following - factor) < 1e-6:
+            return following
+        factor = following
+    return factor
+
+
+def _information(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
+    """What logits [N, K] tell of the labels [N] at their best factor, 0 as much as chance, 1 all; and that factor."""
+    classes, factor = logits.shape[1], _likeliest_factor(logits, labels, weights)
+    if classes < 2:
+        return 0.0, factor
+    lost = _log_losses(logits, labels, weights, [factor])[0] / float(weights.sum())
+    return min(1.0, max(0.0, 1.0 - lost / math.log(classes))), factor
+
+
+def _log_losses(logits: Tensor, y: Tensor, weights: Tensor, factors: list[float]) -> list[float]:
+    """Weighted sums of cross-entropies of logits [N, K], times each factor."""
+    if len(factors) > 1 and logits.numel() * len(factors) > _PIECE:
+        return [loss for factor in factors for loss in _log_losses(logits, y, weights, [factor])]
+    several = logits * torch.tensor(factors).to(logits)[:, None, None]
+    likely = over_classes(torch.log_softmax, several).gather(2, y.expand(len(factors), -1)[..., None])[..., 0]
+    losses: list[float] = (-(likely @ weights.to(logits))).tolist()
+    return losses
 
 
 def _pictures(f: Tensor, labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -184,15 +221,23 @@ def _pictures(f: Tensor, labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
     f, labels = f[: len(f) // views], labels[: len(labels) // views]
     near = _NEAR * (1.0 - float(f.mean(0).pow(2).sum()))  # half the usual squared distance of two pictures
     numbers, weights = torch.empty_like(labels), torch.empty(len(labels), dtype=torch.float64)
-    for members in torch.split(torch.argsort(labels, stable=True), torch.bincount(labels).tolist()):
-        first = torch.arange(len(members))
-        if 1 < len(members) <= _MOST_COMPARED:
-            rows = f[members]
-            first = ((1.0 - rows @ rows.T) <= near).fill_diagonal_(True).to(torch.uint8).argmax(1)
-            while not torch.equal(first[first], first):
-                first = first[first]
-        _, number, alike = torch.unique(first, return_inverse=True, return_counts=True)
-        numbers[members], weights[members] = number, (views * alike[number]).double().reciprocal()
+    order, counts = torch.argsort(labels, stable=True), torch.bincount(labels)
+    starts = counts.cumsum(0) - counts
+    for size in counts[counts > 0].unique().tolist():  # classes of as many pictures at once
+        places = torch.arange(size)
+        for some in starts[counts == size].split(max(1, _PIECE // (size * (size + f.shape[1])))):
+            members = order[some[:, None] + places]
+            first = places.expand(len(some), -1)
+            if 1 < size <= _MOST_COMPARED:
+                rows = f[members]
+                alike = (1.0 - rows @ rows.mT) <= near
+                alike.diagonal(dim1=1, dim2=2).fill_(True)
+                first = alike.to(torch.uint8).argmax(2)
+                while not torch.equal(further := first.gather(1, first), first):
+                    first = further
+            numbers[members] = ((first == places).cumsum(1) - 1).gather(1, first)
+            times = torch.zeros_like(members).scatter_add_(1, first, torch.ones_like(members)).gather(1, first)
+            weights[members] = (views * times).double().reciprocal()
     return numbers.repeat(views), weights.repeat(views)
 
 
@@ -207,7 +252,8 @@ class _Whitened:
     that whiten, the one by its Cholesky factor: they differ by a rotation, which changes nothing that is fitted.
 
     Args:
-        f: [N, R] the shots; R is less than D where they are given in coordinates of their span. dim: D.
+        f: [N, R] the shots; R is less than D where they are given in coordinates of their span. y: [N].
+        weights: [N]; 0 leaves a picture out. dim: D. moments: those of the shots, where they are known.
 
     Attributes:
         rows: [N, R] the shots, whitened.
@@ -221,35 +267,42 @@ class _Whitened:
     factor: Tensor
     size: float
 
-    def __init__(self, f: Tensor, y: Tensor, classes: int, weights: Tensor, dim: int) -> None:
-        w = weights.to(f)[:, None]
+    def __init__(
+        self, f: Tensor, y: Tensor, classes: int, weights: Tensor, dim: int, moments: _Moments | None = None
+    ) -> None:
+        self.weights, w = weights, weights.to(f)
         numbers = torch.bincount(y, weights, minlength=classes).to(f)
         present = numbers > 0
-        means = torch.zeros(classes, f.shape[1], dtype=f.dtype).index_add_(0, y, w * f)
-        means = means / torch.where(present, numbers, 1.0)[:, None]
+        sums, squares = moments or _moments(f, y, classes, weights)
+        means = sums / torch.where(present, numbers, math.inf)[:, None]
         pictures, here = round(float(numbers.sum())), int(present.sum())
-        middle = (w * f).sum(0) / pictures
-        dof = pictures - here
+        middle = sums.sum(0) / pictures
+        dof, apart = pictures - here, True
         if dof < max(8.0, classes / 2.0):
-            spread, dof = f - middle, pictures - 1
-        else:
-            spread = f - means[y]
-        self.factor = _covariance_factor(spread.mul_(w.sqrt()), max(float(dof), 1e-9), dim)
-        center = means[present].mean(0)
+            dof, apart = pictures - 1, False
+        between = sums.T @ means if apart else pictures * torch.outer(middle, middle)
+        covariance = squares - between
+        moved = float(squares.trace() - pictures * (middle @ middle))
+        if min(moved, float(covariance.trace())) <= 1e5 * torch.finfo(f.dtype).eps * float(squares.trace()):
+            spread = (f - (means[y] if apart else middle)).mul_(w.sqrt()[:, None])  # so little that rounding matters
+            covariance, moved = spread.T @ spread, float(w @ (f - middle).square_().sum(1))
+        self.factor = _covariance_factor(covariance, pictures, max(float(dof), 1e-9), dim)
+        center = means.sum(0) / here
         means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
         self.rows = self.whiten(f)
-        white = self.whiten(torch.cat([means, center[None]]))
-        self.means = white[:-1] - white[-1]
-        self.bias = -0.5 * (self.means * (white[:-1] + white[-1])).sum(1)
+        white = self.whiten(torch.cat([means, torch.stack([center, middle])]))
+        white, center, middle = white[:-2], white[-2], white[-1]
+        self.means = white - center
+        self.bias = -0.5 * (self.means * (white + center)).sum(1)
+        length = float(w @ torch.linalg.vecdot(self.rows, self.rows))
         if pictures > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ
-            noise = (w * (self.rows - white[y]).square_()).sum() / (pictures - here) / numbers.clamp_min(1.0)
+            within = max(0.0, length - float(numbers @ torch.linalg.vecdot(white, white)))
+            noise = within / (pictures - here) / numbers.clamp_min(1.0)
             self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
         # A class without a picture gets what the others get on average, so that the text alone decides about it.
         self.bias = torch.where(present, self.bias - self.bias[present].mean(), 0.0)
-        moved = float((w * (f - middle).square_()).sum())
         alike = pictures < 2 or moved <= _NO_SPREAD * pictures
-        center = (w * self.rows).sum(0) / pictures
-        self.size = 0.0 if alike else math.sqrt(moved / float((w * (self.rows - center).square_()).sum()))
+        self.size = 0.0 if alike else math.sqrt(moved / (length - pictures * float(middle @ middle)))
 
     def whiten(self, f: Tensor) -> Tensor:
         """Embeddings [N, R] in the coordinates of `rows`."""
@@ -262,11 +315,19 @@ class _Whitened:
         return rows
 
 
-def _covariance_factor(spread: Tensor, dof: float, dim: int) -> Tensor:
-    """Cholesky factor [R, R] of the shrunk covariance; `spread` [N, R] are the shots around their means."""
-    covariance = spread.T @ spread
+_Moments = tuple[Tensor, Tensor]
+
+
+def _moments(f: Tensor, y: Tensor, classes: int, weights: Tensor) -> _Moments:
+    """Weighted sums [K, R] of the shots of each class, and of the products [R, R] of their coordinates."""
+    weighted = weights.to(f)[:, None] * f
+    return torch.zeros(classes, f.shape[1], dtype=f.dtype).index_add_(0, y, weighted), weighted.T @ f
+
+
+def _covariance_factor(covariance: Tensor, pictures: int, dof: float, dim: int) -> Tensor:
+    """Cholesky factor [R, R] of the shrunk covariance, from the sum of the products of what shots are off by."""
     total = float(covariance.trace())
-    if total <= _NO_SPREAD * len(spread):  # pictures of a class are all the same: any sphere will do
+    if total <= _NO_SPREAD * pictures:  # pictures of a class are all the same: any sphere will do
         covariance, total, dof = torch.zeros_like(covariance), 1.0, max(dof, 1.0)
     covariance.diagonal().add_(total / dof)  # D c
     factor: Tensor = torch.linalg.cholesky(covariance / (dof + dim))
@@ -282,7 +343,7 @@ class _Problem:
 
     Attributes:
         f: embeddings [N, R], in coordinates of their span where there are fewer than D. y: labels [N].
-        weights, numbers: [N], see `_pictures`. text: zero-shot logits [N, K].
+        weights, numbers: [N], see `_pictures`. text: zero-shot logits [N, K]. moments: see `_moments`.
         shots: pictures of a class, the median. dim: D.
     """
 
@@ -291,37 +352,58 @@ class _Problem:
     weights: Tensor
     numbers: Tensor
     text: Tensor
+    moments: _Moments
     logit_scale: float
     iterations: int
     shots: float
     dim: int
 
-    def text_information(self) -> float:
-        """What zero-shot tells; honest at one shot, since it has not seen the shots."""
-        few = max(1, _FOR_TEXT // self.text.shape[1] ** 2)
-        keep = slice(None) if self.text.numel() <= _FOR_TEXT else self.numbers < few
+    def text_information(self) -> tuple[float, float]:
+        """What zero-shot tells, and at what factor; honest at one shot, since it has not seen the shots."""
+        if self.text.numel() <= _FOR_TEXT:
+            return _information(self.text, self.y, self.weights)
+        keep = self.numbers < max(1, _FOR_TEXT // self.text.shape[1] ** 2)
         return _information(self.text[keep], self.y[keep], self.weights[keep])
 
-    def fit(self, space: _Whitened, rows: Tensor | slice, text: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Weight [K, R] on whitened pictures and bias [K] of some shots, beside their text, which is overwritten."""
-        means, bias, y = share * space.means, share * space.bias, self.y[rows]
-        offsets = text.add_(bias).addmm_(space.rows, means.T)
-        balance = _balanced(y, len(means), self.weights[rows]).to(offsets)
-        decay = torch.full((1,), (WIDTH * self.logit_scale) ** -2).to(offsets)
-        more = _minimise(space.size * space.rows, y, balance, offsets[None], decay, self.iterations)
-        return means + space.size * more[0], bias
+    @property
+    def at_once(self) -> bool:
+        return self.text.numel() <= _SINGLE
+
+    def fit(self, spaces: list[_Whitened], shares: list[float], rows: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
+        """Weight [K, R] on whitened pictures and bias [K] of some shots, beside their text, in each space."""
+        means = [share * space.means for share, space in zip(shares, spaces, strict=True)]
+        biases = [share * space.bias for share, space in zip(shares, spaces, strict=True)]
+        y, text = self.y[rows], self.text[rows]
+        logits = laid_out(text[None] if len(spaces) == 1 else text.repeat(len(spaces), 1, 1))
+        for offsets, space, mean, bias in zip(logits, spaces, means, biases, strict=True):
+            offsets.add_(bias).addmm_(space.rows, mean.T)
+        x = spaces[0].rows[None] if len(spaces) == 1 else torch.stack([space.rows for space in spaces])
+        balance = torch.stack([_balanced(y, text.shape[1], space.weights) for space in spaces]).to(x)
+        sizes = torch.tensor([max(space.size, 1e-6) for space in spaces], dtype=torch.float64)
+        decay = ((WIDTH * self.logit_scale * sizes) ** -2).to(x)
+        more = minimise(x, y, balance, logits, decay, self.iterations, _SETTLED)
+        return [(mean.add_(v), bias) for mean, v, bias in zip(means, more, biases, strict=True)]
 
     def held_out(self, large: bool) -> _HeldOut:
         """The shots in folds, each with the metric and the means of the others; no fold at one shot."""
-        folds = int(min(_MOST_FOLDS, self.shots))
+        folds, classes = int(min(_MOST_FOLDS, self.shots)), self.text.shape[1]
         held = _HeldOut(self, folds, large, [], [], [], [])
         if folds < 2:
             return held
-        fold = self.numbers % folds
+        fold, limit = self.numbers % folds, max(classes, _FOR_TEXT // classes)
         for turn in range(1 if self.text.numel() > _MANY else folds):
-            out, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
-            space = _Whitened(self.f[rest], self.y[rest], self.text.shape[1], self.weights[rest], self.dim)
-            held.add(out, rest, space)
+            left, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
+            out = left
+            if large and len(left) > limit:  # no more than are needed to judge, from all over
+                out = left[torch.arange(len(left), dtype=torch.float64) * _GOLDEN % 1.0 < limit / len(left)]
+            sums, squares = _moments(self.f[left], self.y[left], classes, self.weights[left])
+            moments = self.moments[0] - sums, self.moments[1] - squares
+            if self.at_once:
+                weights = self.weights.index_fill(0, out, 0.0)
+                held.add(out, slice(None), _Whitened(self.f, self.y, classes, weights, self.dim, moments))
+            else:
+                some = self.f[rest], self.y[rest], classes, self.weights[rest]
+                held.add(out, rest, _Whitened(*some, self.dim, moments))
         return held
 
 
@@ -334,43 +416,57 @@ class _HeldOut:
     large: bool
     out: list[Tensor]
     rows: list[Tensor]
-    rest: list[Tensor]
+    rest: list[Tensor | slice]
     spaces: list[_Whitened]
 
-    def add(self, out: Tensor, rest: Tensor, space: _Whitened) -> None:
+    def add(self, out: Tensor, rest: Tensor | slice, space: _Whitened) -> None:
         self.out.append(out)
-        self.rows.append(space.whiten(self.problem.f[out]))
+        self.rows.append(space.rows[out] if isinstance(rest, slice) else space.whiten(self.problem.f[out]))
         self.rest.append(rest)
         self.spaces.append(space)
 
     def means_information(self) -> float:
         """What the discriminant of the means alone tells of pictures that they were not made from."""
         parts = zip(self.rows, self.spaces, strict=True)
-        logits = torch.cat([rows @ space.means.T + space.bias for rows, space in parts])
+        logits = torch.cat([torch.addmm(space.bias, rows, space.means.T) for rows, space in parts])
         places = torch.cat(self.out)
-        return _information(logits, self.problem.y[places], self.problem.weights[places])
+        return _information(logits, self.problem.y[places], self.problem.weights[places])[0]
 
-    def judge(self, strength: float, reluctance: float) -> tuple[float, float, float]:
+    def share(self, strength: float) -> float:
+        """Of the means of fewer pictures."""
+        return strength * _growth(self.problem.shots * (self.folds - 1) / self.folds)
+
+    def fits(self, strength: float) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each fold, fitted in turn; where shots are many, what their means say."""
+        share = self.share(strength)
+        if self.large:
+            return [(share * space.means, share * space.bias) for space in self.spaces]
+        parts = zip(self.spaces, self.rest, strict=True)
+        return [fit for space, rest in parts for fit in self.problem.fit([space], [share], rest)]
+
+    def logits(self, fits: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """What each fit adds to the logits of the pictures that were held out of it."""
+        return [torch.addmm(bias, rows, weight.T) for rows, (weight, bias) in zip(self.rows, fits, strict=True)]
+
+    def judge(self, added: list[Tensor], reluctance: float) -> tuple[float, float, float]:
         """How much of the fit to keep against zero-shot, the temperature, and by how much the fit raises the log of
         what all classes together claim of a picture: what a class that is added later must be given too.
         """
-        problem = self.problem
-        share = strength * _growth(problem.shots * (self.folds - 1) / self.folds)
-        parts = []
-        for rows, rest, space in zip(self.rows, self.rest, self.spaces, strict=True):
-            weight, bias = share * space.means, share * space.bias
-            if not self.large:
-                weight, bias = problem.fit(space, rest, problem.text[rest], share)
-            parts.append((rows @ weight.T).add_(bias))
-        places = torch.cat(self.out)
-        more, text, y = torch.cat(parts), problem.text[places], problem.y[places]
+        problem, places = self.problem, torch.cat(self.out)
+        more, text, y = torch.cat(added), problem.text[places], problem.y[places]
         weights = problem.weights[places]  # not balanced: classes of few pictures would make it a lottery
         temperatures = _TEMPERATURES[1::2] if self.large else _TEMPERATURES
 
-        def best(logits: Tensor, reluctance: float) -> tuple[float, float]:
-            """Least loss, and the temperature that gives it."""
-            tried = [(_log_loss(t * logits, y, weights) + reluctance * math.log(t) ** 2, t) for t in temperatures]
-            return min(tried)
+        def best(logits: Tensor, reluctance: float) -> tuple[float, float, int]:
+            """Least loss, and the temperature that gives it: of every fourth, then of those around the best."""
+
+            def tried(places: range) -> tuple[float, float, int]:
+                some = [temperatures[place] for place in places]
+                losses = zip(_log_losses(logits, y, weights, some), some, places, strict=True)
+                return min((loss + reluctance * math.log(t) ** 2, t, place) for loss, t, place in losses)
+
+            place = tried(range(1, len(temperatures), 4))[2]
+            return tried(range(max(0, place - 3), min(len(temperatures), place + 4)))
 
         kept = 1.0 / (1.0 + math.exp(min(50.0, best(text + more, reluctance)[0] - best(text, reluctance)[0] - 3.0)))
         fitted = text + kept * more
@@ -382,110 +478,4 @@ class _HeldOut:
 def _balanced(y: Tensor, classes: int, weights: Tensor) -> Tensor:
     """Weights [N] under which every class with a picture counts alike; as they were where all have as many."""
     counts = torch.bincount(y, weights, minlength=classes)
-    return weights * counts.sum() / (float((counts > 0).sum()) * counts[y])
-
-
-def _log_loss(logits: Tensor, y: Tensor, weights: Tensor) -> float:
-    """Weighted sum of cross-entropies of logits [N, K]."""
-    return -float((torch.log_softmax(logits, dim=1).gather(1, y[:, None])[:, 0] * weights.to(logits)).sum())
-
-
-class _Objective:
-    """`sum_i w_i CE(logits_i, y_i) + decay / 2 |V|^2` of B problems, whose logits [B, N, K] are moved in place.
-
-    It goes over the pictures in pieces: one more set of logits is all the memory that a direction takes.
-    """
-
-    def __init__(self, rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: Tensor) -> None:
-        self.rows, self.weights, self.logits, self.decay = rows, weights, logits, decay
-        self.truth = y.expand(len(logits), -1)[..., None]
-        size = max(1, _PIECE // (len(logits) * logits.shape[2]))
-        self.pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
-        # A class without a picture stays as it is.
-        self.absent = torch.bincount(y, minlength=logits.shape[2]) == 0
-
-    def value(self, v: Tensor, step: Tensor, change: Tensor) -> Tensor:
-        """The objective [B] at weights V after a step [B] along a change of the logits."""
-        total = 0.5 * self.decay * v.pow(2).sum((1, 2))
-        for piece in self.pieces:
-            tried = torch.addcmul(self.logits[:, piece], change[:, piece], step[:, None, None])
-            likely = torch.log_softmax(tried, dim=2).gather(2, self.truth[:, piece])[..., 0]
-            total -= (likely * self.weights[piece]).sum(1)
-        return total
-
-    def _probabilities(self, piece: slice) -> Tensor:  # where they are tiny, exp is ten times slower than this
-        return torch.softmax(self.logits[:, piece], dim=2)
-
-    def gradient(self, v: Tensor) -> Tensor:
-        g = self.decay[:, None, None] * v
-        for piece in self.pieces:
-            weights = self.weights[piece]
-            error = self._probabilities(piece).mul_(weights[:, None])
-            error.scatter_add_(2, self.truth[:, piece], -weights.expand(len(v), -1)[..., None])
-            g += error.transpose(1, 2) @ self.rows[piece]
-        g[:, self.absent] = 0.0
-        return g
-
-    def curvature(self, direction: Tensor, change: Tensor) -> Tensor:
-        """Second derivative [B] along a direction."""
-        bend = self.decay * direction.pow(2).sum((1, 2))
-        for piece in self.pieces:
-            moved = self._probabilities(piece).mul_(change[:, piece])
-            spread = (moved * change[:, piece]).sum(2) - moved.sum(2) ** 2
-            bend += (spread * self.weights[piece]).sum(1)
-        return bend
-
-
-def _minimise(rows: Tensor, y: Tensor, weights: Tensor, logits: Tensor, decay: Tensor, iterations: int) -> Tensor:
-    """The V [B, K, R] of least `sum_i w_i CE(logits_i + rows_i V^T, y_i) + decay / 2 |V|^2`, by L-BFGS, all B at once.
-
-    The step along a direction is Newton's, from the exact curvature along it, halved until the objective falls.
-    Logits are carried along, so an iteration takes two matrix products; those passed are overwritten.
-    """
-    v = rows.new_zeros(len(logits), logits.shape[2], rows.shape[1])
-    objective = _Objective(rows, y, weights, logits, decay)
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
-    value = objective.value(v, torch.zeros_like(decay), logits)
-    g = objective.gradient(v)
-    for _ in range(iterations):
-        if bool((g.abs().amax((1, 2)) <= 1e-6 * weights.sum()).all()):
-            break
-        direction = -_inverse_curvature(g, history)
-        change = rows @ direction.transpose(1, 2)
-        slope = (g * direction).sum((1, 2))
-        bend = objective.curvature(direction, change)
-        step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
-        for _ in range(20):
-            tried = objective.value(v + step[:, None, None] * direction, step, change)
-            worse = tried > value + 1e-4 * step * slope
-            if not bool(worse.any()):
-                break
-            step = torch.where(worse, 0.5 * step, step)
-        better = tried < value
-        step = torch.where(better, step, torch.zeros_like(step))
-        moved = direction.mul_(step[:, None, None])
-        v += moved
-        logits.add_(change.mul_(step[:, None, None]))
-        value = torch.where(better, tried, value)
-        before, g = g, objective.gradient(v)
-        difference = g - before
-        history = [*history[-9:], (moved, difference, (moved * difference).sum((1, 2)))]
-    return v
-
-
-def _inverse_curvature(g: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """L-BFGS's product of the inverse Hessian with g [B, K, R]; pairs without curvature are passed over."""
-    result, factors = g.clone(), []
-    for moved, difference, product in reversed(history):
-        rho = torch.where(product > 1e-20, 1.0 / product.clamp_min(1e-20), torch.zeros_like(product))
-        factor = rho * (moved * result).sum((1, 2))
-        result -= factor[:, None, None] * difference
-        factors.append((rho, factor))
-    if history:
-        _, difference, product = history[-1]
-        length = difference.pow(2).sum((1, 2))
-        scale = torch.where(length > 0, product / length.clamp_min(1e-30), torch.ones_like(length))
-        result *= torch.where(product > 1e-20, scale, torch.ones_like(scale))[:, None, None]
-    for (moved, difference, _), (rho, factor) in zip(history, reversed(factors), strict=True):
-        result += (factor - rho * (difference * result).sum((1, 2)))[:, None, None] * moved
-    return result
+    return weights * counts.sum() / (float((counts > 0).sum()) * counts[y]).clamp_min(1e-30)
