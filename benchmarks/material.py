@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from taskres_hf.demo import demo_dataset, demo_model
 from taskres_hf.embedding.engines.choose import make_engine
@@ -40,12 +40,12 @@ def clip_folder(patch: int = 32) -> str:
 
 
 @cache
-def obstacle(engine: str, precision: str) -> str | None:
-    """Why a way to run the tower cannot be measured on this machine, or None."""
+def obstacle(engine: str, precision: str, base: str | None = None) -> str | None:
+    """Why a way to run the tower of a base, the shipped one by default, cannot be measured on this machine, or None."""
     if precision == "bf16" and not cpu_has_bf16():
         return "this processor does not multiply bf16"
     try:
-        make_engine(CLIPModel.from_pretrained(demo_model(), dtype=torch.float32).eval(), engine, precision)
+        make_engine(AutoModel.from_pretrained(base or demo_model(), dtype=torch.float32).eval(), engine, precision)
     except (ConfigurationError, MissingExtraError) as error:
         return str(error)
     return None
