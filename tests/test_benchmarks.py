@@ -86,7 +86,8 @@ def test_what_int8_moves_is_measured_over_draws_and_names_the_task(monkeypatch: 
 
     def some(kind: str) -> Iterator[tuple[str, Mapping[str, Any], str, Any]]:
         asked.append(kind)
-        yield from described[: 1 if kind == benchmark_options.PHOTOGRAPHS else 2]
+        for task, spec, base, splits in described[: 1 if kind == benchmark_options.PHOTOGRAPHS else 2]:
+            yield task, spec, base, {name: part.select(range(0, len(part), 4)) for name, part in splits.items()}
 
     monkeypatch.setattr(embedding, "described", some)
     monkeypatch.setattr(embedding, "photo_model_path", demo_model)
@@ -98,7 +99,7 @@ def test_what_int8_moves_is_measured_over_draws_and_names_the_task(monkeypatch: 
     assert asked == [benchmark_options.EMOJI, *2 * [benchmark_options.PHOTOGRAPHS]]
     for what in ("", ", photographs by the shipped base", ", photographs by their own base"):
         moved = report.rows[f"accuracy moved by torch, int8{what} (points)"]
-        assert 0 <= moved["min"] <= moved["median"] == moved["max"] < 3
+        assert 0 <= moved["min"] <= moved["median"] == moved["max"] < 5
         assert moved["goal"] == 0.3
         assert f"{1 if what else 2} tasks, 2 shots, mean of 2 draws" in moved["note"]
         assert moved["note"].endswith(tuple(one[0] for one in described))
