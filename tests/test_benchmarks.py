@@ -6,8 +6,10 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from benchmarks.timing import HELD, Report, markdown
 from taskres_hf.demo import demo_tasks
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.embedding.engines import rewriting
+from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.proving import abilities
 from taskres_hf.residual import TaskResClassifier
 
@@ -57,20 +60,50 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
     assert "no int8 products" in str(reasons["torch, int8"])
     assert "bf16" in str(reasons["torch, bf16"])
     assert "taskres_hf[openvino]" in str(reasons["openvino, fp32"])
-    monkeypatch.setattr(embedding, "demo_tasks", dict)  # no task: what is left is which rows there are
+    nowhere = str(tmp_path / "nowhere")
+    monkeypatch.setenv("TASKRES_PHOTOS", nowhere)
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
-    possible = {name: mode for name, mode in embedding.MODES.items() if reasons[name] is not None}
-    monkeypatch.setattr(embedding, "MODES", possible)
+    left_out = {name: mode for name, mode in embedding.MODES.items() if reasons[name] is not None}
+    monkeypatch.setattr(embedding, "MODES", left_out)
     report = Report()
     embedding.precision(report)
     report.save()
     kept = json.loads(timing.results_file().read_text())
-    assert len(kept["rows"]) == 2 * len(possible)
+    rows = 2 * (len(left_out) + 2)  # emoji; photographs, two in torch
+    assert len(kept["rows"]) == rows
     assert kept["machine"]["abilities"] == abilities()
     table = markdown(Report.stored())
-    assert table.count("| - (") == 2 * len(possible)
+    assert table.count("| - (") == rows
     assert "has no int8 products" in table
+    assert table.count(nowhere) == rows - 2 * len(left_out)
     assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(onednn_int8() is None, reason="this processor or this torch has no int8 products")
+def test_what_int8_moves_is_measured_over_draws_and_names_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = list(islice(benchmark_tasks.described(benchmark_options.EMOJI), 2))
+    asked = []
+
+    def some(kind: str) -> Iterator[tuple[str, Mapping[str, Any], str, Any]]:
+        asked.append(kind)
+        for task, spec, base, splits in described[: 1 if kind == benchmark_options.PHOTOGRAPHS else 2]:
+            yield task, spec, base, {name: part.select(range(0, len(part), 4)) for name, part in splits.items()}
+
+    monkeypatch.setattr(embedding, "described", some)
+    monkeypatch.setattr(embedding, "missing", lambda: None)
+    monkeypatch.setattr(embedding, "MODES", {"torch, int8": ("torch", "int8")})
+    monkeypatch.setattr(embedding, "SHOTS", 2)
+    report = Report()
+    embedding.precision(report, seeds=2)
+    assert asked == [benchmark_options.EMOJI, benchmark_options.PHOTOGRAPHS]
+    for what in ("", ", photographs by the shipped base"):
+        moved = report.rows[f"accuracy moved by torch, int8{what} (points)"]
+        assert 0 <= moved["min"] <= moved["median"] == moved["max"] < 5
+        assert moved["goal"] == 0.3
+        assert f"{1 if what else 2} tasks, 2 shots, mean of 2 draws" in moved["note"]
+        assert moved["note"].endswith(tuple(one[0] for one in described))
+        near = report.rows[f"centred cosine of torch, int8{what}, worst picture"]
+        assert 0.98 < near["min"] <= near["max"] < 1
 
 
 def test_kinds_of_processors_are_kept_apart_and_shown_side_by_side(

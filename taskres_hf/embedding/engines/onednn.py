@@ -39,14 +39,14 @@ def onednn(dtype: torch.dtype) -> tuple[Any, Any] | None:
 
 
 class Int8(NamedTuple):
-    """oneDNN's layout and product of unsigned with signed bytes, and the largest number a weight may be rounded to.
+    """oneDNN's layout and product of unsigned with signed bytes, and whether two products are first added in 16 bits.
 
-    Without VNNI instructions a processor adds two products in 16 bits, which hold 2 * 255 * 64: weights have 7 bits.
+    Processors without VNNI instructions do so. 16 bits hold 255 times the sum of two neighbouring weights up to 128.
     """
 
     layout: Any
     multiply: Any
-    largest: int
+    in_pairs: bool
 
 
 @cache
@@ -55,7 +55,7 @@ def onednn_int8() -> Int8 | None:
     vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
     try:
         operators = torch.ops.onednn.qlinear_prepack, torch.ops.onednn.qlinear_pointwise
-        for found in (Int8(*operators, 127), Int8(*operators, 64)) if vnni else (Int8(*operators, 64),):
+        for found in (Int8(*operators, False), Int8(*operators, True)) if vnni else (Int8(*operators, True),):
             if _is_right(found):
                 return found
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -67,10 +67,14 @@ def _is_right(int8: Int8) -> bool:
     """Whether sums of the largest products, of either sign, come out exactly."""
     inputs, signs = torch.full((32, 256), 255, dtype=torch.uint8), torch.ones(64, dtype=torch.int8)
     signs[::2] = -1
-    weight = int8.layout((int8.largest * signs)[:, None].repeat(1, 256), [32, 256])
+    largest = torch.full((64, 256), 127, dtype=torch.int8)
+    if int8.in_pairs:  # of uneven parts, so that any other two than neighbours would not fit
+        parts = torch.randint(1, 128, (64, 128), generator=torch.Generator().manual_seed(0))
+        largest = torch.stack((parts, 128 - parts), dim=-1).flatten(1).to(torch.int8)
+    weight = int8.layout(signs[:, None] * largest, [32, 256])
     scales, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int32)
     sums = int8.multiply(inputs, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    return torch.equal(sums, (256.0 * 255 * int8.largest * signs).expand(32, 64))
+    return torch.equal(sums, (255.0 * largest.sum(dim=1) * signs).expand(32, 64))
 
 
 def int8_products() -> Int8:
@@ -81,9 +85,8 @@ def int8_products() -> Int8:
 
 
 def int8_variant() -> str:
-    """Tells embeddings by weights of fewer bits from those by whole bytes; empty for these."""
-    largest = int8_products().largest
-    return "" if largest == 127 else f" weights up to {largest}"
+    """Tells embeddings by weights that are rounded for pairs from those by whole bytes; empty for these."""
+    return " weights in pairs" if int8_products().in_pairs else ""
 
 
 @cache
@@ -154,9 +157,17 @@ class PackedLinear(nn.Module):
 
 
 def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [N, D] as signed bytes [N, D] times steps [N, 1]."""
+    """A weight [N, D] as signed bytes [N, D] times steps [N, 1].
+
+    Where products are added in pairs, the sum of two neighbours has no more steps than the largest weight: few rows
+    have two large ones side by side, so steps are finer than if every weight had 7 bits.
+    """
     low, high = torch.aminmax(weight, dim=1, keepdim=True)
-    steps = torch.maximum(high, -low).clamp_min_(torch.finfo(torch.float32).tiny) / int8_products().largest
+    largest = torch.maximum(high, -low)
+    if int8_products().in_pairs:
+        sums = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).sum(dim=-1)
+        largest = torch.maximum(largest, sums.abs().amax(dim=1, keepdim=True))
+    steps = largest.clamp_min_(torch.finfo(torch.float32).tiny) / 127
     return (weight / steps).round_().to(torch.int8), steps
 
 

@@ -159,7 +159,7 @@ def test_where_int8_does_not_run(model: Model, monkeypatch: pytest.MonkeyPatch) 
     for engine in ("openvino", "onnxruntime"):
         with pytest.raises(ConfigurationError, match="engine='torch'"):
             make_engine(model.clip, engine, "int8")
-    monkeypatch.setattr(towers, "onednn_int8", lambda: linear.Int8(None, None, 127))
+    monkeypatch.setattr(towers, "onednn_int8", lambda: linear.Int8(None, None, False))
     with pytest.raises(ConfigurationError, match="family"):
         make_engine(AutoModel.from_config(tiny_config("blip")), precision="int8")
     with pytest.raises(ConfigurationError, match="not in fp32"):
@@ -178,24 +178,29 @@ def test_int8_is_taken_only_where_the_largest_sums_are_right(monkeypatch: pytest
     probe = linear.onednn_int8.__wrapped__
 
     def cut_off(x: Tensor, step: float, zero: int, weight: Tensor, *rest: Any) -> Tensor:
-        pairs = (x[:, None, 0::2].int() * weight[None, :, 0::2]) + (x[:, None, 1::2].int() * weight[None, :, 1::2])
-        return pairs.clamp(-32768, 32767).sum(-1).float()
+        products = x[:, None].int() * weight[None]
+        return products.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767).sum(-1).float()
+
+    def other_pairs(x: Tensor, step: float, zero: int, weight: Tensor, *rest: Any) -> Tensor:
+        return cut_off(x, step, zero, weight.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).flatten(1), *rest)
 
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda weight, shape: weight)
     monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", cut_off)
     found = probe()
     assert found is not None
-    assert found.largest == 64
+    assert found.in_pairs
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", other_pairs)
+    assert probe() is None
     monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", lambda *a: cut_off(*a).clamp(max=1e6))
     assert probe() is None
 
 
 @needs_int8
-def test_int8_with_weights_of_seven_bits_is_close(model: Model, splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_with_bytes_for_pairs_is_close(model: Model, splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known = linear.int8_products()
     keys = []
-    for largest in (127, 64):
-        monkeypatch.setattr(linear, "onednn_int8", lambda largest=largest: known._replace(largest=largest))
+    for in_pairs in (False, True):
+        monkeypatch.setattr(linear, "onednn_int8", lambda in_pairs=in_pairs: known._replace(in_pairs=in_pairs))
         keys.append(Embedder(model.clip, model.image_processor, "torch", "int8").key)
     assert keys[0] != keys[1]  # a cache that machines share does not mix the two
     pictures = [row["image"].convert("RGB") for row in splits["test"].select(range(20))]
