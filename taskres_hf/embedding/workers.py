@@ -232,7 +232,7 @@ def _by_processes(
 
     loader = DataLoader(
         _Cells(parts.read), batch_sampler=cells(), num_workers=count, collate_fn=_packed, prefetch_factor=_AHEAD,
-        multiprocessing_context=_context(), generator=torch.Generator(),  # the user's draws none less
+        multiprocessing_context=_context(parts.read), generator=torch.Generator(),  # the user's draws none less
     )  # fmt: skip
     loaded: Any = None
     try:
@@ -258,12 +258,12 @@ def _by_processes(
     yield from by_threads(chain(chain.from_iterable(part for part, _ in given), left))
 
 
-def _context() -> Any:
-    """How processes are started: from a server that has imported this once, where there can be one."""
+def _context(read: PictureReader) -> Any:
+    """How processes are started: from a server that has imported what they need once, where there can be one."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, type(read.preprocess.stock).__module__])
     return context
 
 

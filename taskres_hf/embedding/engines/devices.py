@@ -108,6 +108,9 @@ class _Accelerator:
         """Bytes that a pass takes at its peak beside what is there before."""
         raise NotImplementedError
 
+    def wait(self) -> None:
+        """Return when the device has done what it was given."""
+
     def release(self) -> None:
         """Give back memory that nothing uses."""
 
@@ -168,15 +171,17 @@ class _Cuda(_Accelerator):
         return int(torch.cuda.mem_get_info(self.device)[0]) + unused
 
     def peak(self, run: Callable[[], Any]) -> int:
-        torch.cuda.synchronize(self.device)
+        self.wait()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         run()
-        torch.cuda.synchronize(self.device)
+        self.wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def release(self) -> None:
+    def wait(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
         torch.cuda.empty_cache()
 
 
@@ -200,6 +205,7 @@ class DeviceTower:
         self._can_record = True
         self._forget()
 
+    @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Tensor:
         moved = {name: value.to(self.device) for name, value in inputs.items()}
         return self._forward(moved).float().cpu()
@@ -212,9 +218,11 @@ class DeviceTower:
     def release(self) -> None:
         """Give back what memory can be."""
         with self._lock:
+            self._on.wait()  # a recorded pass may not go while it runs
             self._forget()
             self._on.release()
 
+    @torch.no_grad()
     def submit(self, inputs: Inputs, finish: Callable[[Inputs], Inputs] = lambda moved: moved) -> Callable[[], Tensor]:
         """Let a batch pass the tower, and return what waits for its embeddings [B, D] fp32 on the CPU.
 
@@ -239,6 +247,7 @@ class DeviceTower:
 
     def _record(self, inputs: Inputs) -> None:
         """Record a pass, where nothing takes part in it that a replay would leave out."""
+        self._on.wait()
         self._replay = None
         if watched_module(self._base) is None and not self._base.training:
             try:
