@@ -159,6 +159,26 @@ def test_threads_go_on_where_processes_fail(
     assert not _children()
 
 
+def test_an_interrupt_ends_processes_though_its_traceback_is_held(
+    embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    take = _Pass._take_read
+
+    def interrupted(work: Any, row: int, read: Any) -> Any:
+        taken.append(row)
+        if len(taken) == 3:
+            assert _children()
+            raise KeyboardInterrupt
+        return take(work, row, read)
+
+    monkeypatch.setattr(_Pass, "_take_read", interrupted)
+    with pytest.raises(KeyboardInterrupt) as held:
+        _embed(embedder, _images(folder), monkeypatch, 1)
+    assert held.tb is not None
+    assert not _children()
+
+
 _SCRIPT = """
 import sys
 from pathlib import Path
@@ -170,6 +190,7 @@ from taskres_hf.data.reading import FileCells
 from taskres_hf.embedding import features
 from taskres_hf.embedding.embedder import Embedder
 
+print("begun", flush=True)
 beside_a_device(pytest.MonkeyPatch())  # no `if __name__ == "__main__"`: a plain script, as people write them
 base, folder = sys.argv[1:3]
 names = sorted(str(path) for path in Path(folder).iterdir()) * 40
@@ -187,6 +208,11 @@ features.embed_images(Embedder(model.clip, model.image_processor), images, progr
 """
 
 
+def _errors(running: subprocess.Popen[str]) -> str:
+    os.killpg(running.pid, signal.SIGKILL)
+    return running.communicate()[1]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_ctrl_c_leaves_no_process_behind_and_scripts_need_no_guard(base: str, folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "plain.py"
@@ -198,8 +224,9 @@ def test_ctrl_c_leaves_no_process_behind_and_scripts_need_no_guard(base: str, fo
         env={**os.environ, "PYTHONPATH": path, workers.WORKERS: "2"}, start_new_session=True,
     )  # fmt: skip
     assert running.stdout is not None
-    line = running.stdout.readline().split()
-    assert line[:1] == ["children"], running.communicate()[1]
+    assert running.stdout.readline() == "begun\n", _errors(running)
+    line = running.stdout.readline().split()  # a process that ran the script again would have begun too
+    assert line[:1] == ["children"], _errors(running)
     assert len(line) == 3
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, errors = running.communicate(timeout=60)
