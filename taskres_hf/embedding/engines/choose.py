@@ -281,7 +281,8 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     clip_like = family_of(base).clip_layers
     wide = _is_wide(base)
     if precision == "auto" and engine != "onnxruntime":
-        precision = "bf16" if not half and wide and multiplies_bf16(device) else "fp32"
+        native = cpu_has_bf16() if on_cpu else multiplies_bf16(device)
+        precision = "bf16" if native and wide and not half else "fp32"
     precision = "fp32" if precision == "auto" else precision
     if engine == "auto":  # with oneDNN torch is as fast in fp32; OpenVINO's bf16 moves accuracies more than torch's
         needed = onednn(torch.float32) is None and importlib.util.find_spec("openvino") is not None

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...encoders import cpu_has_bf16
 from .rewriting import image_side_state, num_patches, watched_module
 
 _TOKENS = 1 << 16  # of a pass from which a GPU has enough to do
@@ -46,9 +45,7 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 natively."""
-    if device.type == "cpu":
-        return cpu_has_bf16()
+    """Whether an accelerator multiplies bf16 natively."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):  # what torch asks is the current one
