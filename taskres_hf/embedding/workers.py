@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import sys
+import threading
 import time
 import types
 import warnings
@@ -172,6 +173,18 @@ class _Cells(Dataset[ReadPicture]):
         return self.read(cell)
 
 
+def _end_with_parent(_: int) -> None:
+    """Let this process end where the one it reads for is killed: torch looks at the server that started it."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _packed(found: list[ReadPicture]) -> tuple[list[ReadPicture], Tensor | None]:
     """Pictures that were read, and the bytes [n, H, W, 3] of all that there is of them, in shared memory."""
     pixels = [some for read in found for some in read.prepared.values()]
@@ -231,7 +244,8 @@ def _by_processes(
             yield [cell for cell in asked if cell is not None]
 
     loader = DataLoader(
-        _Cells(parts.read), batch_sampler=cells(), num_workers=count, collate_fn=_packed, prefetch_factor=_AHEAD,
+        _Cells(parts.read), batch_sampler=cells(), num_workers=count, collate_fn=_packed,
+        worker_init_fn=_end_with_parent, prefetch_factor=_AHEAD,
         multiprocessing_context=_context(parts.read), generator=torch.Generator(),  # the user's draws none less
     )  # fmt: skip
     loaded: Any = None
