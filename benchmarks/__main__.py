@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 
-from . import embedding, epochs, peers, results, service, serving, solver
+from . import device, embedding, epochs, peers, results, service, serving, solver
 from .timing import HELD, Report, markdown, results_file
 
 GROUPS = {
@@ -31,6 +31,7 @@ GROUPS = {
         lambda report: embedding.throughput(report, 16, 48),
         lambda report: embedding.throughput(report, 32, 16, (4000, 3000), rounds=4),
     ],
+    "device": [device.device],
     "precision": [embedding.precision],
     "training": [embedding.training],
     "views": [lambda report: embedding.training(report, 320, 20, views=4)],

@@ -164,3 +164,9 @@ def tiny_images(family: str) -> dict[str, Any]:
             "spatial_shapes": torch.tensor([[4, 4]] * 3),
         }
     return {"pixel_values": torch.randn(3, 3, 32, 32)}
+
+
+def beside_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what embeds take the processor for an accelerator: the ways of a GPU, on the CPU."""
+    for module in ("embedder", "engines.choose"):
+        monkeypatch.setattr(f"taskres_hf.embedding.{module}.is_accelerator", lambda device: True)

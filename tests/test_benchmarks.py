@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import beside_a_device
 from text_models import tiny_text_model, tiny_tokenizer
 
 from benchmarks import (
     base_to_new,
+    device,
     embedding,
     material,
     plan,
@@ -33,8 +36,10 @@ from benchmarks import options as benchmark_options
 from benchmarks import tasks as benchmark_tasks
 from benchmarks.tasks import Task
 from benchmarks.timing import HELD, Report, markdown
+from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.demo import demo_tasks
-from taskres_hf.embedding import ImageFeatures
+from taskres_hf.embedding import Embedder, ImageFeatures
 from taskres_hf.embedding.engines import rewriting
 from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.proving import abilities
@@ -320,3 +325,34 @@ def test_samples_of_a_profile_are_told_apart_and_drawn(tmp_path: Path) -> None:
     reading.draw(stacks, "a title", tmp_path / "figure.svg")
     assert "script>" not in (tmp_path / "figure.svg").read_text()
     assert ET.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_rows_say_so() -> None:
+    report = Report()
+    device.device(report)
+    assert len(report.rows) == 4
+    assert all(row == {"not_measured": "no GPU"} for row in report.rows.values())
+
+
+def test_what_is_timed_beside_a_gpu_embeds_every_picture(
+    model: TaskResCLIPForImageClassification, splits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_a_device(monkeypatch)
+    contents = []
+    for row in range(3):
+        stream = io.BytesIO()
+        splits["test"][row]["image"].convert("RGB").save(stream, "JPEG")
+        contents.append(stream.getvalue())
+    images = LabelledImages.from_cells(device._Copies(contents, range(9)), [0] * 9, ["picture"])
+    embedder = Embedder(model.clip, model.image_processor)
+    tower, passed = embedder.engine.beside, []
+    assert tower is not None
+    submit = tower.submit
+    monkeypatch.setattr(tower, "submit", lambda inputs, *rest: passed.append(inputs) or submit(inputs, *rest))
+    device._embed(embedder, images, "0")
+    assert [len(inputs["pixel_values"]) for inputs in passed] == [32]
+    assert len(torch.unique(passed[0]["pixel_values"].flatten(1), dim=0)) == 3
+    assert len({images.digest(row) for row in range(9)}) == 9
+    device._resident(tower, embedder, 4, 9)
+    assert len(passed) == 4

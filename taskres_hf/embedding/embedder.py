@@ -7,7 +7,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from ..encoders import image_weights_digest
 from ..errors import TaskResError
 from .engines.choose import ImageEngine, candidates, engine_of_watched, make_engine, stock_engine
+from .engines.devices import SMALLEST_BATCH, DeviceTower, device_of, embed_ahead, is_accelerator
 from .engines.proving import (
     SECONDS_TO_PREPARE,
     STOCK,
@@ -33,6 +35,7 @@ from .engines.proving import (
 )
 from .engines.rewriting import image_side_state, watched_module
 from .preprocessing import Preprocessor
+from .workers import Parts, cut, in_order, read_beside
 
 _PREPARED_AHEAD = 64  # pictures prepared before the tower runs, where the two take turns: changing places costs both
 _LARGE_JOB = 400  # batches from which measuring the engines pays: it takes about 24
@@ -75,15 +78,18 @@ class Embedder:
         self.preprocess = Preprocessor(image_processor, exact_preprocessing, crop)
         self._wanted = (engine, precision)
         self._choose_engine()
-        self.batch_size = self.engine.batch_size
         self.draft = self.preprocess.target_size() if draft_decoding else None
 
     def _choose_engine(self) -> None:
         engine, precision = self._wanted
         self.engine = make_engine(self.base, engine, precision)
         self._is_ready = self.engine.is_stock
-        self._made_of = image_side_state(self.base)
-        self._may_choose = engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
+        self._device, self._made_of = device_of(self.base), image_side_state(self.base)
+        beside = is_accelerator(self._device)  # where whole pictures, for a stock processor, are held, they are few
+        self.batch_size = self.engine.batch_size
+        if beside and not self.preprocess.fast:
+            self.batch_size = min(self.batch_size, SMALLEST_BATCH)
+        self._may_choose = not beside and engine == "auto" and (precision == "auto" or self.engine.precision == "fp32")
         if self._may_choose and not self._is_ready:
             self._take(fastest(remembered(self.base), self.candidates()))
 
@@ -122,6 +128,8 @@ class Embedder:
         the engine is automatic and `pictures` are many, the fastest form is measured and remembered.
         A tower that was changed since is converted and compared again.
         """
+        if device_of(self.base) != self._device:
+            self._choose_engine()  # the model was moved
         if not self.engine.is_stock:
             if engine_of_watched(self.base, self.engine.name) is not None:
                 self._run_stock()  # a hook that came after the engine
@@ -170,6 +178,15 @@ class Embedder:
             self._take(choice)
             if not self._is_ready:
                 self.get_ready()
+
+    @torch.no_grad()
+    def batch_size_for(self, pictures: int) -> int:
+        """Pictures a forward pass for a job of so many: `batch_size`, and on a GPU no more than its memory allows."""
+        self.get_ready(pictures)
+        tower = self.engine.beside
+        if tower is None:
+            return self.batch_size
+        return tower.batch_size(pictures, self.batch_size, self.preprocess(probe_pictures()))
 
     @torch.no_grad()
     def prove(self, pairs: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Proof]:
@@ -264,27 +281,30 @@ class Embedder:
         total: int,
         each: int = 1,
         pad_to: int | None = None,
+        parts: Parts | None = None,
     ) -> Iterator[tuple[Sequence[_T], Tensor]]:
         """Names and embeddings [B, D] of the pictures of items, of which only reading one tells what it holds.
 
         On a CPU each core reads a few items or lets a batch pass the tower, whatever is next, so that one decodes while
         another multiplies, and none waits for another within a layer. With fewer batches than cores, and in engines
         with threads of their own, all cores decode a few batches, then all run the tower. Beside a GPU decoding runs
-        ahead. Batches are full but the last, whatever `find` gives of an item: no picture, one, or several. Of pictures
-        no more are held than cores are at work on, and a few batches of what the tower takes.
+        ahead, of large jobs in processes of its own (`parts`). Batches are full but the last, whatever `find` gives of
+        an item: no picture, one, or several. Of pictures no more are held than cores are at work on, and a few batches
+        of what the tower takes.
 
         Args:
             find: pictures of an item, each with what to call it; in any thread.
             total: number of batches, if nothing were left out. each: pictures of an item, at most.
-            pad_to: see `stream`; by default a whole batch.
+            pad_to: see `stream`; by default a whole batch. parts: does what `find` does, in any process.
         """
         self.get_ready()
         full = min(batch_size, self.batch_size) if pad_to is None else pad_to
+        tower = self.engine.beside
 
         @torch.no_grad()
         def prepare(part: Sequence[_I]) -> list[tuple[_T, Any]]:
             found = (pair for item in part for pair in find(item))
-            return [(name, self.preprocess.prepare(picture, augmented)) for name, picture in found]
+            return [(name, self.preprocess.prepare(picture, augmented, tower is not None)) for name, picture in found]
 
         @torch.no_grad()
         def embed(batch: Sequence[tuple[_T, Any]]) -> tuple[Sequence[_T], Tensor]:
@@ -292,17 +312,26 @@ class Embedder:
             embeds = self.engine({name: _padded(value, full) for name, value in values.items()})
             return [name for name, _ in batch], embeds[: len(batch)]
 
-        if next(self.base.parameters()).device.type != "cpu":
-            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-                jobs = ((None, pool.submit(prepare, [item])) for item in items)
-                found = chain.from_iterable(some for _, some in _ahead(jobs, 2 * batch_size))
-                yield from map(embed, _cut(found, batch_size))
+        if tower is not None:
+            ahead, parts = (max(2 * batch_size // each, 1), parts) if self.preprocess.fast else (_PREPARED_AHEAD, None)
+            with closing(read_beside(items, prepare, ahead, parts)) as read:
+                yield from self._embed_beside(tower, read, augmented, batch_size, pad_to)
         elif self._has_core_each(total):
             yield from _read_on_every_core(items, prepare, embed, batch_size, each)
         else:  # the stock processor is given whole pictures: hold few
             ahead = max(_PREPARED_AHEAD if self.preprocess.fast else 1, batch_size)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-                yield from map(embed, _cut(_in_turn(items, prepare, pool, ahead // each or 1), batch_size))
+                yield from map(embed, cut(_in_turn(items, prepare, pool, ahead // each or 1), batch_size))
+
+    def _embed_beside(
+        self, tower: DeviceTower, read: Iterator[tuple[_T, Any]], augmented: bool, size: int, pad_to: int | None
+    ) -> Iterator[tuple[Sequence[_T], Tensor]]:
+        """Names and embeddings of prepared pictures, by a tower beside which pictures go on being read."""
+
+        def collate(prepared: Sequence[Any]) -> dict[str, Tensor]:
+            return self.preprocess.collate(prepared, augmented, tower.pins)
+
+        return embed_ahead(tower, read, size, collate, self.preprocess.finisher(tower.device), pad_to)
 
     def _has_core_each(self, batches: int) -> bool:
         """Whether every core takes batches of its own."""
@@ -335,7 +364,7 @@ def use_engine(model: Any, engine: str | None = "auto", precision: str = "auto")
     @torch.no_grad()
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         embedder.get_ready()  # a tower that was changed since is converted anew
-        return embedder.engine(inputs)
+        return embedder.engine(inputs).to(next(iter(inputs.values())).device)
 
     model.run_image_tower = run
     return STOCK if embedder.engine.is_stock else embedder.engine.name
@@ -366,10 +395,10 @@ def _read_on_every_core(
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        jobs = ((None, pool.submit(prepare, part)) for part in _cut(items, batch_size // (4 * each) or 1))
-        found = chain.from_iterable(some for _, some in _ahead(jobs, 2 * cores))
-        batches = ((None, pool.submit(embed, batch)) for batch in _cut(found, batch_size))
-        yield from (result for _, result in _ahead(batches, cores))
+        jobs = ((None, pool.submit(prepare, part)) for part in cut(items, batch_size // (4 * each) or 1))
+        found = chain.from_iterable(some for _, some in in_order(jobs, 2 * cores))
+        batches = ((None, pool.submit(embed, batch)) for batch in cut(found, batch_size))
+        yield from (result for _, result in in_order(batches, cores))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
@@ -379,25 +408,5 @@ def _in_turn(
     items: Iterable[_I], prepare: Callable[[Sequence[_I]], list[tuple[_T, Any]]], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[_T, Any]]:
     """What `prepare` finds in items, `ahead` of them at a time by all threads; none while the tower runs."""
-    for group in _cut(items, ahead):
+    for group in cut(items, ahead):
         yield from chain.from_iterable(list(pool.map(prepare, ([item] for item in group))))
-
-
-def _cut(items: Iterable[_I], size: int) -> Iterator[list[_I]]:
-    """Items in lists of `size`, the last one shorter."""
-    items = iter(items)
-    while part := list(islice(items, size)):
-        yield part
-
-
-def _ahead(jobs: Iterable[tuple[_T, Future[Any]]], count: int) -> Iterator[tuple[_T, Any]]:
-    """Results in order, while up to `count` later jobs are under way."""
-    waiting: deque[tuple[_T, Future[Any]]] = deque()
-    for job in jobs:
-        waiting.append(job)
-        if len(waiting) > count:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    while waiting:
-        item, future = waiting.popleft()
-        yield item, future.result()

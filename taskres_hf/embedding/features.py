@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import threading
 import time
 import warnings
@@ -30,8 +29,8 @@ from ..errors import ConfigurationError, ImageError
 from ..pictures import Remarks
 from .cache import FileDigests, KeptRows, file_of
 from .embedder import Embedder
-from .preprocessing import augment, crop_size
 from .texts import TextEmbedder
+from .workers import Parts, PictureReader, ReadPicture, is_readable_elsewhere
 
 _FORMAT = 6
 _LOOK = 1024  # pictures looked at before the next are, until one must pass the tower
@@ -105,7 +104,8 @@ def embed_images(
         images: N labelled pictures.
         views: 0 for the plain picture as in evaluation, V > 0 for V augmented views (random resized crop and flip,
             drawn from `seed` and the picture's content).
-        batch_size: pictures a forward pass, by default the engine's best; it changes nothing but speed and memory.
+        batch_size: pictures a forward pass, by default the engine's best, on a GPU as many as its memory has room for;
+            it changes nothing but speed and memory.
         cache_dir: folder to keep embeddings in; None keeps nothing.
         on_error: `"raise"` names all unreadable pictures at once; `"skip"` leaves them out with a warning.
         accelerator: an `accelerate.Accelerator`: each process embeds its share, all get the whole.
@@ -125,7 +125,7 @@ def embed_images(
         warnings.warn("Hooks take part in the image tower: its embeddings are not cached.", stacklevel=2)
         cache_dir = None
     work = _Pass(embedder, images, views, seed, None if cache_dir is None else Path(cache_dir), accelerator)
-    work.run(batch_size or embedder.batch_size, progress)
+    work.run(batch_size, progress)
     work.remarks.warn()
     readable = [row for row, digest in enumerate(work.digests) if digest is not None]
     if work.embedded and isinstance(embedder, TextEmbedder):
@@ -196,6 +196,7 @@ class _Pass:
         self._bar: Any = None
         kept = cache_dir is not None and images.noun == "picture"
         self._files = FileDigests(cache_dir / "files" if kept and cache_dir is not None else None)
+        self._read = PictureReader(embedder.preprocess, embedder.draft, views, seed)
         self._begin()
 
     def _begin(self) -> None:
@@ -234,36 +235,85 @@ class _Pass:
     def _open(self, row: int) -> list[tuple[_Job, Any]]:
         try:
             cell = self.images.source(row)
-            file = file_of(cell) if self.images.noun == "picture" else None
-            digest = None if file is None else self._files.find(file)
-            if digest is not None and all(key in self._cache for _, key in self._jobs(digest)):
-                self.digests[row] = digest
+            if self._is_known(row, cell):
                 return []
             began = time.time_ns()
             content, digest, status = self.images.read(row, cell)
         except ImageError as error:
             self._problems[row] = str(error)
             return []
+        left = self._new_views(row, cell, digest, status, began)
+        return self._decoded(row, digest, left, content) if left else []
+
+    def _file(self, cell: Any) -> str | None:
+        return file_of(cell) if self.images.noun == "picture" else None
+
+    def _is_known(self, row: int, cell: Any) -> bool:
+        """Whether a picture's file did not change since it was read, and all its embeddings are kept."""
+        file = self._file(cell)
+        digest = None if file is None else self._files.find(file)
+        if digest is None or not all(key in self._cache for _, key in self._jobs(digest)):
+            return False
         self.digests[row] = digest
-        if file is not None and status is not None:
+        return True
+
+    def _new_views(self, row: int, cell: Any, digest: str, status: os.stat_result | None, began: int) -> list[int]:
+        """The views of a picture that was read which are neither kept nor another picture's."""
+        self.digests[row] = digest
+        if (file := self._file(cell)) is not None and status is not None:
             self._files.note(file, status, digest, began)
         with self._lock:  # of two pictures alike the first is embedded
             new = [(view, key) for view, key in self._jobs(digest) if key not in self._cache]
-            left = [view for view, key in new if self._owners.setdefault(key, row) == row]
-        return self._decoded(row, digest, left, content) if left else []
+            return [view for view, key in new if self._owners.setdefault(key, row) == row]
 
     def _decoded(self, row: int, digest: str, views: list[int], content: Any) -> list[tuple[_Job, Any]]:
         try:
             picture = self.images.image(row, None if self.views else self.embedder.draft, self.remarks, content)
-            if self.views:
-                size, seed = crop_size(self.embedder.image_processor), f"{self.seed} {digest}"
-                return [((view, row), augment(picture, size, random.Random(f"{seed} {view}"))) for view in views]
-            self.embedder.preprocess.check(picture)
+            return [
+                ((view, row), some)
+                for view, some in zip(views, self._read.pictures(picture, digest, views), strict=True)
+            ]
         except ImageError as error:
             message = str(error)
             self._problems[row] = message if message.startswith("Row ") else self._named(row, message)
             return []
-        return [((0, row), picture)]
+
+    # ---------------------------------------------------------------------- the same, read by another process
+
+    def _ask(self, row: int) -> Any:
+        """The cell of a picture that another process is to read; None for one that `open` need not read, or must."""
+        try:
+            cell = None if row in self._opened else self.images.source(row)
+        except ImageError:
+            return None
+        return cell if cell is not None and is_readable_elsewhere(cell) and not self._is_known(row, cell) else None
+
+    def _take_read(self, row: int, read: ReadPicture) -> list[tuple[_Job, Any]]:
+        """As `open`, of a picture that was read, with what the tower takes of it."""
+        left, cell = [], self.images.source(row)
+        if read.digest is None:
+            self._problems[row] = f"Row {self.images.indices[row]}: {read.error}"
+        else:
+            left = self._new_views(row, cell, read.digest, read.status, read.began)
+        if left:
+            for remark in read.remarks:
+                self.remarks.add(*remark)
+        if left and read.error is not None:
+            named = read.is_named
+            self._problems[row] = (
+                f"Row {self.images.indices[row]}: {read.error}" if named else self._named(row, read.error)
+            )
+        found = [((view, row), read.prepared[view]) for view in left if view in read.prepared]
+        if not found:
+            self._count(self.each)
+        return found
+
+    def _parts(self, left: list[int]) -> Parts | None:
+        """How other processes may read pictures; None where what is to be read is no file, or no picture."""
+        with suppress(ImageError):
+            if self.images.noun == "picture" and is_readable_elsewhere(self.images.source(left[-1])):
+                return Parts(self._ask, self._read, self._take_read, len(left) * self.each)
+        return None
 
     def problem(self, row: int) -> str:
         """Why a picture cannot be read; tried again where another process has met it."""
@@ -283,7 +333,7 @@ class _Pass:
 
     # ---------------------------------------------------------------------- all of them
 
-    def run(self, batch_size: int, progress: bool) -> None:
+    def run(self, batch_size: int | None, progress: bool) -> None:
         """Embed, or take from the cache, all pictures that can be read."""
         left = self._undone()
         with tqdm(
@@ -319,7 +369,7 @@ class _Pass:
             not self.done[view, row] and self._owners.get(key, row) == row for view, key in self._jobs(digest)
         )
 
-    def _embed(self, rows: list[int], batch_size: int) -> bool:
+    def _embed(self, rows: list[int], batch_size: int | None) -> bool:
         """Let what is new pass the tower; False where that takes another form, and all begins anew."""
         left = self._search(rows)
         if not left:
@@ -330,8 +380,9 @@ class _Pass:
             self._begin()
             return False
         self.embedded = True
-        total = math.ceil(len(self.images) * self.each / batch_size)
-        stream: Any = self.embedder.stream_found(left, self.open, self.views > 0, batch_size, total, self.each)
+        size = batch_size or self.embedder.batch_size_for(len(self.images) * self.each)
+        total, parts = math.ceil(len(self.images) * self.each / size), self._parts(left)
+        stream: Any = self.embedder.stream_found(left, self.open, self.views > 0, size, total, self.each, parts=parts)
         with closing(stream):
             for jobs, embeds in stream:
                 self._keep(jobs, embeds)

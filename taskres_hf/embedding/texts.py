@@ -61,6 +61,10 @@ class TextEmbedder:
     def get_ready(self, texts: int = 0) -> None:
         """Nothing to do: the model runs as it is."""
 
+    def batch_size_for(self, texts: int) -> int:
+        """As `batch_size`, however many there are."""
+        return self.batch_size
+
     def check(self, text: Any) -> None:
         """Raise a `TextError` where there is no text to embed."""
         checked_text(text)
@@ -103,7 +107,12 @@ class TextEmbedder:
         yield from embedded()
 
     def stream_found(
-        self, items: Iterable[Any], find: Callable[[Any], Sequence[tuple[Any, str]]], augmented: bool, *_: int
+        self,
+        items: Iterable[Any],
+        find: Callable[[Any], Sequence[tuple[Any, str]]],
+        augmented: bool,
+        *_: int,
+        **__: Any,
     ) -> Iterator[tuple[Sequence[Any], Tensor]]:
         """Names and embeddings [B, D] of the texts that `find` gives of items; see `Embedder.stream_found`."""
         pairs = (pair for item in items for pair in find(item))

@@ -7,13 +7,13 @@ import re
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from support import beside_a_device
 
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.data.labelled import LabelledImages
@@ -128,10 +128,9 @@ def test_every_way_to_stream_gives_the_same_in_order(
     for cores in (1, 2, 9):  # taking turns; every core for itself; more cores than batches
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
         found[cores] = _streamed(embedder.stream(batches, load, augmented=False))
-    on_gpu = SimpleNamespace(parameters=lambda: iter([torch.empty(0, device="meta")]), named_children=list)
-    monkeypatch.setattr(embedder, "base", on_gpu)
-    monkeypatch.setattr(embedder, "_made_of", [])  # as if its engine were made of it
-    found[0] = _streamed(embedder.stream(batches, load, augmented=False))  # as beside a GPU
+    beside_a_device(monkeypatch)
+    embedder = Embedder(model.clip, model.image_processor)
+    found[0] = _streamed(embedder.stream(batches, load, augmented=False))
     for ways in found.values():
         assert [batch for batch, _ in ways] == batches
         for (_, embeds), (_, expected) in zip(ways, found[1], strict=True):

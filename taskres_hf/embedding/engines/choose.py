@@ -1,10 +1,10 @@
 """Engines, the forms a frozen image tower can run in: runs it in the fastest the machine has, and says which that was.
 
 `engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, `"int8"`, or `"auto"`.
-Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the processor
-multiplies it natively and the tower is large enough to gain, else fp32. Whether another form gives the stock tower's
-embeddings, and whether it is faster here, is tried. int8, in torch, is faster yet and rounds more: it is the user's
-explicit choice. What ran is recorded.
+Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the processor, or
+the GPU, multiplies it natively and the tower is large enough to gain, else fp32. Whether another form gives the stock
+tower's embeddings, and on a CPU whether it is faster here, is tried. int8, in torch, is faster yet and rounds more: it
+is the user's explicit choice. What ran is recorded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_digest
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
+from .devices import DeviceTower, device_of, is_accelerator, largest_batch, multiplies_bf16
 from .onednn import int8_variant, onednn
 from .rewriting import best_batch_size, int8_obstacle, rewritten, watched_module
 
@@ -65,6 +66,11 @@ class ImageEngine:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self._run(inputs)
+
+    @property
+    def beside(self) -> DeviceTower | None:
+        """The tower where it runs on an accelerator; it is converted for that. None on the CPU."""
+        return self._run if isinstance(self._run, DeviceTower) else None
 
     @property
     def name(self) -> str:
@@ -269,13 +275,14 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
             f"`engine` must be one of {ENGINES} and `precision` one of {PRECISIONS}; got {engine!r}, {precision!r}."
         )
     tower = getattr(base, "vision_model", base)
-    parameter = next(tower.parameters())
-    on_cpu = parameter.device.type == "cpu"
+    parameter, device = next(tower.parameters()), device_of(base)
+    on_cpu = not is_accelerator(device)
     half = parameter.dtype in (torch.bfloat16, torch.float16)  # the user chose a dtype for the base: keep it
     clip_like = family_of(base).clip_layers
     wide = _is_wide(base)
     if precision == "auto" and engine != "onnxruntime":
-        precision = "bf16" if on_cpu and not half and wide and cpu_has_bf16() else "fp32"
+        native = cpu_has_bf16() if on_cpu else multiplies_bf16(device)
+        precision = "bf16" if native and wide and not half else "fp32"
     precision = "fp32" if precision == "auto" else precision
     if engine == "auto":  # with oneDNN torch is as fast in fp32; OpenVINO's bf16 moves accuracies more than torch's
         needed = onednn(torch.float32) is None and importlib.util.find_spec("openvino") is not None
@@ -288,7 +295,7 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     if engine != "torch" and (half or not clip_like or not on_cpu):
         raise ConfigurationError(
             f"engine={engine!r} runs fp32 CLIP-like towers on the CPU; this base is {base.config.model_type!r}, "
-            f"{parameter.dtype}, on {parameter.device}. Use engine='torch'."
+            f"{parameter.dtype}, on {device}. Use engine='torch'."
         )
     watched = engine_of_watched(base, f"{engine}-{precision}")
     if watched is not None:
@@ -298,7 +305,7 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
         return ImageEngine(
             "torch",
             precision,
-            best_batch_size(base) if on_cpu else 32,
+            best_batch_size(base) if on_cpu else largest_batch(base, device),
             lambda: _torch_tower(base, dtype),
             variant=int8_variant() if precision == "int8" else "",
         )
@@ -313,7 +320,7 @@ def candidates(base: PreTrainedModel, precision: str = "auto") -> list[tuple[str
     rewritten tower where it was tried, so neither is among them.
     """
     parameter = next(getattr(base, "vision_model", base).parameters())
-    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+    if is_accelerator(device_of(base)) or parameter.dtype != torch.float32:
         return []
     found = [("torch", "fp32")]
     if precision == "auto" and _is_wide(base) and cpu_has_bf16():
@@ -346,7 +353,8 @@ def stock_engine(base: PreTrainedModel) -> ImageEngine:
     """The tower as it is, in its own dtype."""
     parameter = next(getattr(base, "vision_model", base).parameters())
     name = {torch.float32: "fp32"}.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
-    size = best_batch_size(base) if parameter.device.type == "cpu" else 32
+    device = device_of(base)
+    size = largest_batch(base, device) if is_accelerator(device) else best_batch_size(base)
     return ImageEngine("torch", name, size, lambda: _torch_tower(base, None), is_stock=True)
 
 
@@ -362,11 +370,14 @@ def _check_int8(base: PreTrainedModel, engine: str, fp32_on_cpu: bool) -> None:
 
 
 def _torch_tower(base: PreTrainedModel, dtype: torch.dtype | None) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    tower, device = base if dtype is None else rewritten(base, dtype), device_of(base)
+    if is_accelerator(device):
+        return DeviceTower(base, partial(encode_images, tower), device)
     # glibc keeps pieces as large as the largest that was given back, and asks the system anew for larger ones: slow.
     torch.empty(_LARGEST_REUSED, dtype=torch.uint8)
-    return partial(_torch, base if dtype is None else rewritten(base, dtype))
+    return partial(_torch, tower)
 
 
 def _torch(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    device = next(getattr(base, "vision_model", base).parameters()).device
+    device = device_of(base)
     return encode_images(base, {name: value.to(device) for name, value in inputs.items()}).float().cpu()

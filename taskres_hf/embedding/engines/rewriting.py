@@ -67,7 +67,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
         if name in _WHOLE:
             return module
         if inner_dtype is not None and type(module) in LINEAR:
-            small = name.endswith("_projection") and module.weight.is_cpu  # one small product
+            small = name.endswith("_projection")  # one small product
             dtype_here = torch.float32 if small else inner_dtype
             return PackedLinear(module.weight, module.bias, dtype_here, rows, _is_inner(name, whole))  # type: ignore[arg-type]
         replaced: dict[str, nn.Module] = {}
