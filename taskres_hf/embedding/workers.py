@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import random
 import sys
 import threading
@@ -256,7 +255,7 @@ def _by_processes(
                     with _without_main():
                         loaded = iter(loader)
                 found = next(loaded, None)
-            except (RuntimeError, OSError, EOFError, pickle.PicklingError, AttributeError, TypeError) as error:
+            except Exception as error:  # whatever keeps them from starting or ends them; a real one comes up again
                 first = str(error).partition("\n")[0]
                 warnings.warn(f"Pictures are read by threads, as processes fail: {first}", stacklevel=2)
                 break
