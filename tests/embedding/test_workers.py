@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,8 @@ def _embed(
         warnings.simplefilter("always")
         found = embed_images(embedder, images, **{"batch_size": 4, "progress": False, "on_error": "skip", **options})
     monkeypatch.setattr(_Pass, "_take_read", take)
-    return found, sorted(str(warning.message) for warning in told), asked
+    said = [re.sub(r"one of them: '[^']*'", "one of them", str(one.message)) for one in told]  # whichever came first
+    return found, sorted(said), asked
 
 
 def _children() -> list[int]:
