@@ -23,7 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPModel
 
 from taskres_hf.embedding.engines import onednn, rewriting
@@ -38,27 +38,6 @@ from .timing import HELD, ratios, timed
 KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD["avx2"]}
 
 
-class _Three(nn.Module):
-    """The joined product as the three it was."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *more: Any) -> None:
-        super().__init__()
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        parts = zip(weight.chunk(3), biases, strict=True)
-        self.parts = nn.ModuleList(_real(part.contiguous(), bias, *more) for part, bias in parts)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.cat([part(inputs) for part in self.parts], dim=-1)
-
-
-_real = rewriting.PackedLinear
-
-
-def _separate(weight: Tensor, bias: Tensor | None, *more: Any, **named: Any) -> nn.Module:
-    joined = weight.shape[0] == 3 * weight.shape[1]
-    return _Three(weight, bias, *more) if joined else _real(weight, bias, *more, **named)
-
-
 @contextmanager
 def _without(part: str) -> Iterator[None]:
     """The tower is rewritten without a part."""
@@ -67,7 +46,6 @@ def _without(part: str) -> Iterator[None]:
         "weights laid out once for oneDNN": [
             patch.object(rewriting, "onednn", lambda dtype: None), patch.object(onednn, "onednn", lambda dtype: None),
         ],
-        "queries, keys and values joined": [patch.object(rewriting, "PackedLinear", _separate)],
         "activation within the product": [patch.object(rewriting, "packed_mlp", lambda *_: None)],
         _LAST: [
             patch.object(rewriting, "family_of", lambda base: replace(family(base), reads_first_token=False))
@@ -84,9 +62,7 @@ def _without(part: str) -> Iterator[None]:
 
 
 _LAST = "last layer for the first token alone"
-_FLOATS = [
-    "weights laid out once for oneDNN", "queries, keys and values joined", "activation within the product", _LAST,
-]  # fmt: skip
+_FLOATS = ["weights laid out once for oneDNN", "activation within the product", _LAST]
 PARTS = {"fp32": _FLOATS, "bf16": _FLOATS, "int8": [_LAST]}
 STOCK, COMPILED = "everything: the tower as it is, in fp32", "everything, and torch.compile in its place"
 TOWERS = {32: 8, 16: 4}  # pixels of a patch, and pictures a pass

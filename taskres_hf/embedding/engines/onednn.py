@@ -296,7 +296,11 @@ def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module
     """
     return {
         "layer_norm1": Int8Norm(layer.layer_norm1),
-        "qkv": Int8Linear(layer.qkv.weight, layer.qkv.bias, _RANGE / 127, _ZERO, rows, dtype),
+        **{
+            name: Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows, dtype)
+            for name, part in layer.named_children()
+            if name in ("q_proj", "k_proj", "v_proj")
+        },
         "layer_norm2": Int8Norm(layer.layer_norm2),
         "mlp": Int8Mlp(layer.mlp, rows),
     }

@@ -1,10 +1,9 @@
 """A frozen image tower, rewritten to do less work for the same embeddings.
 
-Three things, none of which changes more than last bits: linear layers are laid out once for oneDNN, in fp32 or bf16;
-queries, keys and values are one product, and an MLP's activation is part of one; and where an embedding is that of the
-first token, the last layer works for that token alone. A fourth, on request only, rounds more: the large products in
-int8 (`onednn.py`). The model itself is left as it is: the rewritten one shares with it whatever it did not have to lay
-out anew.
+Three things, none of which changes more than last bits: linear layers are laid out once for oneDNN, in fp32 or bf16; an
+MLP's activation is part of its first product; and where an embedding is that of the first token, the last layer works
+for that token alone. A fourth, on request only, rounds more: the large products in int8 (`onednn.py`). The model itself
+is left as it is: the rewritten one shares with it whatever it did not have to lay out anew.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from .onednn import (
     PackedLinear,
     Rotation,
     factored,
-    frozen_linear,
     int8_parts,
     onednn,
     onednn_int8,
@@ -95,7 +93,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
     return clone
 
 
-_INNER = ("q_proj", "k_proj", "v_proj", "fc1", "qkv", "first_query")  # a product takes their result next
+_INNER = ("q_proj", "k_proj", "v_proj", "fc1")  # a product takes their result next
 _QUERIES = {"k_proj": "q_proj", "v_proj": "q_proj"}  # what else must be of the same dtype
 _WHOLE = ("keys", "values")  # whose weights are read as they are
 
@@ -144,7 +142,7 @@ def int8_obstacle(base: PreTrainedModel) -> str | None:
 
 
 class Layer(nn.Module):
-    """A layer as CLIP and SigLIP have them (pre-norm, no mask), with queries, keys and values in one product.
+    """A layer as CLIP and SigLIP have them (pre-norm, no mask), without what nothing reads.
 
     `first_only` leaves out what later layers would read of the other tokens: queries, output and MLP are computed for
     the first token alone, and its queries and mixtures pass the weights of keys and values instead of all tokens. That
@@ -163,11 +161,11 @@ class Layer(nn.Module):
         self.out_proj = attention.out_proj
         self.rotate_in: nn.Module | None = None
         self.rotate_out: nn.Module | None = None
-        query = (attention.q_proj, attention.scale)
+        self.q_proj, self.scale = attention.q_proj, attention.scale
         if first_only:
-            self.first_query, self.keys, self.values = _joined(query), attention.k_proj, attention.v_proj
+            self.keys, self.values = attention.k_proj, attention.v_proj
         else:
-            self.qkv = _joined(query, (attention.k_proj, 1.0), (attention.v_proj, 1.0))
+            self.k_proj, self.v_proj = attention.k_proj, attention.v_proj
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
@@ -200,9 +198,11 @@ class Layer(nn.Module):
         return hidden_states if self.rotate_out is None else self.rotate_out(hidden_states)
 
     def _mixed(self, normed: Tensor) -> Tensor:
-        parts = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
-        query, key, value = parts.permute(2, 0, 3, 1, 4).contiguous()
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        query, key, value = (
+            project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D / heads]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return mixed.transpose(1, 2).flatten(2)
 
     def _mixed_for_first(self, normed: Tensor) -> Tensor:
@@ -210,7 +210,8 @@ class Layer(nn.Module):
 
         A bias of the keys adds the same to all tokens' scores, so it does nothing.
         """
-        query = self.first_query(normed[:, 0]).to(normed.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        query = self.scale * self.q_proj(normed[:, 0]).to(normed.dtype)
+        query = query.unflatten(-1, (self.heads, -1)).transpose(0, 1)
         keys, values = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.keys, self.values))
         asked = torch.matmul(query, keys).transpose(0, 1)  # [B, heads, D]
         weights = torch.matmul(asked, normed.transpose(1, 2)).softmax(dim=-1)
@@ -224,13 +225,6 @@ def _watched(module: nn.Module) -> bool:
     hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURE]
     computed = "parametrizations" in module._modules  # weights made anew at each pass: `nn.utils.parametrize`
     return "forward" in vars(module) or computed or bool(hooks or module._forward_pre_hooks)
-
-
-def _joined(*parts: tuple[nn.Linear, float]) -> nn.Linear:
-    """Linear layers of the same input, each times a factor, as one."""
-    weight = torch.cat([part.weight.detach() * factor for part, factor in parts])
-    zeros = [torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias.detach() for part, _ in parts]
-    return frozen_linear(weight, torch.cat([zero * factor for zero, (_, factor) in zip(zeros, parts, strict=True)]))
 
 
 def packed_mlp(module: nn.Module, dtype: torch.dtype, rows: int) -> dict[str, nn.Module | None] | None:
