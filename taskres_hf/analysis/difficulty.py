@@ -257,10 +257,12 @@ def h_score(images: Tensor, labels: Tensor) -> float:
 def shots_information(images: Tensor, labels: Tensor, base: Tensor, logit_scale: float) -> tuple[float, float | None]:
     """What zero-shot, and class means of other shots, tell of the labels, each from 0 to 1, as recipe `auto` sees it.
 
-    Nones where no shot can be held out, at one picture a class.
+    None for the means at one picture a class. Of pictures that are nearly copies none is held out, and what the recipe
+    takes class means to tell at one picture a class is given.
     """
     chosen = fit_whitened(unit(images), labels, base, logit_scale).chosen
-    return chosen["text_information"], chosen["means_information"] if "gain" in chosen else None
+    alone = int(torch.bincount(labels.cpu()).max()) < 2
+    return chosen["text_information"], None if alone else chosen["means_information"]
 
 
 def cross_validated_logits(

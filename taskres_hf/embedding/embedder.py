@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any, TypeVar
 
 import PIL.Image
@@ -237,8 +238,8 @@ class Embedder:
     ) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
         """Each batch with the embeddings of the pictures that `load` gave, in order; decoding overlaps the tower.
 
-        As `stream_found`, for callers that know their pictures; what passes the tower together is as many as the first
-        batch has.
+        As `stream_found`, for callers that know their pictures. Those of a batch pass the tower together, and no others
+        with them, so that last bits are the same where a job that was interrupted goes on with the next batch.
 
         Args:
             load: the picture of an item, or None for one that cannot be read; in any thread.
@@ -248,28 +249,31 @@ class Embedder:
         """
         batches, cores = iter(batches), torch.get_num_threads()
         first = list(islice(batches, cores))
-        ends: deque[tuple[Sequence[_T], int]] = deque()  # batches under way, and the number of the first item after
+        under_way: deque[tuple[int, Sequence[_T]]] = deque()
 
         def items() -> Iterator[tuple[int, _T]]:
-            number = 0
-            for batch in chain(first, batches):
-                ends.append((batch, number + len(batch)))
-                yield from enumerate(batch, number)
-                number += len(batch)
+            for number, batch in enumerate(chain(first, batches)):
+                under_way.append((number, batch))
+                yield from ((number, item) for item in batch)
 
         def find(numbered: tuple[int, _T]) -> list[tuple[int, PIL.Image.Image]]:
             picture = load(numbered[1])
             return [] if picture is None else [(numbered[0], picture)]
 
-        size = max(map(len, first), default=1) or 1
+        def until(number: int) -> Iterator[tuple[Sequence[_T], Tensor | None]]:
+            while under_way and under_way[0][0] < number:
+                yield under_way.popleft()[1], torch.cat(rows) if rows else None
+                rows.clear()
+
+        size, rows = max(map(len, first), default=1) or 1, list[Tensor]()
         count = len(first) if total is None else total
-        rows: list[tuple[int, Tensor]] = []
-        for numbers, embeds in self.stream_found(items(), find, augmented, size, count, pad_to=pad_to):
-            rows += zip(numbers, embeds, strict=True)
-            while ends and ends[0][1] <= numbers[-1] + 1:
-                yield _split_off(rows, *ends.popleft())
-        while ends:
-            yield _split_off(rows, *ends.popleft())
+        found = self.stream_found(items(), find, augmented, size, count, pad_to=pad_to, apart=lambda number: number)
+        for numbers, embeds in found:
+            yield from until(numbers[0])
+            rows.append(embeds)
+            if len(numbers) == len(under_way[0][1]):
+                yield from until(numbers[0] + 1)
+        yield from until(sys.maxsize)
 
     @torch.no_grad()
     def stream_found(
@@ -282,6 +286,7 @@ class Embedder:
         each: int = 1,
         pad_to: int | None = None,
         parts: Parts | None = None,
+        apart: Callable[[_T], Any] = lambda name: None,
     ) -> Iterator[tuple[Sequence[_T], Tensor]]:
         """Names and embeddings [B, D] of the pictures of items, of which only reading one tells what it holds.
 
@@ -296,10 +301,15 @@ class Embedder:
             find: pictures of an item, each with what to call it; in any thread.
             total: number of batches, if nothing were left out. each: pictures of an item, at most.
             pad_to: see `stream`; by default a whole batch. parts: does what `find` does, in any process.
+            apart: pictures for whose names it differs do not pass the tower together; by default all may.
         """
         self.get_ready()
         full = min(batch_size, self.batch_size) if pad_to is None else pad_to
         tower = self.engine.beside
+
+        def batched(found: Iterable[tuple[_T, Any]]) -> Iterator[list[tuple[_T, Any]]]:
+            for _, some in groupby(found, lambda pair: apart(pair[0])):
+                yield from cut(some, batch_size)
 
         @torch.no_grad()
         def prepare(part: Sequence[_I]) -> list[tuple[_T, Any]]:
@@ -315,23 +325,29 @@ class Embedder:
         if tower is not None:
             ahead, parts = (max(2 * batch_size // each, 1), parts) if self.preprocess.fast else (_PREPARED_AHEAD, None)
             with closing(read_beside(items, prepare, ahead, parts)) as read:
-                yield from self._embed_beside(tower, read, augmented, batch_size, pad_to)
+                yield from self._embed_beside(tower, read, augmented, batch_size, pad_to, apart)
         elif self._has_core_each(total):
-            yield from _read_on_every_core(items, prepare, embed, batch_size, each)
+            yield from _read_on_every_core(items, prepare, batched, embed, batch_size // (4 * each) or 1)
         else:  # the stock processor is given whole pictures: hold few
             ahead = max(_PREPARED_AHEAD if self.preprocess.fast else 1, batch_size)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-                yield from map(embed, cut(_in_turn(items, prepare, pool, ahead // each or 1), batch_size))
+                yield from map(embed, batched(_in_turn(items, prepare, pool, ahead // each or 1)))
 
     def _embed_beside(
-        self, tower: DeviceTower, read: Iterator[tuple[_T, Any]], augmented: bool, size: int, pad_to: int | None
+        self,
+        tower: DeviceTower,
+        read: Iterator[tuple[_T, Any]],
+        augmented: bool,
+        size: int,
+        pad_to: int | None,
+        apart: Callable[[_T], Any],
     ) -> Iterator[tuple[Sequence[_T], Tensor]]:
         """Names and embeddings of prepared pictures, by a tower beside which pictures go on being read."""
 
         def collate(prepared: Sequence[Any]) -> dict[str, Tensor]:
             return self.preprocess.collate(prepared, augmented, tower.pins)
 
-        return embed_ahead(tower, read, size, collate, self.preprocess.finisher(tower.device), pad_to)
+        return embed_ahead(tower, read, size, collate, self.preprocess.finisher(tower.device), pad_to, apart)
 
     def _has_core_each(self, batches: int) -> bool:
         """Whether every core takes batches of its own."""
@@ -370,14 +386,6 @@ def use_engine(model: Any, engine: str | None = "auto", precision: str = "auto")
     return STOCK if embedder.engine.is_stock else embedder.engine.name
 
 
-def _split_off(rows: list[tuple[int, Tensor]], batch: Sequence[_T], end: int) -> tuple[Sequence[_T], Tensor | None]:
-    """A batch with the embeddings [B, D] of those of its items that have one, taken out of numbered rows."""
-    count = next((place for place, (number, _) in enumerate(rows) if number >= end), len(rows))
-    embeds = [row for _, row in rows[:count]]
-    del rows[:count]
-    return batch, torch.stack(embeds) if embeds else None
-
-
 def _padded(rows: Tensor, count: int) -> Tensor:
     """The rows [B, ...], the last one repeated until there are `count`."""
     missing = count - len(rows)
@@ -387,17 +395,17 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def _read_on_every_core(
     items: Iterable[_I],
     prepare: Callable[[Sequence[_I]], list[tuple[_T, Any]]],
+    batched: Callable[[Iterable[tuple[_T, Any]]], Iterator[list[tuple[_T, Any]]]],
     embed: Callable[[Sequence[tuple[_T, Any]]], tuple[Sequence[_T], Tensor]],
-    batch_size: int,
-    each: int,
+    few: int,
 ) -> Iterator[tuple[Sequence[_T], Tensor]]:
-    """What `embed` makes of full batches of what `prepare` finds; each core reads a few items, or embeds a batch."""
+    """What `embed` makes of batches of what `prepare` finds; each core reads a few items, or embeds a batch."""
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        jobs = ((None, pool.submit(prepare, part)) for part in cut(items, batch_size // (4 * each) or 1))
+        jobs = ((None, pool.submit(prepare, part)) for part in cut(items, few))
         found = chain.from_iterable(some for _, some in in_order(jobs, 2 * cores))
-        batches = ((None, pool.submit(embed, batch)) for batch in cut(found, batch_size))
+        batches = ((None, pool.submit(embed, batch)) for batch in batched(found))
         yield from (result for _, result in in_order(batches, cores))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -155,6 +155,18 @@ def test_embeddings_that_are_all_the_same_are_numbers_too(features: Any, labelle
     assert 0.0 <= told.expected[0].accuracy_interval[0] <= told.expected[0].accuracy_interval[1] <= 1.0
 
 
+@pytest.mark.filterwarnings("ignore:Nothing like this")
+def test_pictures_of_a_class_that_are_nearly_copies_are_several_too(features: Any) -> None:
+    """Frames of one video a class, of which recipe `auto` holds none out."""
+    model, data = features
+    classes = len(model.class_names)
+    scenes = data.image_embeds[0, :classes]
+    frames = torch.cat([scenes, scenes + 1e-4 * scenes.std() * torch.randn_like(scenes)])[None]
+    told = transfer_difficulty(model, ImageFeatures(frames, torch.arange(2 * classes) % classes, model.class_names, ""))
+    assert told.measures["class_means"] == 1.0
+    assert all(math.isfinite(value) for value in told.measures.values())
+
+
 def test_a_level_that_was_not_measured_is_refused_before_pictures_are_read(features: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"0\.5, 0\.8, 0\.9"):
         transfer_difficulty(features[0], "no-such-folder", level=0.7)

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -290,6 +289,7 @@ def embed_ahead(
     collate: Callable[[list[_P]], Inputs],
     finish: Callable[[Inputs], Inputs],
     pad_to: int | None = None,
+    apart: Callable[[_N], Any] = lambda name: None,
 ) -> Iterator[tuple[Sequence[_N], Tensor]]:
     """Names and embeddings [B, D] of prepared pictures, in order; while a batch passes the tower the next is copied.
 
@@ -297,21 +297,22 @@ def embed_ahead(
 
     Args:
         size: pictures of a batch. collate: makes inputs of a batch, on the CPU. finish: see `DeviceTower.submit`.
-        pad_to: fill smaller batches up to so many pictures; by default to a whole batch.
+        pad_to: fill smaller batches up to so many pictures; by default to a whole batch. apart: pictures for
+            whose names it differs are of different batches.
     """
     under_way: deque[tuple[list[_N], Callable[[], Tensor]]] = deque()
     again: deque[tuple[_N, _P]] = deque()
 
-    def pictures() -> Iterator[tuple[_N, _P]]:
-        while True:
-            if again:
-                yield again.popleft()
-            elif (pair := next(found, None)) is not None:
-                yield pair
-            else:
-                return
+    def following() -> list[tuple[_N, _P]]:
+        batch: list[tuple[_N, _P]] = []
+        while len(batch) < size and (pair := again.popleft() if again else next(found, None)) is not None:
+            if batch and apart(pair[0]) != apart(batch[0][0]):
+                again.appendleft(pair)
+                break
+            batch.append(pair)
+        return batch
 
-    while batch := list(islice(pictures(), size)):
+    while batch := following():
         prepared = [picture for _, picture in batch]
         missing = max(min(size if pad_to is None else pad_to, size) - len(batch), 0)
         try:
