@@ -34,7 +34,7 @@ GROUPS = {
     "device": [device.device],
     "precision": [embedding.precision],
     "training": [embedding.training],
-    "views": [lambda report: embedding.training(report, 320, 20, views=4)],
+    "views": [lambda report: embedding.training(report, 160, 10, views=4)],
     "peers": [peers.peers],
     "million": [epochs.million],
 }
