@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,17 +108,28 @@ def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[
                 continue
             return None
         flat = weight.detach().reshape(-1)
-        last = max(flat.numel() - _BLOCK, 0)
-        starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
-        sample = torch.cat([flat[start : start + _BLOCK] for start in starts]).double().cpu()
+        sample = flat[_sampled(flat.numel()).to(flat.device)].double().cpu()
         scale = max(float(sample.pow(2).mean().sqrt()), _SMALL)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        directions = torch.randn(_SKETCHES, len(sample) + 1, generator=generator, dtype=torch.float64)
+        directions = _directions(name, len(sample) + 1)
         totals += directions[:, :-1] @ sample / (scale * math.sqrt(len(sample))) + directions[:, -1] * math.log(scale)
         count += 1
     if count == 0 or not bool(torch.isfinite(totals).all()):
         return None
     return {"sketch": [round(float(value), 6) for value in totals / math.sqrt(count)], "weights": count, "dtype": dtype}
+
+
+@lru_cache(maxsize=256)
+def _sampled(numel: int) -> Tensor:
+    """Places of a weight's elements that `image_sketch` looks at."""
+    last = max(numel - _BLOCK, 0)
+    starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
+    return torch.cat([torch.arange(start, min(start + _BLOCK, numel)) for start in starts])
+
+
+@lru_cache(maxsize=1024)  # as many weights as any tower has; kilobytes each
+def _directions(name: str, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(_SKETCHES, length, generator=generator, dtype=torch.float64)
 
 
 def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

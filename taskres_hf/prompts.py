@@ -177,10 +177,12 @@ def class_prompts(
 
 def _check_encodable(prompts: Sequence[Sequence[str]]) -> None:
     for prompt in (prompt for group in prompts for prompt in group):
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # as of a file name that is not UTF-8
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # as of a file name that is not UTF-8
             raise ConfigurationError(
                 f"The prompt {prompt!r} holds bytes that are not text: rename the class, or give prompt_names= for it."
-            )
+            ) from error
 
 
 def sentences_by_class(descriptions: Mapping[str, Sequence[str] | str] | None) -> dict[str, list[str]] | None:
