@@ -108,7 +108,9 @@ def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[
                 continue
             return None
         flat = weight.detach().reshape(-1)
-        sample = flat[_sampled(flat.numel()).to(flat.device)].double().cpu()
+        last = max(flat.numel() - _BLOCK, 0)
+        starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
+        sample = torch.cat([flat[start : start + _BLOCK] for start in starts]).double().cpu()
         scale = max(float(sample.pow(2).mean().sqrt()), _SMALL)
         directions = _directions(name, len(sample) + 1)
         totals += directions[:, :-1] @ sample / (scale * math.sqrt(len(sample))) + directions[:, -1] * math.log(scale)
@@ -116,14 +118,6 @@ def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[
     if count == 0 or not bool(torch.isfinite(totals).all()):
         return None
     return {"sketch": [round(float(value), 6) for value in totals / math.sqrt(count)], "weights": count, "dtype": dtype}
-
-
-@lru_cache(maxsize=256)
-def _sampled(numel: int) -> Tensor:
-    """Places of a weight's elements that `image_sketch` looks at."""
-    last = max(numel - _BLOCK, 0)
-    starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
-    return torch.cat([torch.arange(start, min(start + _BLOCK, numel)) for start in starts])
 
 
 @lru_cache(maxsize=1024)  # as many weights as any tower has; kilobytes each
@@ -418,7 +412,7 @@ def base_for_artifact(
         raise BaseMismatchError(f"{_OTHER_PROMPTS} {_ACCEPT}")  # before thousands of prompts are embedded
     kept = cached_table_path(source, prompts, average)
     table = read_table(kept)
-    if table is not None and not _fits(fingerprint(table, prompts, average), stored):
+    if table is not None and not same_base(fingerprint(table, prompts, average), stored):
         table = None
     base, target = shared, None
     if shared is None:
@@ -457,14 +451,6 @@ def base_for_artifact(
             base.to(target)  # type: ignore[arg-type]
     advise_on_dtype(base)
     return PreparedBase(base, table, now, source)
-
-
-def _fits(now: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    try:
-        check_fingerprint(now, stored, "")
-    except BaseMismatchError:
-        return False
-    return True
 
 
 def cached_table_path(source: BaseSource, prompts: Sequence[Sequence[str]], average: str) -> Path | None:
