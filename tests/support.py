@@ -170,3 +170,12 @@ def beside_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what embeds take the processor for an accelerator: the ways of a GPU, on the CPU."""
     for module in ("embedder", "engines.choose"):
         monkeypatch.setattr(f"taskres_hf.embedding.{module}.is_accelerator", lambda device: True)
+
+
+def pictures_that_settle(rows: Any, count: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the first pictures, of which the cache believes that they do not change once the clock has ticked."""
+    monkeypatch.setattr("taskres_hf.embedding.cache._UNSETTLED", 0)
+    place.mkdir()
+    for row in range(count):
+        rows[row]["image"].convert("RGB").save(place / f"{row:03d}.png")
+    return place

@@ -288,21 +288,14 @@ class _Pass:
             return None
         return cell if cell is not None and is_readable_elsewhere(cell) and not self._is_known(row, cell) else None
 
-    def _take_read(self, row: int, read: ReadPicture) -> list[tuple[_Job, Any]]:
+    def _take_read(self, row: int, cell: Any, read: ReadPicture) -> list[tuple[_Job, Any]]:
         """As `open`, of a picture that was read, with what the tower takes of it."""
-        left, cell = [], self.images.source(row)
-        if read.digest is None:
-            self._problems[row] = f"Row {self.images.indices[row]}: {read.error}"
-        else:
-            left = self._new_views(row, cell, read.digest, read.status, read.began)
-        if left:
-            for remark in read.remarks:
-                self.remarks.add(*remark)
-        if left and read.error is not None:
-            named = read.is_named
-            self._problems[row] = (
-                f"Row {self.images.indices[row]}: {read.error}" if named else self._named(row, read.error)
-            )
+        left = [] if read.digest is None else self._new_views(row, cell, read.digest, read.status, read.began)
+        for remark in read.remarks if left else ():
+            self.remarks.add(*remark)
+        if read.error is not None and (left or read.digest is None):
+            named = f"Row {self.images.indices[row]}: {read.error}"
+            self._problems[row] = named if read.is_named else self._named(row, read.error)
         found = [((view, row), read.prepared[view]) for view in left if view in read.prepared]
         if not found:
             self._count(self.each)

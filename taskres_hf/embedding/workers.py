@@ -50,12 +50,13 @@ class Parts(NamedTuple):
     """Finding an item's pictures in three parts, of which the middle one may run in another process.
 
     `ask(item)` gives, here, the cell that is to be read, or None where there is nothing to read elsewhere;
-    `read(cell)` can be pickled; `take(item, read)` gives, here and in order, prepared pictures with what to call them.
+    `read(cell)` can be pickled; `take(item, cell, read)` gives, here and in order, prepared pictures with what to call
+    them.
     """
 
     ask: Callable[[Any], Any]
     read: PictureReader
-    take: Callable[[Any, ReadPicture], list[tuple[Any, Any]]]
+    take: Callable[[Any, Any, ReadPicture], list[tuple[Any, Any]]]
     pictures: int
 
 
@@ -264,7 +265,7 @@ def _by_processes(
             part, asked = given.popleft()
             results = iter(_unpacked(*found))
             for item, cell in zip(part, asked, strict=True):
-                yield from prepare([item]) if cell is None else parts.take(item, next(results))
+                yield from prepare([item]) if cell is None else parts.take(item, cell, next(results))
     finally:
         if loaded is not None:
             loaded._shutdown_workers()  # now, not when the last traceback that knows of it is gone

@@ -15,11 +15,11 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from support import pictures_that_settle
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.data.reading import FileCells
-from taskres_hf.embedding import cache as caching
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import ImageFeatures, content_digest, embed_images
 
@@ -36,11 +36,7 @@ def embedder(base: str) -> Embedder:
 @pytest.fixture
 def folder(splits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures that were put there long ago."""
-    monkeypatch.setattr(caching, "_UNSETTLED", 0)
-    place = tmp_path / "pictures"
-    place.mkdir()
-    for row in range(COUNT):
-        splits["test"][row]["image"].convert("RGB").save(place / f"{row:03d}.png")
+    place = pictures_that_settle(splits["test"], COUNT, tmp_path / "pictures", monkeypatch)
     time.sleep(0.02)  # further than a tick of the file system's clock
     return place
 

@@ -20,12 +20,11 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from support import beside_a_device
+from support import beside_a_device, pictures_that_settle
 
 from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.data.reading import FileCells
-from taskres_hf.embedding import cache as caching
 from taskres_hf.embedding import workers
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import ImageFeatures, _Pass, embed_images
@@ -38,11 +37,7 @@ COUNT = 30
 @pytest.fixture
 def folder(splits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures of which two are the same, one is no picture, one is cut short, one empty, one transparent."""
-    monkeypatch.setattr(caching, "_UNSETTLED", 0)
-    place = tmp_path / "pictures"
-    place.mkdir()
-    for row in range(COUNT):
-        splits["test"][row]["image"].convert("RGB").save(place / f"{row:03d}.png")
+    place = pictures_that_settle(splits["test"], COUNT, tmp_path / "pictures", monkeypatch)
     shutil.copy(place / "001.png", place / "017.png")
     (place / "004.png").write_bytes(b"not a picture")
     (place / "011.png").write_bytes((place / "010.png").read_bytes()[:900])
@@ -71,7 +66,7 @@ def _embed(
     monkeypatch.setenv(workers.WORKERS, str(count))
     asked: list[int] = []
     take = _Pass._take_read
-    monkeypatch.setattr(_Pass, "_take_read", lambda work, row, read: asked.append(row) or take(work, row, read))
+    monkeypatch.setattr(_Pass, "_take_read", lambda work, row, *read: asked.append(row) or take(work, row, *read))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = embed_images(embedder, images, **{"batch_size": 4, "progress": False, "on_error": "skip", **options})
@@ -147,11 +142,11 @@ def test_threads_go_on_where_processes_fail(
     else:
         taken, take = [], _Pass._take_read
 
-        def kill(work: Any, row: int, read: Any) -> Any:
+        def kill(work: Any, row: int, *read: Any) -> Any:
             taken.append(row)
             for pid in _children() if len(taken) == 3 else []:
                 os.kill(pid, signal.SIGKILL)
-            return take(work, row, read)
+            return take(work, row, *read)
 
         monkeypatch.setattr(_Pass, "_take_read", kill)
     found, told, _ = _embed(embedder, _images(folder), monkeypatch, 1)
@@ -167,12 +162,12 @@ def test_an_interrupt_ends_processes_though_its_traceback_is_held(
     taken: list[int] = []
     take = _Pass._take_read
 
-    def interrupted(work: Any, row: int, read: Any) -> Any:
+    def interrupted(work: Any, row: int, *read: Any) -> Any:
         taken.append(row)
         if len(taken) == 3:
             assert _children()
             raise KeyboardInterrupt
-        return take(work, row, read)
+        return take(work, row, *read)
 
     monkeypatch.setattr(_Pass, "_take_read", interrupted)
     with pytest.raises(KeyboardInterrupt) as held:
@@ -199,12 +194,12 @@ names = sorted(str(path) for path in Path(folder).iterdir()) * 40
 images = LabelledImages.from_cells(FileCells(names), [0] * len(names), ["a"])
 model = TaskResCLIPForImageClassification.from_base(base, ["a", "b"])
 take = features._Pass._take_read
-def slowly(work, row, read):
+def slowly(work, row, *read):
     import multiprocessing, time
     if row > 60:
         print("children", *[process.pid for process in multiprocessing.active_children()], flush=True)
         time.sleep(60)
-    return take(work, row, read)
+    return take(work, row, *read)
 features._Pass._take_read = slowly
 features.embed_images(Embedder(model.clip, model.image_processor), images, progress=False, on_error="skip")
 """

@@ -294,13 +294,15 @@ def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module
 
     `dtype` is that of queries, keys and values.
     """
+
+    def reads(part: nn.Linear) -> Int8Linear:
+        return Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows, dtype)
+
     return {
         "layer_norm1": Int8Norm(layer.layer_norm1),
-        **{
-            name: Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows, dtype)
-            for name, part in layer.named_children()
-            if name in ("q_proj", "k_proj", "v_proj")
-        },
+        "q_proj": reads(layer.q_proj),
+        "k_proj": reads(layer.k_proj),
+        "v_proj": reads(layer.v_proj),
         "layer_norm2": Int8Norm(layer.layer_norm2),
         "mlp": Int8Mlp(layer.mlp, rows),
     }
