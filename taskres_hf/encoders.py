@@ -6,7 +6,6 @@ towers are made of; each row says so, and a test compares every row with the mod
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import warnings
@@ -466,23 +465,6 @@ def text_device(base: PreTrainedModel) -> torch.device:
     """Where token ids must be, also when the towers are on different devices."""
     tower = getattr(base, "text_model", base)
     return next(tower.parameters()).device
-
-
-def image_weights_digest(base: PreTrainedModel) -> str:
-    """A checksum of all weights that make an image embedding, in milliseconds: not a hash of every byte.
-
-    Sums of the raw bits at two strides, with names, shapes and dtypes: any retraining or rounding changes it.
-    It tells versions of a model apart; it is no protection against tampering.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.state_dict().items()):
-        if name.startswith(("text_", "logit_", "temperature")):  # absent where only the image tower is loaded
-            continue
-        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        bits = bits[: bits.numel() // 4 * 4].view(torch.int32) if bits.numel() >= 4 else bits
-        sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
-    return digest.hexdigest()
 
 
 def cpu_has_bf16() -> bool:

@@ -74,7 +74,7 @@ class TaskResCLIPForImageClassification(
         self.classifier = self._head_class(base_classifier, config.alpha, scale, bias, config.residual_side)
         self.classifier.facts = config.facts  # one home: the head's reset and the config's readers see the same
         self.config = config  # of the head, so that both are exchanged in one step
-        self.run_image_tower: Callable[[Mapping[str, Tensor]], Tensor] | None = None  # see `embedding.use_engine`
+        self.run_image_tower: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None  # see `embedding.use_engine`
         self._image_processor: Any = None
         self._tokenizer: Any = None
         self._base_source: BaseSource | None = None
@@ -300,7 +300,7 @@ class TaskResCLIPForImageClassification(
                     features = image_features(self.clip, inputs, **options)
                 image_embeds = pooled(features)
             else:
-                image_embeds = self.run_image_tower(inputs)
+                image_embeds = self.run_image_tower(self.clip, inputs)
         elif image_embeds.shape[-1] != self.config.projection_dim:
             raise ConfigurationError(
                 f"image_embeds must have {self.config.projection_dim} columns, the base's projection size; got "

@@ -313,7 +313,7 @@ def test_samples_of_a_profile_are_told_apart_and_drawn(tmp_path: Path) -> None:
         "decode": "read_image (taskres_hf/pictures.py:1)",
         "read and digest": "read_once (taskres_hf/pictures.py:1)",
         "cache": "KeptRows.add (taskres_hf/embedding/cache.py:1)",
-        "digest of the weights": "image_weights_digest (taskres_hf/encoders.py:1)",
+        "digest of the weights": "image_weights_digest (taskres_hf/embedding/engines/rewriting.py:1)",
         "else": "_Pass.open (taskres_hf/embedding/features.py:1)",
     }
     for name, frame in names.items():

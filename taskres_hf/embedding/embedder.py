@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..encoders import image_weights_digest
 from ..errors import TaskResError
 from .engines.choose import ImageEngine, candidates, engine_of_watched, make_engine, stock_engine
 from .engines.devices import SMALLEST_BATCH, DeviceTower, device_of, embed_ahead, is_accelerator
 from .engines.proving import (
+    CENTRED,
+    CENTRED_ASKED,
     SECONDS_TO_PREPARE,
     STOCK,
     Proof,
@@ -34,7 +36,7 @@ from .engines.proving import (
     remember,
     remembered,
 )
-from .engines.rewriting import image_side_state, watched_module
+from .engines.rewriting import image_side_state, image_weights_digest, watched_module
 from .preprocessing import Preprocessor
 from .workers import Parts, cut, in_order, read_beside
 
@@ -77,7 +79,7 @@ class Embedder:
     ) -> None:
         self.base, self.image_processor = base, image_processor
         self.preprocess = Preprocessor(image_processor, exact_preprocessing, crop)
-        self._wanted = (engine, precision)
+        self._wanted, self._lock = (engine, precision), threading.RLock()
         self._choose_engine()
         self.draft = self.preprocess.target_size() if draft_decoding else None
 
@@ -85,7 +87,7 @@ class Embedder:
         engine, precision = self._wanted
         self.engine = make_engine(self.base, engine, precision)
         self._is_ready = self.engine.is_stock
-        self._device, self._made_of = device_of(self.base), image_side_state(self.base)
+        self._device, self._made_of = device_of(self.base), image_side_state(self.base, contents=True)
         beside = is_accelerator(self._device)  # where whole pictures, for a stock processor, are held, they are few
         self.batch_size = self.engine.batch_size
         if beside and not self.preprocess.fast:
@@ -122,23 +124,30 @@ class Embedder:
         return watched_module(self.base) is None
 
     @torch.no_grad()
-    def get_ready(self, pictures: int = 0) -> None:
+    def get_ready(self, pictures: int = 0) -> ImageEngine:
         """Convert the tower, now rather than when the first pictures come, and compare it with what it was.
 
         Two probe pictures go both ways; where they come out differently the tower runs as it is, with a warning. Where
         the engine is automatic and `pictures` are many, the fastest form is measured and remembered.
         A tower that was changed since is converted and compared again.
+
+        Returns:
+            What runs. Threads wait for the one that compares.
         """
+        with self._lock:
+            self._get_ready(pictures)
+            return self.engine
+
+    def _get_ready(self, pictures: int) -> None:
         if device_of(self.base) != self._device:
             self._choose_engine()  # the model was moved
         if not self.engine.is_stock:
             if engine_of_watched(self.base, self.engine.name) is not None:
                 self._run_stock()  # a hook that came after the engine
-            elif self._made_of != image_side_state(self.base):
+            elif self._made_of != image_side_state(self.base, contents=True):
                 self._choose_engine()
         if self._is_ready:
             return
-        self._is_ready = True
         probes, stock = probe_pictures(), stock_engine(self.base)
         expected = stock(self.preprocess(probes))
         try:
@@ -148,15 +157,19 @@ class Embedder:
             raise
         except Exception as error:  # whatever a library that converts towers raises at one it does not know
             warnings.warn(
-                f"{self.engine.name} cannot run this image tower, which runs as it is instead: {error}", stacklevel=2
+                f"{self.engine.name} cannot run this image tower, which runs as it is instead: {error}", stacklevel=4
             )
             self._run_stock()
             return
-        if not agrees(embeds, expected, self.engine.precision):
+        self._made_of = image_side_state(self.base, contents=True)  # some modules keep what they were last given
+        automatic = "auto" in self._wanted and self._wanted[1] in ("auto", "fp32")
+        right = agrees(embeds, expected, self.engine.precision, CENTRED if automatic else CENTRED_ASKED)
+        self._is_ready = True  # not before: whoever interrupts the comparison has it again
+        if not right:
             warnings.warn(
                 f"On this machine {self.engine.name} gives other embeddings than the image tower as it is, which runs "
                 "instead.",
-                stacklevel=2,
+                stacklevel=4,
             )
             self._run_stock()
         elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
@@ -224,8 +237,7 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> Tensor:
         """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
-        self.get_ready()
-        return self.engine(self.preprocess(pictures, augmented))
+        return self.get_ready()(self.preprocess(pictures, augmented))
 
     @torch.no_grad()
     def stream(
@@ -374,16 +386,33 @@ def use_engine(model: Any, engine: str | None = "auto", precision: str = "auto")
     if engine is None:
         model.run_image_tower = None
         return STOCK
-    embedder = Embedder(model.clip, model.image_processor, engine, precision, exact_preprocessing=True)
-    embedder.get_ready()
+    tower = _FasterTower(model.image_processor, engine, precision)
+    chosen = tower.engine_for(model.clip)
+    model.run_image_tower = tower
+    return STOCK if chosen.is_stock else chosen.name
+
+
+class _FasterTower:
+    """Runs the image tower of whichever base it is given; its copies, in this process or another, begin anew."""
+
+    def __init__(self, image_processor: Any, engine: str, precision: str) -> None:
+        self._wanted = (image_processor, engine, precision)
+        self._embedder: Embedder | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), self._wanted
+
+    def engine_for(self, base: PreTrainedModel) -> ImageEngine:
+        """The form that runs; a tower that is another, or was changed since, is converted anew."""
+        embedder = self._embedder
+        if embedder is None or embedder.base is not base:
+            self._embedder = embedder = Embedder(base, *self._wanted, exact_preprocessing=True)
+        return embedder.get_ready()
 
     @torch.no_grad()
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        embedder.get_ready()  # a tower that was changed since is converted anew
-        return embedder.engine(inputs).to(next(iter(inputs.values())).device)
-
-    model.run_image_tower = run
-    return STOCK if embedder.engine.is_stock else embedder.engine.name
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.engine_for(base)(inputs).to(next(iter(inputs.values())).device)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoders import image_weights_digest
 from ..errors import ConfigurationError
 from ..language.encoding import TextEncoding, checked_text
 from ..language.tower import TextTower, encode, tokenizer_digest
+from .engines.rewriting import image_weights_digest
 
 _GROUP = 1024  # texts sorted by length together
 

@@ -67,6 +67,26 @@ def test_cache_is_used_and_keyed_by_content(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("setting", ["activation", "epsilon", "heads"])
+def test_the_same_weights_told_otherwise_have_embeddings_of_their_own(
+    model: Model, few: LabelledImages, tmp_path: Path, setting: str
+) -> None:
+    """As where a config.json with the wrong activation was mended."""
+    before = _embed(model, few, cache_dir=tmp_path).image_embeds
+    vision: Any = model.clip.vision_model
+    for layer in vision.encoder.layers:
+        if setting == "activation":
+            layer.mlp.activation_fn = torch.nn.ReLU()
+        elif setting == "epsilon":
+            layer.layer_norm1.eps = 0.1
+        else:
+            layer.self_attn.num_heads, layer.self_attn.head_dim = 12, 16
+            layer.self_attn.scale = 0.25
+    after = _embed(model, few, cache_dir=tmp_path).image_embeds
+    assert not torch.allclose(after, before, atol=0.01)
+    assert torch.equal(after, _embed(model, few).image_embeds)
+
+
 def test_digest_tells_labels_apart(model: Model, few: LabelledImages) -> None:
     other = few.select(range(12))
     other.labels = [*few.labels[:-1], 7 - few.labels[-1]]

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...encoders import cpu_has_bf16, encode_images, family_of, image_weights_digest
+from ...encoders import cpu_has_bf16, encode_images, family_of
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
 from .devices import DeviceTower, device_of, is_accelerator, largest_batch, multiplies_bf16
 from .onednn import int8_variant, onednn
-from .rewriting import best_batch_size, int8_obstacle, rewritten, watched_module
+from .rewriting import best_batch_size, image_weights_digest, int8_obstacle, rewritten, watched_module
 
 _FORMAT = 5  # of converted towers kept on disk
 _SHEET = "sha256.json"  # the checksums of a converted tower's files
@@ -203,7 +203,7 @@ def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Cal
     )
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.from_numpy(compiled(inputs["pixel_values"].numpy())[0].copy())
+        return torch.from_numpy(compiled(_pixels(inputs))[0].copy())
 
     return run
 
@@ -249,9 +249,14 @@ def _onnxruntime_tower(onnxruntime: Any, base: PreTrainedModel) -> Callable[[Map
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.from_numpy(session.run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0])
+        return torch.from_numpy(session.run(None, {"pixel_values": _pixels(inputs)})[0])
 
     return run
+
+
+def _pixels(inputs: Mapping[str, Tensor]) -> Any:
+    """Pixel values of any dtype, as the tower in fp32 takes them."""
+    return inputs["pixel_values"].detach().float().cpu().numpy()
 
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")

@@ -31,7 +31,7 @@ from .choose import ImageEngine
 STOCK = "stock"  # the name of the tower as it is
 SECONDS_TO_PREPARE = {"torch": 0.0, "openvino": 10.0, "onnxruntime": 30.0}  # once a base; then files are kept
 CENTRED = 0.999  # least cosine, between what two pictures' embeddings differ by, of a form that is chosen automatically
-_CENTRED = 0.9  # of one that was asked for: it tells another tower from rounding, no more
+CENTRED_ASKED = 0.9  # of one that was asked for: it tells another tower from rounding, no more
 # Largest error relative to an embedding's length, to the same end.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
 _ROUNDS = 2
@@ -64,7 +64,7 @@ def probe_pictures() -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(pixels).resize((320, 256), PIL.Image.Resampling.BICUBIC) for pixels in coarse]
 
 
-def agrees(embeds: Tensor, expected: Tensor, precision: str, centred: float = _CENTRED) -> bool:
+def agrees(embeds: Tensor, expected: Tensor, precision: str, centred: float = CENTRED_ASKED) -> bool:
     """Whether embeddings [2, D] of the probe pictures are those of the tower as it is, but for rounding.
 
     What most embeddings have in common would hide an error, so what the two differ by is compared too (`centred` is the

@@ -9,7 +9,9 @@ is left as it is: the rewritten one shares with it whatever it did not have to l
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from .onednn import (
 )
 
 _CAPTURE = "transformers.utils.output_capturing"
+_PARTS = frozenset({*vars(nn.Module()), "_is_hf_initialized"}) - {"training"}
+_VALUES = 64  # of a weight that are compared
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -114,20 +118,95 @@ def watched_module(base: PreTrainedModel) -> str | None:
     """
     if any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
         return "every module"
+    if "get_image_features" in vars(base):
+        return "get_image_features"
+    return next((name for name, module in _image_side(base) if _watched(module)), None)
+
+
+def _image_side(base: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the image side, by name."""
     for side, part in base.named_children():
         for name, module in () if side.startswith("text") else part.named_modules():
-            if _watched(module):
-                return f"{side}.{name}".rstrip(".")
-    return None
+            yield f"{side}.{name}".rstrip("."), module
 
 
-def image_side_state(base: PreTrainedModel) -> list[tuple[Any, ...]]:
-    """What differs after a module of the image side was replaced or a weight of it was changed, read in no time."""
-    parts = [part for side, part in base.named_children() if not side.startswith("text")]
-    weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-    state: list[tuple[Any, ...]] = [(id(module), type(module)) for part in parts for module in part.modules()]
-    # Tensors of inference mode count no changes.
-    return state + [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in weights]
+def image_side_state(base: PreTrainedModel, contents: bool = False) -> list[Any]:
+    """What differs after a module of the image side was replaced, or a weight or a setting of it was changed.
+
+    Read in no time. What is written into weights past autograd (`weight.data`, numpy, fused optimizers, peft's
+    merging) is not counted by torch: `contents` adds some values of each weight, which a device must be waited for.
+    """
+    modules = [module for _, module in _image_side(base)]
+    weights = [
+        tensor
+        for module in (base, *modules)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+    # Modules themselves, since the id of one that is gone is given to another. Inference tensors count no changes.
+    state: list[Any] = [(module, type(module), type(module).forward, _settings(module, id)) for module in modules]
+    state += [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in weights]
+    return state + _some_values(weights) if contents else state
+
+
+def _settings(module: nn.Module, name_of: Callable[[Any], Any]) -> dict[str, Any]:
+    """What a module is told beside its weights and parts, such as a scale, and whether an adapter is switched on.
+
+    Of values that are no numbers, names or collections of them what `name_of` gives; of a `PreTrainedModel`, which
+    also keeps notes about loading, numbers alone.
+    """
+    values = vars(module)
+    found = {name: _plain(values[name], name_of) for name in values.keys() - _PARTS}
+    if isinstance(module, PreTrainedModel):
+        return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    return found
+
+
+def _plain(value: Any, name_of: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name_of) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, name_of) for key, item in value.items()}
+    return name_of(value)
+
+
+def _kind(value: Any) -> str:
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+@torch.no_grad()
+def _some_values(weights: Sequence[Tensor]) -> list[bytes]:
+    """Some values of each weight, from all over it."""
+    some: dict[torch.device, list[Tensor]] = {}
+    for weight in weights:
+        if not weight.is_meta:
+            values = weight.reshape(-1)[:: weight.numel() // _VALUES | 1]
+            some.setdefault(weight.device, []).append(values.float())
+    return [torch.cat(values).cpu().numpy().tobytes() for values in some.values()]
+
+
+def image_weights_digest(base: PreTrainedModel) -> str:
+    """A checksum of all weights and settings that make an image embedding, in milliseconds: not a hash of every byte.
+
+    Sums of the raw bits at two strides, with names, shapes and dtypes, and what modules are and are told, such as an
+    activation or an epsilon: any retraining or rounding changes it.
+    It tells versions of a model apart; it is no protection against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, module in base.named_modules():
+        if name and not name.startswith("text_"):  # the base itself is told of both sides
+            settings = sorted(_settings(module, _kind).items())
+            digest.update(f"{name} {type(module).__qualname__} {settings};".encode())
+    for name, tensor in sorted(base.state_dict().items()):
+        if name.startswith(("text_", "logit_", "temperature")):  # absent where only the image tower is loaded
+            continue
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        bits = bits[: bits.numel() // 4 * 4].view(torch.int32) if bits.numel() >= 4 else bits
+        sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 7)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums};".encode())
+    return digest.hexdigest()
 
 
 def int8_obstacle(base: PreTrainedModel) -> str | None:

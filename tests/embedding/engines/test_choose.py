@@ -57,6 +57,17 @@ def tiny_clip() -> Any:
     return AutoModel.from_config(tiny_config("clip")).eval()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
+def test_engines_take_pixels_of_any_dtype(tiny_clip: Any, engine: str) -> None:
+    _needs(engine)
+    made = make_engine(tiny_clip, engine, "fp32")
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.uint8):
+        pixels = (torch.rand(2, 3, 32, 32) * 9).to(dtype)
+        expected = tiny_clip.get_image_features(pixels.float()).pooler_output
+        torch.testing.assert_close(made({"pixel_values": pixels}), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("image_tower")
 @pytest.mark.parametrize(("engine", "precision"), COMBINATIONS)
 def test_engines_give_the_embeddings_of_the_model(model: Model, splits: Any, engine: str, precision: str) -> None:

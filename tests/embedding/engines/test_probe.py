@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,43 @@ def test_a_cosine_tells_more_of_what_is_chosen_automatically() -> None:
     off = expected + 0.04 * F.normalize(torch.randn(2, 64), dim=1)
     assert agrees(off, expected, "bf16")
     assert not agrees(off, expected, "bf16", proving.CENTRED)
+
+
+@pytest.mark.parametrize(("engine", "precision", "name"), [("auto", "auto", "stock"), ("torch", "bf16", "torch-bf16")])
+def test_a_form_proved_on_another_tower_is_proved_on_this_one(
+    model: Model, wide: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, precision: str, name: str
+) -> None:
+    """As strictly where it is chosen automatically: a record is of towers of this shape, not of these weights."""
+    _paced(monkeypatch, tmp_path)
+    record = {proving.STOCK: Proof(None, 2.0), "torch-bf16": Proof(None, 1.0), "torch-fp32": Proof(None, 3.0)}
+    proving.remember(model.clip, record)
+    real = choose.encode_images
+
+    def rounded_more(base: Any, inputs: Any) -> Tensor:
+        embeds = real(base, inputs)
+        noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0))
+        return embeds + 0.048 * embeds.norm(dim=1, keepdim=True) * F.normalize(noise, dim=1) * (base is not model.clip)
+
+    monkeypatch.setattr(choose, "encode_images", rounded_more)
+    embedder = Embedder(model.clip, model.image_processor, engine, precision)
+    assert embedder.engine.name == "torch-bf16"
+    with pytest.warns(UserWarning, match="other embeddings") if name == "stock" else nullcontext():
+        assert (proving.STOCK if embedder.get_ready().is_stock else embedder.engine.name) == name
+
+
+def test_an_interrupted_comparison_is_made_again(
+    model: Model, stock: tuple[list[Any], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    embedder = Embedder(model.clip, model.image_processor)
+    monkeypatch.setattr(embedding, "agrees", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        embedder(stock[0])
+    monkeypatch.setattr(embedding, "agrees", lambda *_: False)
+    with pytest.warns(UserWarning, match="other embeddings"):
+        assert embedder.get_ready().is_stock
 
 
 def test_no_choice_without_the_tower_as_it_is() -> None:
