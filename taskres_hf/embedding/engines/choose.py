@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -202,8 +203,11 @@ def _openvino_tower(openvino: Any, base: PreTrainedModel, precision: str) -> Cal
         model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     )
 
+    lock = threading.Lock()  # it holds one request, and runs that with all threads
+
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.from_numpy(compiled(_pixels(inputs))[0].copy())
+        with lock:
+            return torch.from_numpy(compiled(_pixels(inputs))[0].copy())
 
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def test_engines_take_pixels_of_any_dtype(tiny_clip: Any, engine: str) -> None:
         pixels = (torch.rand(2, 3, 32, 32) * 9).to(dtype)
         expected = tiny_clip.get_image_features(pixels.float()).pooler_output
         torch.testing.assert_close(made({"pixel_values": pixels}), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
+def test_threads_that_ask_at_once_get_their_own_embeddings(tiny_clip: Any, engine: str) -> None:
+    _needs(engine)
+    made, batches = make_engine(tiny_clip, engine, "fp32"), [torch.randn(size, 3, 32, 32) for size in (1, 2, 3, 5) * 25]
+    made.get_ready()
+
+    @torch.no_grad()
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        return made({"pixel_values": pixels})
+
+    with ThreadPoolExecutor(8) as pool:
+        for pixels, found in zip(batches, pool.map(embed, batches), strict=True):
+            expected = tiny_clip.get_image_features(pixels).pooler_output
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("image_tower")
