@@ -39,6 +39,7 @@ from .preprocessing import Preprocessor, augment, crop_size
 _LARGE_JOB = 10_000  # pictures from which processes pay: starting them takes seconds
 _FEWEST_CORES = 4
 _MOST = 32  # processes
+_TOO_MANY = 1024  # that anyone asks for: more are a slip that would bring the machine down
 _PART = 8  # pictures a process is given at once
 _AHEAD = 2  # parts that wait for a process; with bytes of 8 pictures, what containers have of shared memory holds them
 WORKERS = "TASKRES_WORKERS"
@@ -71,14 +72,16 @@ def worker_count(pictures: int) -> int:
     """Processes that read so many pictures beside a device; 0 for threads. `TASKRES_WORKERS` decides where it is set.
 
     Raises:
-        ConfigurationError: `TASKRES_WORKERS` is no whole number from 0 on.
+        ConfigurationError: `TASKRES_WORKERS` is no whole number from 0 to 1,024.
     """
     if multiprocessing.current_process().daemon:  # itself a worker, which may start none
         return 0
     given = os.environ.get(WORKERS, "").strip()
     if given:
-        if not given.isdecimal():
-            raise ConfigurationError(f"{WORKERS} must be a number of processes, 0 for none; got {given!r}.")
+        if not given.isdecimal() or int(given) > _TOO_MANY:
+            raise ConfigurationError(
+                f"{WORKERS} must be a number of processes, 0 for none and {_TOO_MANY:,} at most; got {given!r}."
+            )
         return int(given)
     try:
         cores = len(os.sched_getaffinity(0))

@@ -244,9 +244,10 @@ def test_when_processes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.worker_count(10**6) == 0
     monkeypatch.setenv(workers.WORKERS, "5")
     assert workers.worker_count(1) == 5
-    monkeypatch.setenv(workers.WORKERS, "many")
-    with pytest.raises(ConfigurationError, match=r"TASKRES_WORKERS.*'many'"):
-        workers.worker_count(1)
+    for wrong in ("many", "-1", "1000000"):
+        monkeypatch.setenv(workers.WORKERS, wrong)
+        with pytest.raises(ConfigurationError, match=f"TASKRES_WORKERS.*'{wrong}'"):
+            workers.worker_count(1)
 
 
 def test_what_is_no_file_is_read_here() -> None:
