@@ -72,7 +72,7 @@ def test_the_list_of_commands_is_that_of_their_own_help_though_none_is_loaded(
     monkeypatch.setattr("taskres_hf.cli.app.importlib.import_module", None)
     text = re.sub(r"[│\s]+", " ", run(capsys, "--help")[1])
     assert all(f"{name} {summary}" in text for name, summary in SUMMARIES.items())
-    assert "Did you mean 'train'?" in run(capsys, "trian")[2]
+    assert "Did you mean 'train'?" in run(capsys, "trains")[2]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
