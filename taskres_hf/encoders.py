@@ -7,6 +7,7 @@ towers are made of; each row says so, and a test compares every row with the mod
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -66,6 +67,7 @@ class EncoderFamily:
     reads_first_token: bool = False
 
 
+_NOT_OF_IMAGES = ("text_", "_", "id2label", "label2id", "dtype", "torch_dtype", "architectures", "transformers_version")
 _CLIP_TEXT = ("text_model", "text_projection")
 # SigLIP pools the last token: short padding or a mask would pool another one.
 _SIGLIP: dict[str, Any] = {
@@ -469,12 +471,17 @@ def text_device(base: PreTrainedModel) -> torch.device:
 
 
 def image_weights_digest(base: PreTrainedModel) -> str:
-    """A checksum of all weights that make an image embedding, in milliseconds: not a hash of every byte.
+    """A checksum of all that makes an image embedding, in milliseconds: not a hash of every byte.
 
-    Sums of the raw bits at two strides, with names, shapes and dtypes: any retraining or rounding changes it.
-    It tells versions of a model apart; it is no protection against tampering.
+    Sums of the raw bits at two strides, with names, shapes and dtypes: any retraining or rounding changes it. So does
+    the config, as of an activation, which has no weight. It is no protection against tampering.
     """
-    digest = hashlib.sha256()
+
+    def of_images(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if not key.startswith(_NOT_OF_IMAGES)}
+
+    config = json.loads(base.config.to_json_string(use_diff=False), object_hook=of_images)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(base.state_dict().items()):
         if name.startswith(("text_", "logit_", "temperature")):  # absent where only the image tower is loaded
             continue
@@ -489,8 +496,5 @@ def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX), and torch is not held to less."""
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
         return False
-    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        probe = getattr(torch.cpu, test, None)
-        if probe is not None and probe():
-            return True
-    return False
+    probes = (getattr(torch.cpu, test, None) for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe is not None and bool(probe()) for probe in probes)

@@ -213,8 +213,7 @@ def _of_pictures(files: Sequence[str], named: Sequence[Any], rows_per_block: int
     blocks = []
     for number, start in enumerate(range(0, len(pairs), rows_per_block)):
         some = tuple(pairs[start : start + rows_per_block])
-        sizes = [_size(path) for _, path in some]
-        digest = _part({"files": [[source, size] for (source, _), size in zip(some, sizes, strict=True)]}, some[0][0])
+        digest = _part({"files": [[source, *_size_and_time(path)] for source, path in some]}, some[0][0])
         blocks.append(Block(number, some[0][0], some[0][1], "pictures", 0, len(some), digest, files=some))
     facts = {"kind": "pictures", "rows": len(pairs), "blocks": len(blocks)}
     return Inputs([{"source": root or "", **facts}], blocks, None, {}, {})
@@ -224,11 +223,13 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path)
 
 
-def _size(path: str) -> int:
+def _size_and_time(path: str) -> tuple[int, int]:
+    """What tells a changed picture without reading it, as a run would have to of all that are done."""
     try:
-        return os.path.getsize(path)
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
     except OSError:  # an address, or a file that is not there: reading it says so
-        return -1
+        return -1, 0
 
 
 # ---------------------------------------------------------------------- tars

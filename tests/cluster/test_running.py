@@ -122,6 +122,16 @@ def test_changed_data_is_noticed(tables: Path, base: str, tmp_path: Path) -> Non
         embed(data, base, tmp_path / "out", rows_per_block=BLOCK, progress=False)
 
 
+def test_a_changed_picture_of_the_same_size_is_noticed(files: Path, base: str, tmp_path: Path) -> None:
+    data = shutil.copytree(files, tmp_path / "data")
+    embed(data, base, tmp_path / "out", progress=False)
+    assert embed(data, base, tmp_path / "out", progress=False).resumed == 1
+    picture = next(data.rglob("*.png"))
+    picture.write_bytes(bytes(reversed(picture.read_bytes())))
+    with pytest.raises(ConfigurationError, match="other data"):
+        embed(data, base, tmp_path / "out", progress=False)
+
+
 def test_a_damaged_file_leaves_the_others_finished(tables: Path, base: str, tmp_path: Path) -> None:
     data = shutil.copytree(tables, tmp_path / "data")
     content = bytearray((data / "a.parquet").read_bytes())
