@@ -171,8 +171,12 @@ def _tables_and_tars(named: Sequence[str]) -> dict[str, tuple[str, str]]:
             inside, root = [(_kind(place) or "pictures", place)], os.path.dirname(place)
         else:
             inside, root = [], place
+            above: dict[str, tuple[str, ...]] = {place: ()}  # real folders that a folder lies in
             for folder, folders, files in os.walk(place, followlinks=True):
-                folders[:] = sorted(name for name in folders if not is_ignored(name))
+                chain = (*above.pop(folder), os.path.realpath(folder))
+                below = {name: os.path.join(folder, name) for name in sorted(folders) if not is_ignored(name)}
+                folders[:] = [name for name, path in below.items() if os.path.realpath(path) not in chain]
+                above |= {below[name]: chain for name in folders}
                 paths = [os.path.join(folder, name) for name in sorted(files) if not is_ignored(name)]
                 inside += [(kind, path) for path in paths if (kind := _kind(path)) is not None]
         for kind, path in inside:

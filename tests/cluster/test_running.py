@@ -18,6 +18,7 @@ from support import run
 
 from taskres_hf import ClassifierPool, TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.cluster import Cluster, embed, predict, read_manifest, running, stored_features
+from taskres_hf.cluster.inputs import find_inputs
 from taskres_hf.cluster.workers import Worker
 from taskres_hf.errors import ArtifactError, ConfigurationError, DataError
 from taskres_hf.predicting import classify_files
@@ -130,6 +131,17 @@ def test_a_changed_picture_of_the_same_size_is_noticed(files: Path, base: str, t
     picture.write_bytes(bytes(reversed(picture.read_bytes())))
     with pytest.raises(ConfigurationError, match="other data"):
         embed(data, base, tmp_path / "out", progress=False)
+
+
+def test_links_to_a_folder_that_they_lie_in_are_not_followed(shards: Path, tmp_path: Path) -> None:
+    """Two of them would give two ways on at each of forty steps."""
+    for name in ("one", "two"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "up").symlink_to("..")
+        (tmp_path / "data" / name / f"{name}.tar").symlink_to(shards / "train-0000.tar")
+    (tmp_path / "data" / "three").symlink_to("two")
+    found = find_inputs(tmp_path / "data")
+    assert [one["source"] for one in found.files] == ["one/one.tar", "three/two.tar", "two/two.tar"]
 
 
 def test_a_damaged_file_leaves_the_others_finished(tables: Path, base: str, tmp_path: Path) -> None:
