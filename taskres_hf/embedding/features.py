@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageFile
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -208,6 +209,7 @@ class _Pass:
         folder = None
         if self.cache_dir is not None:
             spec = [_FORMAT, *self.embedder.key, self.seed if self.views else None]
+            spec += ["cut short"] * ImageFile.LOAD_TRUNCATED_IMAGES  # what else is an error has an embedding then
             folder = self.cache_dir / hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
         self._cache = KeptRows(folder)
 
