@@ -75,14 +75,17 @@ def fingerprint(
         score: the base's logit scale and bias.
         dtype: what the text tower's weights were rounded to. tokens: `tokens_digest` of the prompts.
     """
-    if not bool(table.any()):  # an image tower without a head: no row to tell it by, see `vision`
-        table = torch.ones_like(table)
+    exact = table.double()
+    norm = exact.norm()
+    if float(norm) == 0.0:  # an image tower without a head: no row to tell it by, see `vision`
+        exact = torch.ones_like(exact)
+        norm = exact.norm()
     return {
         "prompts_sha256": prompts_digest(prompts, average),
         "tokens_sha256": tokens,
         "shape": list(table.shape),
-        "norm": round(float(table.norm()), 4),
-        "sketch": [round(value, 5) for value in _sketch(table)],
+        "norm": round(float(norm), 4),
+        "sketch": [round(value, 5) for value in (_projections(exact) / norm.clamp_min(1e-12)).tolist()],
         "dtype": dtype,
         "score": None if score is None else list(score),
         "image": None if image is None else dict(image),
@@ -99,25 +102,34 @@ def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[
     Returns:
         `{"sketch", "weights", "dtype"}`; None where they cannot be told: quantized, offloaded or not finite.
     """
-    totals, count = torch.zeros(_SKETCHES, dtype=torch.float64), 0
+    samples: dict[int, dict[str, Tensor]] = {}  # by their length, to be handled at once
     for name, weight in sorted(weights.items()):
         if name.startswith(_NO_IMAGE_SIDE) or name.endswith("position_ids"):
             continue
+        if weight.dtype == torch.int64:  # a counter, as of batch norm
+            continue
         if weight.is_meta or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            if weight.dtype == torch.int64:  # a counter, as of batch norm
-                continue
             return None
-        flat = weight.detach().reshape(-1)
-        last = max(flat.numel() - _BLOCK, 0)
-        starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
-        sample = torch.cat([flat[start : start + _BLOCK] for start in starts]).double().cpu()
-        scale = max(float(sample.pow(2).mean().sqrt()), _SMALL)
-        directions = _directions(name, len(sample) + 1)
-        totals += directions[:, :-1] @ sample / (scale * math.sqrt(len(sample))) + directions[:, -1] * math.log(scale)
-        count += 1
-    if count == 0 or not bool(torch.isfinite(totals).all()):
-        return None
-    return {"sketch": [round(float(value), 6) for value in totals / math.sqrt(count)], "weights": count, "dtype": dtype}
+        places = _places(weight.numel()).to(weight.device)
+        samples.setdefault(len(places), {})[name] = weight.detach().reshape(-1).index_select(0, places).cpu()
+    totals = torch.zeros(_SKETCHES, dtype=torch.float64)
+    for length, group in samples.items():
+        values = torch.stack(list(group.values())).double()
+        scales = values.square().mean(1).sqrt().clamp_min(_SMALL)
+        directions = torch.stack([_directions(name, length + 1) for name in group])
+        totals += torch.einsum("nsl,nl->s", directions[..., :-1], values / (scales * math.sqrt(length))[:, None])
+        totals += scales.log() @ directions[..., -1]
+    count = sum(map(len, samples.values()))
+    sketch = [round(value, 6) for value in (totals / math.sqrt(max(1, count))).tolist()]
+    return {"sketch": sketch, "weights": count, "dtype": dtype} if count and all(map(math.isfinite, sketch)) else None
+
+
+@lru_cache(maxsize=1024)
+def _places(count: int) -> Tensor:
+    """Which of so many elements are looked at."""
+    last = max(count - _BLOCK, 0)
+    starts = torch.tensor(sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)}))
+    return (starts[:, None] + torch.arange(min(_BLOCK, count))).flatten()
 
 
 @lru_cache(maxsize=1024)  # as many weights as any tower has; kilobytes each
@@ -127,10 +139,7 @@ def _directions(name: str, length: int) -> Tensor:
 
 
 def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints (`config.base_fingerprint`) speak of one base under the same prompts.
-
-    Rounding is tolerated. The image sides are compared where both fingerprints have one.
-    """
+    """Whether two fingerprints speak of one base, as far as both know it, under the same prompts; but for rounding."""
     return _difference(first, second) is None
 
 
@@ -241,14 +250,13 @@ def text_gap(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     return float(max(gap, abs(norms[0] / norms[1] - 1.0)))
 
 
-def _sketch(base: Tensor) -> list[float]:
-    """`u_i . t . v_i / |t|` for fixed random unit-variance u and v: moves when any row moves or rows swap."""
+def _projections(table: Tensor) -> Tensor:
+    """`u_i . t . v_i` for fixed random unit-variance u and v: moves when any row moves or rows swap."""
     generator = torch.Generator().manual_seed(20221121)
-    rows, dim = base.shape
+    rows, dim = table.shape
     left = torch.randn(_SKETCHES, rows, generator=generator, dtype=torch.float64)
     right = torch.randn(_SKETCHES, dim, generator=generator, dtype=torch.float64)
-    table = base.double() / base.double().norm().clamp_min(1e-12)
-    return [float(value) for value in torch.einsum("sk,kd,sd->s", left, table, right)]
+    return ((left @ table) * right).sum(1)
 
 
 def base_embeddings(
@@ -273,14 +281,11 @@ def base_embeddings(
         raise ConfigurationError(f"`prompt_average` must be 'raw' or 'normalized'; got {average!r}.")
     flat = [prompt for group in prompts for prompt in group]
     embeddings = encode_texts(base, tokenizer, flat)
-    rows = []
-    for group in embeddings.split([len(group) for group in prompts]):
-        if average == "raw":
-            rows.append(group.mean(dim=0))
-        else:
-            direction = F.normalize(F.normalize(group, dim=-1).mean(dim=0), dim=-1)
-            rows.append(direction * group.norm(dim=-1).mean())
-    table = torch.stack(rows)
+    groups = embeddings.split([len(group) for group in prompts])
+    if average == "normalized":  # a row of the mean direction and the mean length
+        directions = [F.normalize(F.normalize(group, dim=-1).mean(0, True), dim=-1) for group in groups]
+        groups = [row * group.norm(dim=-1).mean() for row, group in zip(directions, groups, strict=True)]
+    table = torch.stack([group.mean(dim=0) for group in groups])
     if not bool(torch.isfinite(table).all()):
         raise BaseModelError("The base's text tower gives NaN or infinite values: its weights are damaged.")
     if len(set(flat)) > 1 and bool((embeddings - embeddings[0]).abs().max() <= 1e-6 * embeddings.abs().max()):
@@ -411,8 +416,8 @@ def base_for_artifact(
     if not accept_mismatch and prompts_digest(prompts, average) != stored.get("prompts_sha256"):
         raise BaseMismatchError(f"{_OTHER_PROMPTS} {_ACCEPT}")  # before thousands of prompts are embedded
     kept = cached_table_path(source, prompts, average)
-    table = read_table(kept)
-    if table is not None and not same_base(fingerprint(table, prompts, average), stored):
+    table, known = read_table(kept), dict[str, Any]()
+    if table is not None and not same_base(known := fingerprint(table, prompts, average), stored):
         table = None
     base, target = shared, None
     if shared is None:
@@ -420,7 +425,7 @@ def base_for_artifact(
         if table is not None and not text_tower and not set(options) - {"attn_implementation"}:
             light = load_image_tower(source, torch_dtype(dtype), options.get("attn_implementation"))
         if light is not None and table is not None:
-            now = fingerprint(table, prompts, average, image_sketch(light.weights), light.score)
+            now = {**known, "score": list(light.score), "image": image_sketch(light.weights)}
             if not accept_mismatch:
                 check_fingerprint(now, stored, source.name)
             advise_on_dtype(light.base)
@@ -434,7 +439,7 @@ def base_for_artifact(
         table, now = make_base_classifier(base.eval().requires_grad_(False), source, prompts, average)
     else:
         check_same_base(base, config)
-        now = fingerprint(table, prompts, average, score=score_parameters(base))
+        now = {**known, "score": list(score_parameters(base))}
     if shared is not None:  # its image tower is the one that classifies
         check_weights(shared, source.name)
         now["image"] = image_sketch(shared.state_dict(), str(shared.dtype).removeprefix("torch."))

@@ -212,7 +212,8 @@ class TaskResConfig(PreTrainedConfig):
             raise ConfigurationError(f"The config.json is damaged: it may not hold {', '.join(methods)}.")
         try:
             plain = {key: value for key, value in config_dict.items() if key not in _NEVER_READ}
-            result = super().from_dict(plain, **kwargs)
+            # Without more to set, all that transformers adds is to write the config into its log.
+            result = super().from_dict(plain, **kwargs) if kwargs else cls(**plain)
             config = result[0] if isinstance(result, tuple) else result
             # What the file says; whatever differs from it later was set on purpose.
             config._as_read = {key: config_dict[key] for key in _SETTABLE if key in config_dict}

@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -208,7 +208,12 @@ def sentences_by_class(descriptions: Mapping[str, Sequence[str] | str] | None) -
 
 def prompts_digest(prompts: Sequence[Sequence[str]], average: str) -> str:
     """Digest of the prompts in class order and of how they are averaged."""
-    text = json.dumps([average, [list(group) for group in prompts]], ensure_ascii=False)
+    return _digest(tuple(map(tuple, prompts)), average)
+
+
+@lru_cache(maxsize=1)  # an artifact's are asked for several times while it is loaded
+def _digest(prompts: tuple[tuple[str, ...], ...], average: str) -> str:
+    text = json.dumps([average, prompts], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -140,7 +140,7 @@ class TaskResClassifier(nn.Module):
             raise ConfigurationError(
                 f"The base classifier must be a matrix [K, D] with K >= 1; got shape {tuple(base.shape)}."
             )
-        if not bool(torch.isfinite(base).all()):
+        if base.numel() and not all(map(math.isfinite, map(float, base.aminmax()))):  # both are NaN where one number is
             raise ConfigurationError(
                 "The base classifier holds NaN or infinite values: check the base model's text tower."
             )

@@ -12,6 +12,8 @@ import json
 import math
 import re
 import struct
+import sys
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,6 +52,12 @@ def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def _broken(values: array[float]) -> bool:
+    """Whether some of these fp32 numbers are NaN or infinite: all bits of the exponent are set in those alone."""
+    highest = values.tobytes()[3 if sys.byteorder == "little" else 0 :: 4]
+    return (b"\x7f" in highest or b"\xff" in highest) and not all(map(math.isfinite, values))
+
+
 def problem_of_tensors(tensors: Mapping[str, StoredTensor]) -> str | None:
     """Why these are not an artifact's tensors, finite floating-point matrices and a bias [K]; None if they are."""
     if RESIDUAL not in tensors or not set(tensors) <= {RESIDUAL, SHIFT, CLASS_BIAS}:
@@ -60,7 +68,7 @@ def problem_of_tensors(tensors: Mapping[str, StoredTensor]) -> str | None:
     for name, tensor in tensors.items():
         values = tensor.values()
         if name == CLASS_BIAS:
-            if values is None or len(tensor.shape) != 1 or not all(map(math.isfinite, values)):
+            if values is None or len(tensor.shape) != 1 or _broken(values):
                 return (
                     f"{CLASS_BIAS} must be K finite floating-point numbers; it is {tensor.torch_name} "
                     f"{list(tensor.shape)}, or holds NaN or infinite values. Save or download the model again."
@@ -69,9 +77,9 @@ def problem_of_tensors(tensors: Mapping[str, StoredTensor]) -> str | None:
             return (
                 f"the residual must be a floating-point matrix [K, D]; it is {tensor.torch_name} {list(tensor.shape)}."
             )
-        elif not all(map(math.isfinite, values)):
+        elif _broken(values):
             classes, dim = tensor.shape
-            bad = sum(not all(map(math.isfinite, values[row * dim : (row + 1) * dim])) for row in range(classes))
+            bad = sum(_broken(values[row * dim : (row + 1) * dim]) for row in range(classes))
             return (
                 f"the residual holds NaN or infinite values in {bad} of {classes} classes. Training diverged or the "
                 "file is damaged: train again with a lower learning rate, or download the file again."

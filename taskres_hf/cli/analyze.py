@@ -90,8 +90,10 @@ def analyze(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Set how far residuals went against how hard the tasks are for zero-shot: of one trained classifier, class by
-    class, or of every task x shots x seed x recipe, with rank correlations. Finished runs are kept.
+    """Set how far residuals went against how hard the tasks are for zero-shot.
+
+    Of one trained classifier, class by class, or of every task x shots x seed x recipe, with rank correlations.
+    Finished runs are kept.
 
     Example:  taskres analyze my-classifier
     Example:  taskres analyze shipped --base-model shipped --shots 1,16

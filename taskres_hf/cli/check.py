@@ -29,7 +29,7 @@ def verify(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Derive again what a classifier claims: checksums, base classifier and, given the dataset, draw and accuracy.
+    """Derive again what a classifier claims: checksums, base classifier; with the dataset, draw and accuracy.
 
     Ends with 1 where something differs.
 
@@ -65,7 +65,7 @@ def sign(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Accept an edited config.json or preprocessor_config.json, after checking that it loads; says what changed.
+    """Accept an edited config.json or preprocessor_config.json after checking that it loads; says what changed.
 
     Example:  taskres sign my-classifier
     """

@@ -124,7 +124,7 @@ def compare(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Compare few-shot methods on your own pictures: accuracy, harm, calibration, cost, significance, figures.
+    """Compare few-shot methods on your own pictures: accuracy, harm, calibration, cost, significance.
 
     All methods see the same draws. Finished fits are kept: the same command goes on from there.
 

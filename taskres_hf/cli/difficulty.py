@@ -62,7 +62,7 @@ def difficulty(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Before training: how hard a task is for a base model, and what training is expected to reach, with intervals.
+    """How hard a task is for a base model, before training, and what training is expected to reach.
 
     Works on a few labelled pictures, or on pictures without labels and the names of the classes.
 

@@ -50,7 +50,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Accuracy of a trained classifier beside zero-shot, per class and overall; mAP and F1 of several labels a picture.
+    """Accuracy of a trained classifier beside zero-shot, overall and per class; mAP, F1 of several labels.
 
     Pictures that it was trained on are recognised and left out.
 

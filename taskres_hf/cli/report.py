@@ -59,9 +59,9 @@ def report(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Write one HTML page that shows what a classifier does: accuracy, confusions with their pictures, calibration,
-    mistakes, suspicious labels, duplicates, what it learned, and how it was trained. It needs no network and no
-    other file.
+    """Write one HTML page that shows what a classifier does: accuracy, confusions, mistakes, its training.
+
+    Also calibration, suspicious labels, duplicates and what it learned. It needs no network and no other file.
 
     Example:  taskres report my-classifier --dataset photos/ -o report.html
     """

@@ -86,7 +86,7 @@ def serve(
     quiet: NoLog = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Serve classifiers over HTTP. Those of one base share it: a picture passes it once, in batches with others.
+    """Serve classifiers over HTTP. Those of one base share it: a picture passes it once, batched with others.
 
     Ends with SIGTERM or Ctrl-C, after everything that was accepted is answered.
 

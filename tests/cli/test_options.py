@@ -16,7 +16,7 @@ import typer
 from support import run
 
 from taskres_hf.cli import options
-from taskres_hf.cli.app import COMMANDS, make_app
+from taskres_hf.cli.app import COMMANDS, SUMMARIES, make_app
 from taskres_hf.training import arguments
 
 FIRST = {
@@ -60,6 +60,19 @@ def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], command: str) 
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     assert len(text) > 500
+
+
+def test_the_list_of_commands_is_that_of_their_own_help_though_none_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = typer.main.get_command(make_app()).commands.values()  # type: ignore[attr-defined]
+    for command in commands:
+        assert SUMMARIES[command.name] == command.short_help == " ".join(command.help.split("\n\n")[0].split())
+    assert list(SUMMARIES) == list(COMMANDS)
+    monkeypatch.setattr("taskres_hf.cli.app.COMMANDS", dict.fromkeys(COMMANDS, ("missing", "", "Panel")))
+    text = re.sub(r"[│\s]+", " ", run(capsys, "--help")[1])
+    assert all(f"{name} {summary}" in text for name, summary in SUMMARIES.items())
+    assert "Did you mean 'train'?" in run(capsys, "trains")[2]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
