@@ -47,8 +47,9 @@ class DatasetEmbeddings:
         if self._embedder is None and self.model.config.text_encoding is not None:
             text_model: Any = self.model
             self._embedder = TextEmbedder(text_model.clip, text_model.tokenizer, text_model.encoding)
-        known = self._embedder
-        if known is None or (isinstance(known, Embedder) and known.image_processor is not self.model.image_processor):
+        if isinstance(self._embedder, Embedder) and self._embedder.image_processor is not self.model.image_processor:
+            self._embedder = None
+        if self._embedder is None:
             args, engine, precision = self.args, self.args.engine, self.args.precision
             if args.recipe == "paper":  # as published unless asked otherwise
                 engine = "torch" if engine == "auto" else engine
