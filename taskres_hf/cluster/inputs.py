@@ -183,7 +183,7 @@ def _tables_and_tars(named: Sequence[str]) -> dict[str, tuple[str, str]]:
             source = path if len(named) > 1 or is_address(path) else os.path.relpath(path, root or ".")
             if kind == "pictures":  # there are some; which, `list_images` says
                 found.setdefault("", (kind, path))
-            elif found.setdefault(as_utf8(source), (kind, os.path.abspath(path)))[1] != os.path.abspath(path):
+            elif found.setdefault(as_utf8(source), (kind, _absolute(path)))[1] != _absolute(path):
                 raise DataError(f"Two inputs are called {visible(source)}.")
     return dict(sorted(found.items()))
 
@@ -224,7 +224,7 @@ def _of_pictures(files: Sequence[str], named: Sequence[Any], rows_per_block: int
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path)
+    return os.path.join(os.getcwd(), path)  # not `abspath`: `..` after a link leads elsewhere
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

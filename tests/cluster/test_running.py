@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from importlib.machinery import ModuleSpec
@@ -142,6 +143,17 @@ def test_links_to_a_folder_that_they_lie_in_are_not_followed(shards: Path, tmp_p
     (tmp_path / "data" / "three").symlink_to("two")
     found = find_inputs(tmp_path / "data")
     assert [one["source"] for one in found.files] == ["one/one.tar", "three/two.tar", "two/two.tar"]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tar"])
+def test_up_from_a_link_is_up_from_where_it_leads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other" / "inside").mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "other"):
+        (place / name).write_bytes(str(place).encode())
+    (tmp_path / "link").symlink_to("other/inside")
+    monkeypatch.chdir(tmp_path)
+    found = find_inputs(f"link/../{name}")
+    assert os.path.samefile(found.blocks[0].path, tmp_path / "other" / name)
 
 
 def test_a_damaged_file_leaves_the_others_finished(tables: Path, base: str, tmp_path: Path) -> None:
