@@ -77,9 +77,8 @@ def fingerprint(
     """
     exact = table.double()
     norm = exact.norm()
-    if float(norm) == 0.0:  # an image tower without a head: no row to tell it by, see `vision`
-        exact = torch.ones_like(exact)
-        norm = exact.norm()
+    if not norm:  # an image tower without a head: no row to tell it by, see `vision`
+        exact, norm = torch.ones_like(exact), exact.new_tensor(math.sqrt(exact.numel()))
     return {
         "prompts_sha256": prompts_digest(prompts, average),
         "tokens_sha256": tokens,
@@ -253,9 +252,7 @@ def text_gap(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
 def _projections(table: Tensor) -> Tensor:
     """`u_i . t . v_i` for fixed random unit-variance u and v: moves when any row moves or rows swap."""
     generator = torch.Generator().manual_seed(20221121)
-    rows, dim = table.shape
-    left = torch.randn(_SKETCHES, rows, generator=generator, dtype=torch.float64)
-    right = torch.randn(_SKETCHES, dim, generator=generator, dtype=torch.float64)
+    left, right = (torch.randn(_SKETCHES, size, generator=generator, dtype=torch.float64) for size in table.shape)
     return ((left @ table) * right).sum(1)
 
 

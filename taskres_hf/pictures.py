@@ -29,7 +29,7 @@ from urllib.request import url2pathname, urlopen
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
-from PIL import ImageOps, features
+from PIL import ExifTags, ImageOps, features
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
@@ -209,10 +209,12 @@ def read_once(source: Any) -> tuple[Any, str, os.stat_result | None]:
         with ExitStack() as stack:
             stream = _stream(source, name, stack)
             if stream is None:
-                palette = source.getpalette() if getattr(source, "mode", None) == "P" else None
-                pixels = np.asarray(source)
-                key = getattr(source, "info", {}).get("transparency", "")
-                kind = f"{getattr(source, 'mode', '')} {pixels.dtype} {pixels.shape} {palette} {key}"
+                pixels, shown = np.asarray(source), None
+                if isinstance(source, PIL.Image.Image):  # what else decides which picture it is
+                    palette = source.getpalette() if source.mode in ("P", "PA") else None
+                    turned = source.getexif().get(ExifTags.Base.Orientation)
+                    shown = (source.mode, palette, source.info.get("transparency"), turned)
+                kind = f"{shown} {pixels.dtype} {pixels.shape}"
                 return source, hashlib.sha256(kind.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest(), None
             before = None if isinstance(stream, io.BytesIO) else os.fstat(stream.fileno())
             if before is not None and before.st_size > _LARGEST_HELD:

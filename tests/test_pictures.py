@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from PIL import ExifTags
 from transformers.image_utils import load_image
 
 from taskres_hf import pictures
@@ -395,6 +396,17 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path, photo: PIL.Image.Image)
     pixels = np.asarray(photo)
     digests = {picture_digest(source) for source in (pixels, pixels.reshape(90, 60, 3), photo.convert("L"))}
     assert len(digests) == 3
+
+
+def test_pixels_that_are_shown_otherwise_are_another_picture(photo: PIL.Image.Image) -> None:
+    upright, turned = photo.copy(), photo.copy()
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    palettes = [photo.convert("P").convert("PA") for _ in range(2)]
+    palettes[1].putpalette(palettes[1].getpalette()[::-1])
+    for one, other in ((upright, turned), palettes):
+        assert np.array_equal(one, other)
+        assert not np.array_equal(read_image(one), read_image(other))
+        assert picture_digest(one) != picture_digest(other)
 
 
 # ---------------------------------------------------------------------- files and folders

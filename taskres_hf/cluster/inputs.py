@@ -171,15 +171,19 @@ def _tables_and_tars(named: Sequence[str]) -> dict[str, tuple[str, str]]:
             inside, root = [(_kind(place) or "pictures", place)], os.path.dirname(place)
         else:
             inside, root = [], place
+            above: dict[str, tuple[str, ...]] = {place: ()}  # real folders that a folder lies in
             for folder, folders, files in os.walk(place, followlinks=True):
-                folders[:] = sorted(name for name in folders if not is_ignored(name))
+                chain = (*above.pop(folder), os.path.realpath(folder))
+                below = {name: os.path.join(folder, name) for name in sorted(folders) if not is_ignored(name)}
+                folders[:] = [name for name, path in below.items() if os.path.realpath(path) not in chain]
+                above |= {below[name]: chain for name in folders}
                 paths = [os.path.join(folder, name) for name in sorted(files) if not is_ignored(name)]
                 inside += [(kind, path) for path in paths if (kind := _kind(path)) is not None]
         for kind, path in inside:
             source = path if len(named) > 1 or is_address(path) else os.path.relpath(path, root or ".")
             if kind == "pictures":  # there are some; which, `list_images` says
                 found.setdefault("", (kind, path))
-            elif found.setdefault(as_utf8(source), (kind, os.path.abspath(path)))[1] != os.path.abspath(path):
+            elif found.setdefault(as_utf8(source), (kind, _absolute(path)))[1] != _absolute(path):
                 raise DataError(f"Two inputs are called {visible(source)}.")
     return dict(sorted(found.items()))
 
@@ -213,22 +217,23 @@ def _of_pictures(files: Sequence[str], named: Sequence[Any], rows_per_block: int
     blocks = []
     for number, start in enumerate(range(0, len(pairs), rows_per_block)):
         some = tuple(pairs[start : start + rows_per_block])
-        sizes = [_size(path) for _, path in some]
-        digest = _part({"files": [[source, size] for (source, _), size in zip(some, sizes, strict=True)]}, some[0][0])
+        digest = _part({"files": [[source, *_size_and_time(path)] for source, path in some]}, some[0][0])
         blocks.append(Block(number, some[0][0], some[0][1], "pictures", 0, len(some), digest, files=some))
     facts = {"kind": "pictures", "rows": len(pairs), "blocks": len(blocks)}
     return Inputs([{"source": root or "", **facts}], blocks, None, {}, {})
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path)
+    return os.path.join(os.getcwd(), path)  # not `abspath`: `..` after a link leads elsewhere
 
 
-def _size(path: str) -> int:
+def _size_and_time(path: str) -> tuple[int, int]:
+    """What tells a changed picture without reading it, as a run would have to of all that are done."""
     try:
-        return os.path.getsize(path)
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
     except OSError:  # an address, or a file that is not there: reading it says so
-        return -1
+        return -1, 0
 
 
 # ---------------------------------------------------------------------- tars

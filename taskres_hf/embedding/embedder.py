@@ -78,10 +78,19 @@ class Embedder:
         crop: str = "processor",
     ) -> None:
         self.base, self.image_processor = base, image_processor
-        self.preprocess = Preprocessor(image_processor, exact_preprocessing, crop)
+        self._prepared_by, self._preparing = "", (exact_preprocessing, crop, draft_decoding)
+        self._follow_processor()
         self._wanted, self._lock = (engine, precision), threading.RLock()
         self._choose_engine()
-        self.draft = self.preprocess.target_size() if draft_decoding else None
+
+    def _follow_processor(self) -> None:
+        """Prepare pictures as the image processor says now, where it was changed too."""
+        said = self.image_processor.to_json_string()
+        if said != self._prepared_by:
+            exact, crop, draft = self._preparing
+            self.preprocess = Preprocessor(self.image_processor, exact, crop)
+            self.draft = self.preprocess.target_size() if draft else None
+            self._prepared_by = said
 
     def _choose_engine(self) -> None:
         engine, precision = self._wanted
@@ -111,12 +120,13 @@ class Embedder:
     @property
     def key(self) -> list[Any]:
         """What an embedding depends on besides the picture."""
+        self._follow_processor()
         kind = "fast" if self.preprocess.fast else "stock"
         kind += f" {self.draft}" if self.draft else ""
         kind += " torchvision" if self.preprocess.crop == "torchvision" else ""
         digest = image_weights_digest(self.base)
         name = self.engine.name + self.engine.variant
-        return [digest, str(self.base.dtype), name, kind, self.image_processor.to_json_string()]
+        return [digest, str(self.base.dtype), name, kind, self._prepared_by]
 
     @property
     def is_reproducible(self) -> bool:
@@ -139,6 +149,7 @@ class Embedder:
             return self.engine
 
     def _get_ready(self, pictures: int) -> None:
+        self._follow_processor()
         if device_of(self.base) != self._device:
             self._choose_engine()  # the model was moved
         if not self.engine.is_stock:

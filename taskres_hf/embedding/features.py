@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageFile
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -196,8 +197,8 @@ class _Pass:
         self._bar: Any = None
         kept = cache_dir is not None and images.noun == "picture"
         self._files = FileDigests(cache_dir / "files" if kept and cache_dir is not None else None)
+        self._begin()  # which looks at what the image processor says now
         self._read = PictureReader(embedder.preprocess, embedder.draft, views, seed)
-        self._begin()
 
     def _begin(self) -> None:
         """Nothing is known of any picture; the cache is that of the form the tower has now."""
@@ -208,6 +209,7 @@ class _Pass:
         folder = None
         if self.cache_dir is not None:
             spec = [_FORMAT, *self.embedder.key, self.seed if self.views else None]
+            spec += ["cut short"] * ImageFile.LOAD_TRUNCATED_IMAGES  # what else is an error has an embedding then
             folder = self.cache_dir / hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:32]
         self._cache = KeptRows(folder)
 
@@ -275,8 +277,16 @@ class _Pass:
             ]
         except ImageError as error:
             message = str(error)
-            self._problems[row] = message if message.startswith("Row ") else self._named(row, message)
+            self._fail(row, message if message.startswith("Row ") else self._named(row, message))
             return []
+
+    def _fail(self, row: int, message: str) -> None:
+        """Say why a picture has no embedding; a copy of it may have one, as under the ending that tells its format."""
+        self._problems[row] = message
+        with self._lock:
+            for _, key in self._jobs(self.digests[row] or ""):
+                if self._owners.get(key) == row:
+                    del self._owners[key]
 
     # ---------------------------------------------------------------------- the same, read by another process
 
@@ -295,7 +305,7 @@ class _Pass:
             self.remarks.add(*remark)
         if read.error is not None and (left or read.digest is None):
             named = f"Row {self.images.indices[row]}: {read.error}"
-            self._problems[row] = named if read.is_named else self._named(row, read.error)
+            self._fail(row, named if read.is_named else self._named(row, read.error))
         found = [((view, row), read.prepared[view]) for view in left if view in read.prepared]
         if not found:
             self._count(self.each)

@@ -178,8 +178,8 @@ class _Plan:
         self.half_to_even = False
         self.resample = PIL.Image.Resampling(int(processor.resample))
         self.mode = _MODES[self.resample]
-        mean = torch.tensor(processor.image_mean) if processor.do_normalize else torch.zeros(3)
-        self.std = torch.tensor(processor.image_std) if processor.do_normalize else torch.ones(3)
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        mean, self.std = (torch.tensor(value).expand(3) for value in (mean, std))  # one number is for every channel
         factor = float(processor.rescale_factor)
         values = torch.arange(256, dtype=torch.float32) * factor
         self.table = ((values - mean[:, None]) / self.std[:, None]).numpy()  # [3, 256]

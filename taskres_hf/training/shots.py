@@ -39,7 +39,7 @@ class DatasetEmbeddings:
         if model.config.text_encoding is not None:
             _refuse_for_texts(args)
         self._embedder: Embedder | TextEmbedder | None = None
-        self._made: dict[tuple[int, int], tuple[Any, Any, ImageFeatures]] = {}
+        self._made: dict[tuple[int, int], tuple[Any, Any, ImageFeatures, str | None]] = {}
 
     @property
     def embedder(self) -> Embedder | TextEmbedder:
@@ -47,6 +47,8 @@ class DatasetEmbeddings:
         if self._embedder is None and self.model.config.text_encoding is not None:
             text_model: Any = self.model
             self._embedder = TextEmbedder(text_model.clip, text_model.tokenizer, text_model.encoding)
+        if isinstance(self._embedder, Embedder) and self._embedder.image_processor is not self.model.image_processor:
+            self._embedder = None
         if self._embedder is None:
             args, engine, precision = self.args, self.args.engine, self.args.precision
             if args.recipe == "paper":  # as published unless asked otherwise
@@ -96,16 +98,20 @@ class DatasetEmbeddings:
         return aligned
 
     def of(self, dataset: Any, views: int = 0) -> ImageFeatures:
-        """Embeddings of a dataset, made once as long as the model has the same classes; see `TaskResTrainer.embed`."""
+        """Embeddings of a dataset, made once for the same classes and image processor; see `TaskResTrainer.embed`."""
         made = self._made.get((id(dataset), views))
         # The dataset is kept beside its embeddings, or its id could come back as another's.
-        if made is None or made[2].class_names != self.model.class_names:
+        if made is None or made[2].class_names != self.model.class_names or made[3] != self._prepared_by():
             source = self.source(dataset)
             if isinstance(source, StoredFeatures):
                 raise DataError("Embeddings on disk are for training; measure on ImageFeatures or pictures.")
             data = source if isinstance(source, ImageFeatures) else self.of_pictures(source, views)
-            made = self._made[id(dataset), views] = (dataset, source, data)
+            made = self._made[id(dataset), views] = (dataset, source, data, self._prepared_by())
         return made[2]
+
+    def _prepared_by(self) -> str | None:
+        """What the image processor says now; None before a picture was embedded, and of texts."""
+        return self.model.image_processor.to_json_string() if isinstance(self._embedder, Embedder) else None
 
     def names(self, dataset: Any) -> Name:
         """What to call the pictures of a dataset, by their positions in its embeddings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from importlib.machinery import ModuleSpec
@@ -18,6 +19,7 @@ from support import run
 
 from taskres_hf import ClassifierPool, TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.cluster import Cluster, embed, predict, read_manifest, running, stored_features
+from taskres_hf.cluster.inputs import find_inputs
 from taskres_hf.cluster.workers import Worker
 from taskres_hf.errors import ArtifactError, ConfigurationError, DataError
 from taskres_hf.predicting import classify_files
@@ -120,6 +122,38 @@ def test_changed_data_is_noticed(tables: Path, base: str, tmp_path: Path) -> Non
     pq.write_table(table.take(list(range(49, -1, -1))), data / "b.parquet", row_group_size=10)
     with pytest.raises(ConfigurationError, match="other data"):
         embed(data, base, tmp_path / "out", rows_per_block=BLOCK, progress=False)
+
+
+def test_a_changed_picture_of_the_same_size_is_noticed(files: Path, base: str, tmp_path: Path) -> None:
+    data = shutil.copytree(files, tmp_path / "data")
+    embed(data, base, tmp_path / "out", progress=False)
+    assert embed(data, base, tmp_path / "out", progress=False).resumed == 1
+    picture = next(data.rglob("*.png"))
+    picture.write_bytes(bytes(reversed(picture.read_bytes())))
+    with pytest.raises(ConfigurationError, match="other data"):
+        embed(data, base, tmp_path / "out", progress=False)
+
+
+def test_links_to_a_folder_that_they_lie_in_are_not_followed(shards: Path, tmp_path: Path) -> None:
+    """Two of them would give two ways on at each of forty steps."""
+    for name in ("one", "two"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "up").symlink_to("..")
+        (tmp_path / "data" / name / f"{name}.tar").symlink_to(shards / "train-0000.tar")
+    (tmp_path / "data" / "three").symlink_to("two")
+    found = find_inputs(tmp_path / "data")
+    assert [one["source"] for one in found.files] == ["one/one.tar", "three/two.tar", "two/two.tar"]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tar"])
+def test_up_from_a_link_is_up_from_where_it_leads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other" / "inside").mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "other"):
+        (place / name).write_bytes(str(place).encode())
+    (tmp_path / "link").symlink_to("other/inside")
+    monkeypatch.chdir(tmp_path)
+    found = find_inputs(f"link/../{name}")
+    assert os.path.samefile(found.blocks[0].path, tmp_path / "other" / name)
 
 
 def test_a_damaged_file_leaves_the_others_finished(tables: Path, base: str, tmp_path: Path) -> None:

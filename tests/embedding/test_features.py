@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -85,6 +87,38 @@ def test_the_same_weights_told_otherwise_have_embeddings_of_their_own(
     after = _embed(model, few, cache_dir=tmp_path).image_embeds
     assert not torch.allclose(after, before, atol=0.01)
     assert torch.equal(after, _embed(model, few).image_embeds)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("vision_config", "hidden_act", "gelu"), ("", "problem_type", None)]
+)
+def test_what_has_no_weight_has_embeddings_of_its_own(
+    base: str, few: LabelledImages, tmp_path: Path, part: str, key: str, value: Any
+) -> None:
+    """Two checkpoints of the same weights and other activations, as with and without QuickGELU, are two towers."""
+    first = _embed(Model.from_base(base, ["a", "b"]), few, cache_dir=tmp_path / "cache")
+    config = json.loads(Path(base, "config.json").read_text())
+    (config[part] if part else config)[key] = value
+    (shutil.copytree(base, tmp_path / "other") / "config.json").write_text(json.dumps(config))
+    other = Model.from_base(str(tmp_path / "other"), ["a", "b"])
+    found = _embed(other, few, cache_dir=tmp_path / "cache")
+    assert torch.equal(found.image_embeds, _embed(other, few).image_embeds)
+    assert torch.equal(found.image_embeds, first.image_embeds) == (not part)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_image_processor_that_is_changed_later_counts(
+    base: str, few: LabelledImages, tmp_path: Path, exact: bool
+) -> None:
+    model = Model.from_base(base, ["a", "b"])
+    embedder = Embedder(model.clip, model.image_processor, exact_preprocessing=exact)
+    embed_images(embedder, few, cache_dir=tmp_path, progress=False)
+    model.image_processor.image_mean, model.image_processor.size = [0.1, 0.2, 0.3], {"shortest_edge": 80}
+    fresh = Embedder(model.clip, model.image_processor, exact_preprocessing=exact)
+    expected = embed_images(fresh, few, progress=False).image_embeds
+    assert torch.equal(embedder([few.image(0)]), fresh([few.image(0)]))
+    assert torch.equal(embed_images(embedder, few, cache_dir=tmp_path, progress=False).image_embeds, expected)
+    assert torch.equal(embed_images(fresh, few, cache_dir=tmp_path, progress=False).image_embeds, expected)
 
 
 def test_digest_tells_labels_apart(model: Model, few: LabelledImages) -> None:

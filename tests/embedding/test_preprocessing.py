@@ -52,13 +52,14 @@ def _pictures(splits: Any) -> list[PIL.Image.Image]:
         CLIPImageProcessor(size={"height": 48, "width": 80}, do_center_crop=False),
         SiglipImageProcessor(),
         ViTImageProcessor(),
+        ViTImageProcessor(image_mean=0.4, image_std=0.3),
     ],
-    ids=["clip", "clip-64", "clip-no-crop", "siglip", "vit"],
+    ids=["clip", "clip-64", "clip-no-crop", "siglip", "vit", "one number for all channels"],
 )
 def test_two_grey_levels_at_most(processor: Any, splits: Any) -> None:
     prepare = Preprocessor(processor)
     assert prepare.fast
-    std = torch.tensor(processor.image_std).view(3, 1, 1)
+    std = torch.tensor(processor.image_std).expand(3).view(3, 1, 1)
     for picture in _pictures(splits):
         # Of one pixel, older stock processors would take the height for the channels.
         expected = processor(images=[picture], input_data_format="channels_last", return_tensors="pt")["pixel_values"][

@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from PIL import ImageFile
 from support import pictures_that_settle
 
 from taskres_hf import TaskResCLIPForImageClassification
@@ -22,6 +23,7 @@ from taskres_hf.data.labelled import LabelledImages
 from taskres_hf.data.reading import FileCells
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.features import ImageFeatures, content_digest, embed_images
+from taskres_hf.errors import ImageError
 
 Model = TaskResCLIPForImageClassification
 COUNT = 24
@@ -139,6 +141,17 @@ def test_added_pictures_alone_are_embedded_in_full_batches(
     assert seen.reads == dict.fromkeys([path.name for path in new], 1)
     seen.clear()
     assert torch.equal(found.image_embeds, _embed(embedder, _images(folder)).image_embeds)
+
+
+def test_what_pillow_was_told_to_complete_is_still_named_as_broken(
+    embedder: Embedder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:900])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert not _embed(embedder, _images(folder), tmp_path / "cache").skipped
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with pytest.raises(ImageError, match=r"003\.png' is damaged or cut short"):
+        _embed(embedder, _images(folder), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("change", ["renamed", "moved", "reordered", "relabelled", "copied", "as bytes"])

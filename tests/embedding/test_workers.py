@@ -102,6 +102,19 @@ def test_processes_give_what_threads_give(
     assert str(one.value) == str(other.value)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_copy_that_can_be_read_is_not_given_up_with_one_that_cannot(
+    embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """TGA has no mark of its own: only with its ending is it told from what is no picture."""
+    PIL.Image.open(folder / "001.png").save(folder / "028.tga")
+    shutil.copy(folder / "028.tga", folder / "018.png")
+    found, _, _ = _embed(embedder, _images(folder), monkeypatch, count)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names.index("028.tga") not in found.skipped
+    assert {names[row] for row in found.skipped[:-1]} <= {"004.png", "011.png", "012.png", "018.png"}
+
+
 def test_known_pictures_are_not_read_again(
     embedder: Embedder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

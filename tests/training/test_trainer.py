@@ -50,6 +50,20 @@ def test_training_beats_zero_shot_and_leaves_the_base(model: Model, splits: Data
     assert model.config.few_shot["num_images"] == len(model.config.few_shot["indices"])
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_image_processor_that_is_changed_counts_from_then_on(base: str, splits: DatasetDict, replaced: bool) -> None:
+    model, few = Model.from_base(base, splits["test"].features["label"].names), splits["test"].select(range(20))
+    trainer = TaskResTrainer(model, _arguments())
+    before = trainer.embed(few)
+    assert trainer.embed(few) is before
+    if replaced:
+        model.image_processor = copy.deepcopy(model.image_processor)
+    model.image_processor.image_mean = [0.1, 0.2, 0.3]
+    expected = TaskResTrainer(model, _arguments()).embed(few).image_embeds
+    assert not torch.equal(before.image_embeds, expected)
+    assert torch.equal(trainer.embed(few).image_embeds, expected)
+
+
 def test_stored_indices_replay_the_run(model: Model, splits: DatasetDict, base: str) -> None:
     TaskResTrainer(model, _arguments(seed=3), splits["train"]).train()
     again = Model.from_base(base, model.class_names, model.config.templates)
