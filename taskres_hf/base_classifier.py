@@ -30,6 +30,7 @@ from .base_model import (
     check_tokens,
     check_weights,
     has_text_tower,
+    image_settings,
     load_base_fp32,
     load_image_tower,
     torch_dtype,
@@ -41,8 +42,7 @@ from .prompts import prompts_digest, warn_of_equals
 from .storage import cache_root, read_tensors, warn_not_kept, write_tensors
 
 _SKETCHES = 8
-# Of t's sketch, relative to its norm, by the coarsest dtype its text tower was rounded to: above rounding, far below
-# another checkpoint.
+# Of t's sketch, relative to its norm, by the coarsest dtype of its text tower: above rounding, far below other weights.
 _TOLERANCE = {"float32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
 _COARSEST = 2e-2
 # Of an image side's sketch, likewise.
@@ -91,15 +91,15 @@ def fingerprint(
     }
 
 
-def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[str, Any] | None:
+def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32", config: Any = None) -> dict[str, Any] | None:
     """Random projections of the image tower's weights: 64 elements of each, in units of their root mean square.
 
     Args:
         weights: by name, as in `state_dict`; those of the text side and the logit's scale are left out.
-        dtype: what they were rounded to after they were stored.
+        dtype: what they were rounded to after they were stored. config: the base's, of what has no weight.
 
     Returns:
-        `{"sketch", "weights", "dtype"}`; None where they cannot be told: quantized, offloaded or not finite.
+        `{"sketch", "weights", "dtype", "settings"}`; None where weights are quantized, offloaded or not finite.
     """
     samples: dict[int, dict[str, Tensor]] = {}  # by their length, to be handled at once
     for name, weight in sorted(weights.items()):
@@ -120,7 +120,8 @@ def image_sketch(weights: Mapping[str, Tensor], dtype: str = "float32") -> dict[
         totals += scales.log() @ directions[..., -1]
     count = sum(map(len, samples.values()))
     sketch = [round(value, 6) for value in (totals / math.sqrt(max(1, count))).tolist()]
-    return {"sketch": sketch, "weights": count, "dtype": dtype} if count and all(map(math.isfinite, sketch)) else None
+    found = {"sketch": sketch, "weights": count, "dtype": dtype, "settings": image_settings(config)}
+    return found if count and all(map(math.isfinite, sketch)) else None
 
 
 @lru_cache(maxsize=1024)
@@ -187,17 +188,20 @@ def _difference(now: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None
     if image_sides_differ(now.get("image"), stored.get("image")):
         return (
             "The image tower of the base {name} is not the one the residual was trained on: its weights differ, as in "
-            "another revision or a tower that was trained further (the text side is the same). Pin the right one with "
-            "base_revision= or base_model=."
+            "another revision or a tower that was trained further, or its settings in config.json do (the text side is "
+            "the same). Pin the right one with base_revision= or base_model=."
         )
     return None
 
 
 def image_sides_differ(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
-    """Whether two `image_sketch`es are of different weights; False where one is not known."""
+    """Whether two `image_sketch`es are of different weights or settings; False where one is not known."""
     if not first or not second:
         return False
     sketches = first.get("sketch") or [], second.get("sketch") or []
+    settings = first.get("settings") or {}, second.get("settings") or {}
+    if any(settings[0][key] != settings[1][key] for key in settings[0].keys() & settings[1].keys()):
+        return True
     if first.get("weights") != second.get("weights") or len(sketches[0]) != len(sketches[1]):
         return True
     allowed = max(_IMAGE_TOLERANCE.get(str(side.get("dtype")), _COARSEST) for side in (first, second))
@@ -221,9 +225,8 @@ def check_same_bases(ours: Any, theirs: Any) -> None:
             )
     kinds = [getattr(config, "base_classifier", None) for config in (ours, theirs)]
     if kinds[0] != kinds[1]:
-        told = [
-            {"head": "the rows of the pretrained head", "class_means": "class means"}.get(str(k), "text") for k in kinds
-        ]
+        rows = {"head": "the rows of the pretrained head", "class_means": "class means"}
+        told = [rows.get(str(kind), "text") for kind in kinds]
         raise ConfigurationError(
             f"The classifiers are made on different base classifiers: {told[0]} here and {told[1]} there. "
             "Make both on the same (base_classifier=), or load the other by itself."
@@ -272,7 +275,7 @@ def base_embeddings(
 
     Raises:
         ConfigurationError: unknown `average`.
-        BaseModelError: the text tower gives NaN, or the same embedding for all classes.
+        BaseModelError: the text tower gives NaN, or the same for all classes.
     """
     if average not in ("raw", "normalized"):
         raise ConfigurationError(f"`prompt_average` must be 'raw' or 'normalized'; got {average!r}.")
@@ -362,7 +365,7 @@ def make_base_classifier(
     tokens = checked_tokens(base, tokenizer, prompts)
     exact, dtype = unrounded_text_side(base, source)
     table = base_embeddings(exact, tokenizer, prompts, average)
-    image = image_sketch(exact.state_dict(), dtype)
+    image = image_sketch(exact.state_dict(), dtype, exact.config)
     return table, fingerprint(table, prompts, average, image, score_parameters(exact), dtype, tokens)
 
 
@@ -422,7 +425,7 @@ def base_for_artifact(
         if table is not None and not text_tower and not set(options) - {"attn_implementation"}:
             light = load_image_tower(source, torch_dtype(dtype), options.get("attn_implementation"))
         if light is not None and table is not None:
-            now = {**known, "score": list(light.score), "image": image_sketch(light.weights)}
+            now = {**known, "score": list(light.score), "image": image_sketch(light.weights, config=light.base.config)}
             if not accept_mismatch:
                 check_fingerprint(now, stored, source.name)
             advise_on_dtype(light.base)
@@ -439,7 +442,7 @@ def base_for_artifact(
         now = {**known, "score": list(score_parameters(base))}
     if shared is not None:  # its image tower is the one that classifies
         check_weights(shared, source.name)
-        now["image"] = image_sketch(shared.state_dict(), str(shared.dtype).removeprefix("torch."))
+        now["image"] = image_sketch(shared.state_dict(), str(shared.dtype).removeprefix("torch."), shared.config)
     if not accept_mismatch:
         check_fingerprint(now, stored, source.name)
     elif table.shape[1] != config.projection_dim:
@@ -458,8 +461,7 @@ def base_for_artifact(
 def cached_table_path(source: BaseSource, prompts: Sequence[Sequence[str]], average: str) -> Path | None:
     """Where `t` for these prompts and this base is kept; None when the base's version cannot be told without loading.
 
-    A Hub base is told by its commit, a folder by the sizes and times of its files. What is read from there is still
-    held against the artifact's fingerprint.
+    A Hub base is told by its commit, a folder by its files' sizes and times; an artifact's fingerprint still decides.
     """
     if os.path.isdir(source.name):
         folder = Path(source.name)

@@ -189,6 +189,15 @@ def check_same_base(base: PreTrainedModel, config: Any) -> None:
         )
 
 
+_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+
+
+def image_settings(config: Any) -> dict[str, Any]:
+    """What decides an image tower's embeddings and shows in no weight: activation, epsilon and heads, if it has."""
+    values = ((key, getattr(getattr(config, "vision_config", config), key, None)) for key in _SETTINGS)
+    return {key: value for key, value in values if isinstance(value, (str, int, float))}
+
+
 class ImageSide(NamedTuple):
     """A base without its text tower; `weights` and `score` (logit scale and bias) are those of its file, unrounded."""
 

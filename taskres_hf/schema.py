@@ -149,6 +149,10 @@ def _record(**entries: Check) -> Check:
     )
 
 
+def _setting(value: Any) -> bool:
+    return _text(value) or _number(value)
+
+
 def _change(value: Any) -> bool:
     """What was done to the classes after training."""
     texts = _list(_text)
@@ -191,7 +195,7 @@ _KEYS: dict[str, Check] = {
     "base_fingerprint": _record(
         shape=_list(_count), norm=_number, sketch=_list(_number), score=_list(_number), dtype=_text,
         prompts_sha256=_text, tokens_sha256=_text,
-        image=_record(sketch=_list(_number), weights=_count, dtype=_text),
+        image=_record(sketch=_list(_number), weights=_count, dtype=_text, settings=_object(_setting)),
     ),
     "id2label": _object(_text), "label2id": _object(_count), "templates": _list(_text),
     "class_descriptions": _object(lambda value: _text(value) or _list(_text)(value)), "prompt_names": _object(_text),

@@ -14,6 +14,7 @@ from support import random_residual
 from test_encoders import NAMES, copied
 from transformers import CLIPModel
 
+from taskres_hf import ClassifierPool
 from taskres_hf import TaskResCLIPForImageClassification as Model
 from taskres_hf.base_classifier import check_fingerprint, fingerprint, image_sides_differ, image_sketch, same_base
 from taskres_hf.errors import BaseMismatchError
@@ -74,6 +75,32 @@ def test_a_base_changed_in_memory_is_taken_as_it_is(base: str, tmp_path: Path) -
     with pytest.raises(BaseMismatchError, match="text tower's weights differ"):
         Model.from_pretrained(tmp_path / "a")
     assert Model.from_pretrained(tmp_path / "a", base_model=clip).class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("hidden_act", "gelu"), ("layer_norm_eps", 0.1), ("num_attention_heads", 1)]
+)
+def test_a_base_whose_image_tower_is_told_otherwise_is_another(
+    base: str, tmp_path: Path, setting: str, value: Any
+) -> None:
+    """As where a config.json lost its activation: no weight shows it, and neither does the text side."""
+    edited = shutil.copytree(base, tmp_path / "base")
+    model = random_residual(Model.from_base(str(edited), NAMES))
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((edited / "config.json").read_text())
+    config["vision_config"][setting] = value
+    for text_tower in (False, True):
+        Model.from_pretrained(tmp_path / "a", text_tower=text_tower)
+    (edited / "config.json").write_text(json.dumps(config))
+    for text_tower in (False, True):
+        with pytest.raises(BaseMismatchError, match="image tower"):
+            Model.from_pretrained(tmp_path / "a", text_tower=text_tower)
+    with pytest.raises(BaseMismatchError, match="image tower"):
+        Model.from_pretrained(tmp_path / "a", base_model=CLIPModel.from_pretrained(edited))
+    with pytest.raises(BaseMismatchError, match="image tower"):
+        ClassifierPool(str(edited), {"a": tmp_path / "a"})
+    assert ClassifierPool(base, {"a": tmp_path / "a"}).names == ["a"]
+    Model.from_pretrained(tmp_path / "a", accept_base_mismatch=True)
 
 
 EDITS = {

@@ -239,6 +239,9 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
     changed.save_pretrained(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / name).write_bytes((Path(base) / name).read_bytes())
+    told = json.loads((shutil.copytree(base, tmp_path / "told") / "config.json").read_text())
+    told["vision_config"]["hidden_act"] = "gelu"
+    (tmp_path / "told" / "config.json").write_text(json.dumps(told))
     for name in ("flipped", "renamed", "stronger", "biased"):
         shutil.copytree(tmp_path / "a", tmp_path / name)
     forge(tmp_path / "stronger", strength=2, format_version=3)
@@ -269,6 +272,7 @@ def test_remote_code_refuses_what_the_library_refuses(base: str, spec: dict[str,
         + """
 for name, options, words in (
     ("flipped", {}, "checksum"), ("renamed", {}, "classes or templates"), ("a", {"base_model": "other"}, "image tower"),
+    ("a", {"base_model": "told"}, "image tower"),
     ("edited", {}, "config.json was changed"), ("prepared", {}, "preprocessor_config.json was changed"),
     ("cut", {}, "preprocessor_config.json was changed"), ("both", {}, "checksum of model.safetensors"),
     ("stronger", {}, "strength"), ("a", {"strength": -1}, "strength"), ("biased", {}, "checksum"),

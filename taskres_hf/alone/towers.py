@@ -187,7 +187,7 @@ def tower_fingerprint(
         weights |= {"head.weight": tower.head.weight}
         weights |= {} if tower.head.bias is None else {"head.bias": tower.head.bias}
     score = (1.0 if config.base_classifier == HEAD else scale, 0.0)
-    image = image_sketch(weights, dtype)
+    image = image_sketch(weights, dtype, tower.config)
     of_table = "float32" if tokens is None else dtype  # rows of a head or zeros are not rounded
     return fingerprint(table, config.class_prompts(), config.prompt_average, image, score, of_table, tokens)
 

@@ -54,7 +54,7 @@ class PoolBase:
     ) -> None:
         self.model, self.image_processor, self.source = model, image_processor, source
         self.score = score or score_parameters(model)
-        self._image = image_sketch(model.state_dict(), str(model.dtype).removeprefix("torch."))
+        self._image = image_sketch(model.state_dict(), str(model.dtype).removeprefix("torch."), model.config)
         self._processors: dict[str, bool] = {}  # digests of such as were compared
         self._text: tuple[Any, str, Any] | None = None
 
@@ -153,7 +153,9 @@ class PoolBase:
             BaseMismatchError, ConfigurationError: as in `head`.
         """
         if model.clip is not self.model:
-            other = image_sketch(model.clip.state_dict(), str(model.clip.dtype).removeprefix("torch."))
+            other = image_sketch(
+                model.clip.state_dict(), str(model.clip.dtype).removeprefix("torch."), model.clip.config
+            )
             if not other or not self._image or image_sides_differ(self._image, other):
                 raise BaseMismatchError(
                     f"The classifier {where} was not made for the base of this pool, {self.name!r}: the weights of its "
@@ -166,7 +168,7 @@ class PoolBase:
     def _check(self, values: Mapping[str, Any]) -> None:
         stored = values["base_fingerprint"]
         if image_sides_differ(self._image, stored.get("image")):
-            raise BaseMismatchError("The weights of their image towers differ.")
+            raise BaseMismatchError("The weights or settings of their image towers differ.")
         if not (stored.get("image") and self._image):  # then nothing but names tells
             ours = self.source.revision or getattr(self.model.config, "_commit_hash", None)
             theirs = values["base_model_name_or_path"], values.get("base_model_revision") or ours

@@ -277,8 +277,10 @@ def check_fingerprint(base, table, prompts, config, name):
     image = stored.get("image")
     if image:
         gap = float((image_sketch(base) - torch.tensor(image["sketch"], dtype=torch.float64)).abs().max())
-        if gap > _IMAGE_TOLERANCE.get(image.get("dtype"), 2e-2):
-            raise ValueError(f"The image tower of the base {name} is not the one of training (difference {gap:.2g}).")
+        told, settings = getattr(base.config, "vision_config", base.config), image.get("settings") or {}
+        changed = any(getattr(told, key, value) != value for key, value in settings.items())
+        if changed or gap > _IMAGE_TOLERANCE.get(image.get("dtype"), 2e-2):
+            raise ValueError(f"The image tower of the base {name} is not the one of training ({gap:.2g}, or settings).")
 
 
 def image_sketch(base):
