@@ -39,7 +39,7 @@ MODES = {
 }
 
 
-def training(report: Report, count: int = 320, classes: int = 20, views: int = 0) -> None:
+def training(report: Report, count: int = 256, classes: int = 16, views: int = 0) -> None:
     """From JPEG files to a saved artifact, in units of one bare fp32 pass over the prepared pictures."""
     views_row = f"training end to end, {views} cached views, torch bf16"
     if views and obstacle("torch", "bf16") is not None:
@@ -111,7 +111,7 @@ def _products(count: int) -> Callable[[], None]:
 
 
 def throughput(
-    report: Report, patch: int = 32, count: int = 160, size: tuple[int, int] = (400, 300), rounds: int = 2
+    report: Report, patch: int = 32, count: int = 128, size: tuple[int, int] = (400, 300), rounds: int = 2
 ) -> None:
     """Against the loop a user would write with `CLIPModel` and `CLIPImageProcessor`."""
     base = clip_folder(patch)
