@@ -471,5 +471,8 @@ def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX), and torch is not held to less."""
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
         return False
-    probes = (getattr(torch.cpu, test, None) for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe is not None and bool(probe()) for probe in probes)
+    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        probe = getattr(torch.cpu, test, None)
+        if probe is not None and probe():
+            return True
+    return False

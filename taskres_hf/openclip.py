@@ -186,9 +186,8 @@ def load_open_clip(source: Any, commit: str | None, dtype: Any, options: Mapping
             f"The base model {source.name!r} cannot be loaded by open_clip {open_clip.__version__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    built = dict(settings["model_cfg"])
-    text = built.pop("text_cfg")
-    sizes: dict[str, Any] = {"vocab_size": model.text.vocab_size, "model_cfg": built}
+    text = settings["model_cfg"]["text_cfg"]
+    sizes: dict[str, Any] = {"vocab_size": model.text.vocab_size}
     sizes["max_position_embeddings"] = text.get("context_length", 77)
     config = OpenCLIPConfig(**sizes)
     config._name_or_path, config._commit_hash = source.name, commit

@@ -36,6 +36,11 @@ from ..storage import json_digest
 _HINT = " Pass accept_base_mismatch"  # of `from_pretrained`, which a pool has not
 
 
+def _image_side(base: PreTrainedModel) -> dict[str, Any] | None:
+    """What tells its image tower from another, in whatever dtype it runs."""
+    return image_sketch(base.state_dict(), str(base.dtype).removeprefix("torch."), base.config)
+
+
 class PoolBase:
     """A base, its image processor, and what tells it from another.
 
@@ -54,7 +59,7 @@ class PoolBase:
     ) -> None:
         self.model, self.image_processor, self.source = model, image_processor, source
         self.score = score or score_parameters(model)
-        self._image = image_sketch(model.state_dict(), str(model.dtype).removeprefix("torch."), model.config)
+        self._image = _image_side(model)
         self._processors: dict[str, bool] = {}  # digests of such as were compared
         self._text: tuple[Any, str, Any] | None = None
 
@@ -153,9 +158,7 @@ class PoolBase:
             BaseMismatchError, ConfigurationError: as in `head`.
         """
         if model.clip is not self.model:
-            other = image_sketch(
-                model.clip.state_dict(), str(model.clip.dtype).removeprefix("torch."), model.clip.config
-            )
+            other = _image_side(model.clip)
             if not other or not self._image or image_sides_differ(self._image, other):
                 raise BaseMismatchError(
                     f"The classifier {where} was not made for the base of this pool, {self.name!r}: the weights of its "

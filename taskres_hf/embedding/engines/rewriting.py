@@ -195,10 +195,9 @@ def image_weights_digest(base: PreTrainedModel) -> str:
     It tells versions of a model apart; it is no protection against tampering.
     """
     digest = hashlib.sha256()
-    for name, module in base.named_modules():
-        if name and not name.startswith("text_"):  # the base itself is told of both sides
-            settings = sorted(_settings(module, _kind).items())
-            digest.update(f"{name} {type(module).__qualname__} {settings};".encode())
+    for name, module in _image_side(base):
+        settings = sorted(_settings(module, _kind).items())
+        digest.update(f"{name} {type(module).__qualname__} {settings};".encode())
     for name, tensor in sorted(base.state_dict().items()):
         if name.startswith(("text_", "logit_", "temperature")):  # absent where only the image tower is loaded
             continue
