@@ -21,7 +21,8 @@ from taskres_hf.embedding.preprocessing import Preprocessor
 from taskres_hf.encoders import cpu_has_bf16
 from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.paper.runner import few_shot_runs, grid
-from taskres_hf.pictures import find_images, read_image
+from taskres_hf.picture_files import find_images
+from taskres_hf.pictures import read_image
 from taskres_hf.predicting import classify_files
 
 from . import options as opt

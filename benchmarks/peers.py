@@ -18,7 +18,8 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.features import ImageFeatures
-from taskres_hf.pictures import find_images, read_image
+from taskres_hf.picture_files import find_images
+from taskres_hf.pictures import read_image
 
 from .material import clip_folder, jpeg_folder, obstacle
 from .timing import PEER, Report

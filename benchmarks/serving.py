@@ -14,7 +14,8 @@ from taskres_hf import TaskResCLIPForImageClassification
 from taskres_hf.base_model import load_image_tower
 from taskres_hf.embedding import use_engine
 from taskres_hf.encoders import BaseSource
-from taskres_hf.pictures import find_images, read_image
+from taskres_hf.picture_files import find_images
+from taskres_hf.pictures import read_image
 
 from .material import clip_folder, jpeg_folder, obstacle
 from .timing import Report, timed

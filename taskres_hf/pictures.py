@@ -1,4 +1,4 @@
-"""One picture from anything that can hold one, and picture files among files and folders.
+"""One picture from anything that can hold one.
 
 Pictures are decoded in one place, `read_image`, through the same `transformers.image_utils.load_image` that
 `pipeline` uses, so training and serving cannot see different pixels (EXIF rotation, alpha, CMYK).
@@ -16,10 +16,8 @@ import stat
 import threading
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
 from typing import IO, Any, Literal
@@ -72,14 +70,6 @@ IMAGE_EXTENSIONS = frozenset(ending for name in _FORMATS for ending in _ENDINGS[
 _LARGEST_DOWNLOAD = _LARGEST_HELD = 256 << 20
 _ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+://")
 
-# What file managers, notebooks, archives and network drives leave in folders; names that start with a dot as well.
-_SYSTEM_NAMES = frozenset(
-    {
-        "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "@recycle", "#recycle", "@__thumb",
-        "$recycle.bin", "system volume information", "lost+found",
-    }
-)  # fmt: skip
-
 
 def ending_status(suffix: str) -> Literal["readable", "needs extra", "unknown"]:
     """What can be done with files of an ending, such as `.jpg`; upper and lower case are the same.
@@ -92,16 +82,18 @@ def ending_status(suffix: str) -> Literal["readable", "needs extra", "unknown"]:
     return "needs extra" if any(suffix in _ENDINGS[name] for name in _EXTRA) else "unknown"
 
 
-def is_ignored(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is hidden or the system's own: `.x`, `._x`, `__MACOSX`, `@eaDir`, `Thumbs.db`, ...
+def is_address(text: str) -> bool:
+    """Whether text is an address (`https://`, `s3://`, `file://`, `data:`) and not a path."""
+    return bool(_ADDRESS.match(text)) and not os.path.lexists(text)
 
-    Args:
-        path: a name, or a path relative to the folder that is searched, of which every part counts; of an absolute
-            path only the last part, since a data set may well lie below a hidden folder.
-    """
-    pure = PurePath(path)
-    parts = (pure.name,) if pure.is_absolute() else pure.parts
-    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
+
+def size_and_time(file: str | os.PathLike[str]) -> tuple[int, int]:
+    """What tells a changed file without reading it, as a run that goes on would have to of all that are done."""
+    try:
+        status = os.stat(file)
+        return status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):  # an address, or a file that is not there: reading it says so
+        return -1, 0
 
 
 class Remarks:
@@ -407,93 +399,3 @@ def _oddities(picture: PIL.Image.Image, name: str) -> list[str]:
         lowest = alpha.getextrema()[0]
         return ["transparent"] if isinstance(lowest, (int, float)) and lowest < 255 else []
     return []
-
-
-# ---------------------------------------------------------------------- files and folders
-
-
-@dataclass(frozen=True)
-class ImageListing:
-    """Picture files, and what lay beside them.
-
-    Attributes:
-        files: paths and addresses, in order, each once.
-        left_out: number of files by ending (in lower case; "" for none) that are no pictures or that need an extra.
-        ignored: number of hidden files and folders, and the system's own, see `is_ignored`.
-    """
-
-    files: list[str]
-    left_out: dict[str, int]
-    ignored: int = 0
-
-    def lines(self) -> list[str]:
-        """What was left out, for people; nothing if nothing was."""
-        counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        lines = []
-        for needs_extra in (False, True):
-            part = [(end, count) for end, count in counts if (ending_status(end) == "needs extra") == needs_extra]
-            if part:
-                text = ", ".join(f"{count} {visible(ending) or 'without an ending'}" for ending, count in part[:10])
-                more = f" and {len(part) - 10} other endings" if len(part) > 10 else ""
-                remedy = '; to read them: pip install "taskres_hf[heif]"' if needs_extra else ""
-                lines.append(f"Left out by their ending: {text}{more}{remedy}")
-        return lines
-
-
-def is_address(text: str) -> bool:
-    """Whether text is an address (`https://`, `s3://`, `file://`, `data:`) and not a path."""
-    return bool(_ADDRESS.match(text)) and not os.path.lexists(text)
-
-
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> ImageListing:
-    """Picture files among files, folders (searched in depth, sorted) and addresses, with an account of the rest.
-
-    A file named outright is listed whatever its name. So are, within folders, broken links, pipes and folders that
-    cannot be opened: `read_image` says what is wrong with them.
-    """
-    files: dict[str, str] = {}  # absolute path -> as it was named
-    left_out: Counter[str] = Counter()
-    ignored = 0
-    for path in map(os.fsdecode, paths):
-        if is_address(path) or not os.path.isdir(path):
-            files.setdefault(path if is_address(path) else os.path.abspath(path), path)
-            continue
-        inside, endings, hidden = _search(path)
-        left_out += endings
-        ignored += hidden
-        for file in inside:
-            files.setdefault(os.path.abspath(file), file)
-    return ImageListing(list(files.values()), dict(left_out), ignored)
-
-
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files of `list_images`."""
-    return list_images(paths).files
-
-
-def _search(top: str) -> tuple[list[str], Counter[str], int]:
-    """Pictures in a folder and below, sorted; the number of other files by ending; the number of ignored entries."""
-    files, left_out, ignored = [], Counter[str](), 0
-    waiting: list[tuple[str, tuple[str, ...]]] = [(top, ())]
-    while waiting:
-        folder, above = waiting.pop()
-        real = os.path.realpath(folder)
-        if real in above:  # a link to a folder that it lies in
-            continue
-        try:
-            entries = list(os.scandir(folder))
-        except OSError:
-            files.append(folder)
-            continue
-        for entry in entries:
-            path = os.path.join(folder, entry.name) if folder != "." else entry.name
-            ending = PurePath(entry.name).suffix.lower()
-            if is_ignored(entry.name):
-                ignored += 1
-            elif os.path.isdir(path):
-                waiting.append((path, (*above, real)))
-            elif ending in IMAGE_EXTENSIONS:
-                files.append(path)
-            else:
-                left_out[ending] += 1
-    return sorted(files), left_out, ignored

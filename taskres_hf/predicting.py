@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .embedding import Embedder, TextEmbedder
 from .errors import ArtifactError, ConfigurationError, ImageError, TextError
 from .modeling_taskres import TaskResCLIPForImageClassification
-from .pictures import Remarks, read_image
+from .pictures import Remarks, read_image, size_and_time
 from .prediction_files import as_utf8, check_output, csv_separator, write_predictions
 from .residual import TaskResClassifier, label_threshold
 from .storage import digest_of
@@ -143,8 +143,10 @@ class Pictures:
         self.errors: dict[int, str] = {}
         self.remarks = Remarks()
 
-    def digest(self) -> str:
-        return digest_of(os.fsencode(name) for file in self.files for name in (file, os.path.abspath(file)))
+    def identity(self) -> dict[str, str]:
+        """What tells these files from others, and from what they were before, without reading them."""
+        parts = ((file, os.path.abspath(file), repr(size_and_time(file))) for file in self.files)
+        return {"files, sizes or times of files": digest_of(os.fsencode(part) for each in parts for part in each)}
 
     def load(self, place: int) -> PIL.Image.Image | None:
         try:
@@ -175,8 +177,8 @@ class _Texts:
         self.embedder, self.paths = embedder, list(texts)
         self.errors: dict[int, str] = {}
 
-    def digest(self) -> str:
-        return digest_of([json.dumps([str(text) for text in self.paths]).encode()])
+    def identity(self) -> dict[str, str]:
+        return {"texts": digest_of([json.dumps([str(text) for text in self.paths]).encode()])}
 
     def load(self, place: int) -> str | None:
         try:
@@ -213,8 +215,7 @@ def _classify(
         total = math.ceil(count / batch_size)
         for places, embeds in items.embedder.stream(batches, items.load, augmented=False, total=total):
             answers: Iterator[list[dict[str, Any]]] = iter(())
-            finite: Iterator[bool] = iter(())
-            rejected: Iterator[bool] = iter(())
+            finite, rejected = iter(list[bool]()), iter(list[bool]())
             if embeds is not None:
                 usable = embeds.isfinite().all(dim=1)
                 finite = iter(usable.tolist())
@@ -302,7 +303,7 @@ def classify_to_file(
     separator = None if top_k else csv_separator(names, output)
     bias = [] if head.class_bias is None else [head.class_bias.cpu().numpy().tobytes()]
     run = {
-        "files": items.digest(),
+        **items.identity(),
         "classifier": digest_of(
             [
                 head.weight().detach().cpu().numpy().tobytes(),

@@ -23,7 +23,8 @@ from taskres_hf import TaskResCLIPForImageClassification, TaskResTrainer, TaskRe
 from taskres_hf.cli import main
 from taskres_hf.data import load_evaluation_data
 from taskres_hf.errors import ImageError
-from taskres_hf.pictures import IMAGE_EXTENSIONS, list_images, picture_digest, read_image
+from taskres_hf.picture_files import list_images
+from taskres_hf.pictures import IMAGE_EXTENSIONS, picture_digest, read_image
 
 Picture = PIL.Image.Image
 CLASSES = ["odd", "plain", "other"]

@@ -1,4 +1,4 @@
-"""One picture from anything that holds one, as pipeline sees it; picture files among files and folders."""
+"""One picture from anything that holds one, as pipeline sees it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ from transformers.image_utils import load_image
 
 from taskres_hf import pictures
 from taskres_hf.errors import ImageError
+from taskres_hf.picture_files import find_images
 from taskres_hf.pictures import (
     IMAGE_EXTENSIONS,
     Remarks,
     ending_status,
-    find_images,
-    is_ignored,
-    list_images,
     picture_digest,
     read_image,
 )
@@ -407,86 +405,3 @@ def test_pixels_that_are_shown_otherwise_are_another_picture(photo: PIL.Image.Im
         assert np.array_equal(one, other)
         assert not np.array_equal(read_image(one), read_image(other))
         assert picture_digest(one) != picture_digest(other)
-
-
-# ---------------------------------------------------------------------- files and folders
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        ".hidden.png", "._1.png", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", ".DS_Store",
-        "a/__MACOSX/b.png", "a/.git/b.png", "a/@eaDir/1.png/x.jpg", "$RECYCLE.BIN", "/x/.thumbnail.jpg",
-    ],
-)  # fmt: skip
-def test_hidden_and_system_files_are_ignored(path: str) -> None:
-    assert is_ignored(path)
-    assert is_ignored(Path(path))
-
-
-@pytest.mark.parametrize("path", ["a.png", "./a.png", "../a/b.png", "a/b.c/d.png", "/home/.cache/a.png", "__init__"])
-def test_other_files_are_not(path: str) -> None:
-    assert not is_ignored(path)
-
-
-def test_folders_are_searched_in_depth_and_accounted_for(tmp_path: Path, photo: PIL.Image.Image) -> None:
-    for name in (
-        "2.png", "a/1.JPG", "b/c/d/3.webp", ".hidden.png", "a/._1.png", "__MACOSX/1.png", ".ipynb_checkpoints/1.png",
-        "a/@eaDir/1.jpg/thumb.jpg", "notes.txt", "a/b.TXT", "x.heic2", "odd", "Thumbs.db",
-    ):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    listing = list_images([tmp_path])
-    assert [os.path.relpath(file, tmp_path) for file in listing.files] == ["2.png", "a/1.JPG", "b/c/d/3.webp"]
-    assert listing.left_out == {".txt": 2, ".heic2": 1, "": 1}
-    assert listing.lines() == ["Left out by their ending: 2 .txt, 1 without an ending, 1 .heic2"]
-    assert listing.ignored == 6
-    assert list_images([tmp_path / "a" / "1.JPG"]).lines() == []
-    assert find_images([tmp_path / "odd", tmp_path / ".hidden.png"]) == [  # named outright
-        str(tmp_path / "odd"), str(tmp_path / ".hidden.png"),
-    ]  # fmt: skip
-
-
-def test_what_needs_the_extra_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "IMAGE_EXTENSIONS", frozenset({".jpg"}))
-    for name in ("1.HEIC", "2.heic", "3.jpg", "4.txt"):
-        (tmp_path / name).write_bytes(b"")
-    listing = list_images([tmp_path])
-    assert listing.left_out == {".heic": 2, ".txt": 1}
-    assert listing.lines()[1] == 'Left out by their ending: 2 .heic; to read them: pip install "taskres_hf[heif]"'
-
-
-def test_a_file_named_twice_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "1.png").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    assert find_images(["d", "d/1.png", tmp_path / "d", "./d/1.png"]) == ["d/1.png"]
-    assert find_images(["d/1.png", "."]) == ["d/1.png"]
-    assert find_images(["none.png", "none.png"]) == ["none.png"]
-
-
-def test_links_pipes_and_odd_folders_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "1.png").write_bytes(b"")
-    root = tmp_path / "root"
-    (root / "folder.png").mkdir(parents=True)
-    (root / "folder.png" / "2.png").write_bytes(b"")
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
-    (root / "round").symlink_to(root)
-    (root / "broken.png").symlink_to("nowhere")
-    (root / "loop.png").symlink_to("loop.png")
-    os.mkfifo(root / "pipe.png")
-    (root / "locked").mkdir()
-    scandir = os.scandir
-
-    def refused(path: str) -> Any:
-        if path.endswith("locked"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
-    names = [os.path.relpath(file, root) for file in find_images([root])]
-    assert names == ["broken.png", "folder.png/2.png", "linked/1.png", "locked", "loop.png", "pipe.png"]
-    for file in find_images([root]):
-        with pytest.raises(ImageError):
-            read_image(file)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,6 +312,28 @@ def _refuse(*_: Any) -> None:
     raise ArtifactError("Cannot write.")
 
 
+@pytest.mark.parametrize("change", ["content", "time", "gone"])
+def test_pictures_that_changed_meanwhile_are_no_rows_of_this_run(
+    classifier: TaskResCLIPForImageClassification,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    copied = shutil.copy(files[0], tmp_path / "copied.png")
+    mine, output = [str(copied), *files[1:]], tmp_path / "r.csv"
+    _stopped(monkeypatch, 3, lambda: classify_to_file(classifier, mine, output, batch_size=3))
+    if change == "content":
+        shutil.copyfile(files[1], copied)
+    elif change == "time":
+        os.utime(copied, ns=(0, 0))
+    else:
+        os.unlink(copied)
+    with pytest.raises(ConfigurationError, match=r"begun with other files, sizes or times of files, so its 3 rows"):
+        classify_to_file(classifier, mine, output, batch_size=3, resume=True)
+    assert len((tmp_path / "r.csv.partial").read_bytes().splitlines()) == 4
+
+
 def test_a_row_is_with_the_system_as_soon_as_it_is_written(tmp_path: Path) -> None:
     """So that killing the process loses nothing."""
     row = {"file": "a", "predictions": [], "error": "bad"}
@@ -351,8 +374,8 @@ def test_another_run_is_not_continued(
     for model, names, changed, what in (
         (classifier, files, {"top_k": 3}, "other top_k,"),
         (classifier, files, {"batch_size": 4}, "other batch_size,"),
-        (classifier, files[:-1], {}, "other files,"),
-        (classifier, files[::-1], {}, "other files,"),
+        (classifier, files[:-1], {}, "other files, sizes or times of files,"),
+        (classifier, files[::-1], {}, "other files, sizes or times of files,"),
         (other, files, {}, "other classifier,"),
         (weaker, files, {}, "other classifier,"),
         (biased, files, {}, "other classifier,"),

@@ -17,7 +17,7 @@ ORDER = [
     "encoders", "base_model", "base_classifier", "configuration_taskres", "card", "hub", "notebook", "serving",
     "rejection", "classes.rows", "classes.merging", "classes.changing", "classes", "modeling_taskres",
     "alone.labels", "alone.linear_head", "alone.towers", "alone", "vision.tower", "vision.modeling", "vision",
-    "language.encoding", "language.tower", "language.modeling", "language", "pictures",
+    "language.encoding", "language.tower", "language.modeling", "language", "pictures", "picture_files",
     "data.reading", "data.listing", "data.labelled", "data.stratified", "data.multi_label", "data.folders",
     "data.tables", "data.sources", "data.texts", "data.training_data", "data", "few_shot",
     "embedding.stored", "embedding.preprocessing", "embedding.engines.onednn", "embedding.engines.rewriting",

@@ -446,6 +446,6 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def _has_pictures_below(folder: Path) -> bool:
-    from ..pictures import find_images, is_ignored
+    from ..picture_files import find_images, is_ignored
 
     return any(find_images([entry]) for entry in folder.iterdir() if entry.is_dir() and not is_ignored(entry.name))

@@ -17,7 +17,8 @@ from ..data import FileCells, LabelledImages, load_training_data
 from ..data.tables import parse_table
 from ..embedding import ImageFeatures
 from ..errors import ConfigurationError, DataError, ImageError
-from ..pictures import is_address, list_images
+from ..picture_files import list_images
+from ..pictures import is_address
 from ..prediction_files import as_utf8, check_output
 from ..storage import write_bytes
 from ..tables import Table, json_text, percent, visible

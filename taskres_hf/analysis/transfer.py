@@ -415,7 +415,7 @@ def read_pictures(
     from datasets import ClassLabel, Dataset, Features, Image
 
     from ..data.folders import NoClassFoldersError
-    from ..pictures import find_images
+    from ..picture_files import find_images
 
     def without_labels(pictures: Any, found: str = "These pictures have no labels.") -> tuple[LabelledImages, bool]:
         if labelled:

@@ -154,7 +154,7 @@ def predict(
 
 def _listed(images: list[str]) -> list[str]:
     """Picture files; what else was found is said."""
-    from ..pictures import list_images
+    from ..picture_files import list_images
 
     listing = list_images(images)
     for line in listing.lines():

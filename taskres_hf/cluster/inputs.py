@@ -16,7 +16,8 @@ from typing import Any
 
 from ..data.listing import ArchiveListing, is_picture
 from ..errors import ConfigurationError, DataError
-from ..pictures import IMAGE_EXTENSIONS, is_address, is_ignored, list_images
+from ..picture_files import list_images, walk
+from ..pictures import IMAGE_EXTENSIONS, is_address, size_and_time
 from ..prediction_files import as_utf8
 from ..storage import digest_of
 from ..tables import visible
@@ -164,27 +165,25 @@ def _kind(name: str) -> str | None:
 def _tables_and_tars(named: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Source name to kind and path, sorted; of picture files one for all."""
     found: dict[str, tuple[str, str]] = {}
+    closed: list[str] = []
     for place in named:
         if is_address(place) or not os.path.isdir(place):
             if not is_address(place) and not os.path.exists(place):
                 raise DataError(f"There is no file or folder {visible(place)}.")
             inside, root = [(_kind(place) or "pictures", place)], os.path.dirname(place)
         else:
-            inside, root = [], place
-            above: dict[str, tuple[str, ...]] = {place: ()}  # real folders that a folder lies in
-            for folder, folders, files in os.walk(place, followlinks=True):
-                chain = (*above.pop(folder), os.path.realpath(folder))
-                below = {name: os.path.join(folder, name) for name in sorted(folders) if not is_ignored(name)}
-                folders[:] = [name for name, path in below.items() if os.path.realpath(path) not in chain]
-                above |= {below[name]: chain for name in folders}
-                paths = [os.path.join(folder, name) for name in sorted(files) if not is_ignored(name)]
-                inside += [(kind, path) for path in paths if (kind := _kind(path)) is not None]
+            below = sorted(walk(place))
+            closed += [f"{os.path.join(place, one.name)} ({one.reason})" for one in below if one.kind == "closed"]
+            files = [os.path.join(place, one.name) for one in below if one.kind in ("file", "odd")]
+            inside, root = [(kind, path) for path in files if (kind := _kind(path)) is not None], place
         for kind, path in inside:
             source = path if len(named) > 1 or is_address(path) else os.path.relpath(path, root or ".")
             if kind == "pictures":  # there are some; which, `list_images` says
                 found.setdefault("", (kind, path))
             elif found.setdefault(as_utf8(source), (kind, _absolute(path)))[1] != _absolute(path):
                 raise DataError(f"Two inputs are called {visible(source)}.")
+    if closed and set(found) - {""}:  # of pictures, each such folder is a row that says so
+        raise DataError(f"Files may be missing: {visible(closed[0])}. Make it readable, or name the files to read.")
     return dict(sorted(found.items()))
 
 
@@ -217,7 +216,7 @@ def _of_pictures(files: Sequence[str], named: Sequence[Any], rows_per_block: int
     blocks = []
     for number, start in enumerate(range(0, len(pairs), rows_per_block)):
         some = tuple(pairs[start : start + rows_per_block])
-        digest = _part({"files": [[source, *_size_and_time(path)] for source, path in some]}, some[0][0])
+        digest = _part({"files": [[source, *size_and_time(path)] for source, path in some]}, some[0][0])
         blocks.append(Block(number, some[0][0], some[0][1], "pictures", 0, len(some), digest, files=some))
     facts = {"kind": "pictures", "rows": len(pairs), "blocks": len(blocks)}
     return Inputs([{"source": root or "", **facts}], blocks, None, {}, {})
@@ -225,15 +224,6 @@ def _of_pictures(files: Sequence[str], named: Sequence[Any], rows_per_block: int
 
 def _absolute(path: str) -> str:
     return os.path.join(os.getcwd(), path)  # not `abspath`: `..` after a link leads elsewhere
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    """What tells a changed picture without reading it, as a run would have to of all that are done."""
-    try:
-        status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
-    except OSError:  # an address, or a file that is not there: reading it says so
-        return -1, 0
 
 
 # ---------------------------------------------------------------------- tars

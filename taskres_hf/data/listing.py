@@ -21,11 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, ImageError
-from ..pictures import IMAGE_EXTENSIONS, ending_status, is_ignored
+from ..picture_files import is_ignored, walk
+from ..pictures import IMAGE_EXTENSIONS, ending_status
 from .reading import Cells, FileCells, JoinedCells, LeftOut, Reading, SplitReading, printable, shorten, split_name
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-_DEEPEST = 200  # folders; far beyond any data set, and within what a path may be long
 
 
 def suffix(name: str) -> str:
@@ -102,33 +102,21 @@ class FolderListing(Listing):
         self._scanned = True
         passed: dict[str, list[str]] = {}
         try:
-            top = _identity(self.root)
             os.scandir(self.root).close()
         except OSError as error:
             raise DataError(f"The folder {self.root} cannot be read: {error.strerror or error}.") from error
         holding: set[str] = set()  # folders with a file in them
         folders: list[str] = []
-        waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (top,))]
-        while waiting:
-            prefix, above = waiting.pop()
-            try:
-                entries = list(os.scandir(os.path.join(self.root, prefix)))
-            except OSError as error:
-                passed.setdefault(f"folders that cannot be read ({error.strerror})", []).append(prefix.rstrip("/"))
-                continue
-            for entry in entries:
-                name = prefix + entry.name
-                kind = "ignored" if is_ignored(entry.name) else _kind(entry, above)
-                if kind == "file":
-                    self.files.append(name)
-                    holding.add(prefix)
-                elif kind == "folder":
-                    folders.append(name)
-                    waiting.append((f"{name}/", (*above, _identity(entry.path))))
-                elif kind != "ignored":
-                    passed.setdefault(kind, []).append(name)
+        for name, kind, reason in walk(self.root):
+            if kind == "file":
+                self.files.append(name)
+                holding.add(name.rpartition("/")[0])
+            elif kind == "folder":
+                folders.append(name)
+            elif kind != "ignored":
+                passed.setdefault(reason, []).append(name)
         self.files.sort()
-        filled = {part for prefix in holding for part in _above(prefix)}
+        filled = {part for folder in holding for part in (folder, *map(str, PurePosixPath(folder).parents))}
         self.empty = sorted(name for name in folders if name not in filled)
         self.left_out = [LeftOut(reason, len(names), tuple(sorted(names)[:5])) for reason, names in passed.items()]
 
@@ -150,31 +138,6 @@ class FolderListing(Listing):
             return os.path.isfile(self.path(name))
         except ValueError:  # a null character
             return False
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _kind(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> str:
-    """`file`, `folder`, or why it is neither."""
-    try:
-        if entry.is_file():
-            return "file"
-        if not entry.is_dir():
-            return "links that lead nowhere" if entry.is_symlink() else "neither files nor folders"
-        if _identity(entry.path) in above:
-            return "links to a folder above"
-        return "folder" if len(above) < _DEEPEST else f"folders more than {_DEEPEST} deep"
-    except OSError as error:  # a link to itself, or to a place that may not be looked at
-        return f"entries that cannot be read ({error.strerror})"
-
-
-def _above(prefix: str) -> list[str]:
-    """`a/b/` as `a` and `a/b`."""
-    parts = prefix.split("/")[:-1]
-    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def pictures_left_out(files: Sequence[str]) -> list[LeftOut]:

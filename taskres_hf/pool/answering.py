@@ -71,7 +71,7 @@ def to_file(
     size = batch_size or embedder.batch_size
     embedder.get_ready(0 if resume else len(items.paths))  # as for one classifier
     run = {
-        "files": items.digest(), "classifiers": view.digest(names), "top_k": most, "batch_size": size,
+        **items.identity(), "classifiers": view.digest(names), "top_k": most, "batch_size": size,
         "base model or engine": digest_of([json.dumps([*embedder.key, embedder.engine.is_stock]).encode()]),
     }  # fmt: skip
     with PredictionWriter(output, run, resume=resume, batch_size=size) as writer:

@@ -145,6 +145,25 @@ def test_links_to_a_folder_that_they_lie_in_are_not_followed(shards: Path, tmp_p
     assert [one["source"] for one in found.files] == ["one/one.tar", "three/two.tar", "two/two.tar"]
 
 
+def test_a_folder_that_cannot_be_looked_into_is_no_missing_shard(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shards, data / "a")
+    shutil.copytree(shards, data / "closed")
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:
+        if path.endswith("closed/"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"Files may be missing: .*closed .*Permission denied"):
+        find_inputs(data)
+    assert find_inputs(data / "a").files
+
+
 @pytest.mark.parametrize("name", ["x.png", "x.tar"])
 def test_up_from_a_link_is_up_from_where_it_leads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other" / "inside").mkdir(parents=True)
