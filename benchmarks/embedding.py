@@ -18,8 +18,8 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines.onednn import PackedLinear
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.embedding.preprocessing import Preprocessor
-from taskres_hf.encoders import cpu_has_bf16
 from taskres_hf.few_shot import few_shot_indices
+from taskres_hf.machine import is_faster
 from taskres_hf.paper.runner import few_shot_runs, grid
 from taskres_hf.picture_files import find_images
 from taskres_hf.pictures import read_image
@@ -152,10 +152,10 @@ def throughput(
         if obstacles.get(name) is not None:
             report.skip(row, str(obstacles[name]))
         else:
-            goal = (1.3 if "fp32" in name else 3.5) if cpu_has_bf16() else (1.4 if "fp32" in name else 1.9)
+            goal = (1.3 if "fp32" in name else 3.5) if is_faster(torch.bfloat16) else (1.4 if "fp32" in name else 1.9)
             report.add_ratio(row, found, name, "loop", goal, note, invert=True)
     if "predict" in ways:
-        goal = 3.5 if cpu_has_bf16() else 1.3
+        goal = 3.5 if is_faster(torch.bfloat16) else 1.3
         name = "taskres predict on a folder, times the plain loop"
         report.add_ratio(name, found, "predict", "loop", goal, note, invert=True)
         name = "taskres predict on a folder / embedding it, getting the tower ready included"

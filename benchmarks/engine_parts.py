@@ -28,8 +28,8 @@ from transformers import CLIPModel
 
 from taskres_hf.embedding.engines import onednn, rewriting
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.embedding.engines.proving import processor
-from taskres_hf.encoders import cpu_has_bf16, encode_images
+from taskres_hf.encoders import encode_images
+from taskres_hf.machine import is_faster, processor
 from taskres_hf.tables import Table
 
 from .material import clip_folder
@@ -77,7 +77,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         clip = CLIPModel.from_pretrained(clip_folder(size), dtype=torch.float32).eval()
         values = torch.randn(pictures, 3, 224, 224)
         for form, parts in PARTS.items():
-            if (form == "bf16" and not cpu_has_bf16()) or (form == "int8" and onednn_int8() is None):
+            if (form == "bf16" and not is_faster(torch.bfloat16)) or (form == "int8" and onednn_int8() is None):
                 continue
             ways: dict[str, Callable[[], Tensor]] = {STOCK: _pass(clip, values)}
             for part in ["", *parts]:

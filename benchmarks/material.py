@@ -15,8 +15,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from taskres_hf.demo import demo_dataset, demo_model
 from taskres_hf.embedding.engines.choose import make_engine
-from taskres_hf.encoders import cpu_has_bf16
 from taskres_hf.errors import ConfigurationError, MissingExtraError
+from taskres_hf.machine import is_faster
 
 OUT = Path(__file__).parent / "out"
 
@@ -42,8 +42,8 @@ def clip_folder(patch: int = 32) -> str:
 @cache
 def obstacle(engine: str, precision: str) -> str | None:
     """Why a way to run the tower cannot be measured on this machine, or None."""
-    if precision == "bf16" and not cpu_has_bf16():
-        return "this processor does not multiply bf16"
+    if precision == "bf16" and not is_faster(torch.bfloat16):
+        return "this processor does not multiply bf16 faster than fp32"
     try:
         make_engine(CLIPModel.from_pretrained(demo_model(), dtype=torch.float32).eval(), engine, precision)
     except (ConfigurationError, MissingExtraError) as error:

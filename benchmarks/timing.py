@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from taskres_hf.embedding.engines.proving import abilities, processor
+from taskres_hf.machine import abilities, processor
 from taskres_hf.tables import Table
 
 RESULTS = Path(__file__).parent / "results"

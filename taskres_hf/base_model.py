@@ -24,7 +24,6 @@ from .encoders import (
     BaseSource,
     config_file,
     content_of,
-    cpu_has_bf16,
     family_of,
     other_format,
     read_config,
@@ -36,6 +35,7 @@ from .errors import (
     MissingExtraError,
     TextTowerNotLoadedError,
 )
+from .machine import speed_of
 from .openclip import CONFIG_FILE, load_open_clip
 
 # What has both towers and still is no base, by `model_type`.
@@ -50,6 +50,7 @@ _IMAGE_ALONE = "TaskResForImageClassification.from_base learns on such a model w
 _TEXT_ALONE = "TaskResForSequenceClassification.from_base classifies texts with it."
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SLOWER = 0.8  # of fp32's speed, below which a dtype only costs
 
 
 def load_base(
@@ -397,20 +398,16 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 
 
 def advise_on_dtype(base: PreTrainedModel) -> None:
-    """Warn of a dtype that this processor does not multiply natively: several times slower than fp32."""
-    native = {torch.bfloat16: cpu_has_bf16, torch.float16: _cpu_has_fp16}.get(base.dtype)
-    if native is not None and base.device.type == "cpu" and not native():
+    """Warn of a dtype that this processor multiplies more slowly than fp32, as it was measured."""
+    if base.dtype == torch.float32 or base.device.type != "cpu":
+        return
+    speed = speed_of(base.dtype)
+    if speed < _SLOWER:
         warnings.warn(
-            f"The base runs in {str(base.dtype).removeprefix('torch.')} on a processor that has no such instructions, "
-            "which is several times slower than fp32. Pass dtype=torch.float32.",
+            f"The base runs in {str(base.dtype).removeprefix('torch.')}, which this processor multiplies at "
+            f"{speed:.1g} times the speed of fp32. Pass dtype=torch.float32.",
             stacklevel=3,
         )
-
-
-def _cpu_has_fp16() -> bool:
-    """Whether this processor multiplies fp16 natively (AMX-FP16)."""
-    probe = getattr(torch.cpu, "_is_amx_fp16_supported", None)
-    return probe is not None and bool(probe())
 
 
 # ---------------------------------------------------------------------- what it is, and what is none

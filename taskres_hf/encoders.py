@@ -465,14 +465,3 @@ def text_device(base: PreTrainedModel) -> torch.device:
     """Where token ids must be, also when the towers are on different devices."""
     tower = getattr(base, "text_model", base)
     return next(tower.parameters()).device
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX), and torch is not held to less."""
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
-        return False
-    for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        probe = getattr(torch.cpu, test, None)
-        if probe is not None and probe():
-            return True
-    return False

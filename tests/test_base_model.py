@@ -60,15 +60,14 @@ def test_dtypes_that_no_base_runs_in(base: str) -> None:
         Model.from_base(CLIPModel.from_pretrained(base, dtype=torch.float64), NAMES)
 
 
-def test_a_dtype_that_the_processor_lacks_is_said_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: False)
-    with pytest.warns(UserWarning, match=r"bfloat16.*several times slower.*dtype=torch.float32") as caught:
+def test_a_dtype_that_the_processor_multiplies_slowly_is_said_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "speed_of", lambda dtype: {torch.bfloat16: 0.168, torch.float16: 0.95}[dtype])
+    with pytest.warns(UserWarning, match=r"bfloat16.*0.2 times the speed of fp32.*dtype=torch.float32") as caught:
         Model.from_base(base, NAMES, dtype=torch.bfloat16)
     assert len(caught) == 1
-    monkeypatch.setattr(base_model, "cpu_has_bf16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Model.from_base(base, NAMES, dtype=torch.bfloat16)
+        Model.from_base(base, NAMES, dtype=torch.float16)
         Model.from_base(base, NAMES)
 
 

@@ -42,7 +42,7 @@ from taskres_hf.demo import demo_tasks
 from taskres_hf.embedding import Embedder, ImageFeatures
 from taskres_hf.embedding.engines import rewriting
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.embedding.engines.proving import abilities
+from taskres_hf.machine import abilities
 from taskres_hf.residual import TaskResClassifier
 
 
@@ -58,7 +58,7 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(
 ) -> None:
     """No products of bytes, no bf16, and no openvino: every mode but exact fp32."""
     monkeypatch.setattr(rewriting, "onednn_int8", lambda: None)
-    monkeypatch.setattr(material, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(material, "is_faster", lambda dtype: False)
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     reasons = {name: material.obstacle(*mode) for name, mode in embedding.MODES.items()}
     assert [name for name, reason in reasons.items() if reason is None] == ["torch, exact fp32"]

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "taskres_hf"
 # From the first to the last; a wing (a folder) may import what stands before it, and its own files in its order.
 ORDER = [
-    "_version", "errors", "tables", "registration", "storage", "prompts", "residual", "evaluation",
+    "_version", "errors", "tables", "registration", "storage", "machine", "prompts", "residual", "evaluation",
     "schema", "artifact", "description", "openclip",
     "encoders", "base_model", "base_classifier", "configuration_taskres", "card", "hub", "notebook", "serving",
     "rejection", "classes.rows", "classes.merging", "classes.changing", "classes", "modeling_taskres",

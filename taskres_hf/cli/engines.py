@@ -41,7 +41,8 @@ def engines(
     """
     quiet_libraries(quiet or as_json, collect=as_json)
     from ..embedding.embedder import Embedder
-    from ..embedding.engines.proving import STOCK, abilities, fastest, processor, remember
+    from ..embedding.engines.proving import STOCK, fastest, remember
+    from ..machine import abilities, processor
 
     name = base_model or opt.default_base_model()
     model = zero_shot_model(name, ["a", "b"], quiet or as_json, revision=base_revision)

@@ -52,7 +52,7 @@ def test_gradient_by_hand_equals_autograd(penalty: float, shifted: bool) -> None
 def test_gradient_by_hand_in_fp32_whoever_multiplies(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_onednn and linear.onednn(torch.float32) is None:
         pytest.skip("this torch was built without oneDNN")
-    monkeypatch.setattr(linear, "mkl_is_slow", lambda: by_onednn)
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: by_onednn)
     head = _head(torch.float32)
     images, labels = F.normalize(torch.randn(40, 16), dim=1), torch.randint(6, (40,))
     loss, _, gradient = loss_and_gradient(head, images, labels, 0.01)

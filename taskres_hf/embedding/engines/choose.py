@@ -1,10 +1,10 @@
 """Engines, the forms a frozen image tower can run in: runs it in the fastest the machine has, and says which that was.
 
 `engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, `"int8"`, or `"auto"`.
-Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the processor, or
-the GPU, multiplies it natively and the tower is large enough to gain, else fp32. Whether another form gives the stock
-tower's embeddings, and on a CPU whether it is faster here, is tried. int8, in torch, is faster yet and rounds more: it
-is the user's explicit choice. What ran is recorded.
+Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the tower is
+large enough to gain and the processor was found to multiply it faster than fp32 (or the GPU does so natively), else
+fp32. Whether another form gives the stock tower's embeddings, and on a CPU whether it is faster here, is tried. int8, in
+torch, is faster yet and rounds more: it is the user's explicit choice. What ran is recorded.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...encoders import cpu_has_bf16, encode_images, family_of
+from ...encoders import encode_images, family_of
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
+from ...machine import is_faster
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
 from .devices import DeviceTower, device_of, is_accelerator, largest_batch, multiplies_bf16
 from .onednn import int8_variant, onednn
@@ -290,8 +291,8 @@ def make_engine(base: PreTrainedModel, engine: str = "auto", precision: str = "a
     clip_like = family_of(base).clip_layers
     wide = _is_wide(base)
     if precision == "auto" and engine != "onnxruntime":
-        native = cpu_has_bf16() if on_cpu else multiplies_bf16(device)
-        precision = "bf16" if native and wide and not half else "fp32"
+        pays = wide and not half and (is_faster(torch.bfloat16) if on_cpu else multiplies_bf16(device))
+        precision = "bf16" if pays else "fp32"
     precision = "fp32" if precision == "auto" else precision
     if engine == "auto":  # with oneDNN torch is as fast in fp32; OpenVINO's bf16 moves accuracies more than torch's
         needed = onednn(torch.float32) is None and importlib.util.find_spec("openvino") is not None
@@ -332,7 +333,7 @@ def candidates(base: PreTrainedModel, precision: str = "auto") -> list[tuple[str
     if is_accelerator(device_of(base)) or parameter.dtype != torch.float32:
         return []
     found = [("torch", "fp32")]
-    if precision == "auto" and _is_wide(base) and cpu_has_bf16():
+    if precision == "auto" and _is_wide(base) and is_faster(torch.bfloat16):
         found.append(("torch", "bf16"))
     if family_of(base).clip_layers:
         packages = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...machine import is_faster, measured, times_faster
+
+_FASTER = 1.1  # times as fast, from which a change of the library pays
+_ROWS, _WIDTH = 256, 512  # of a step of training: pictures, and classes of as many dimensions
 
 
 @cache
@@ -85,25 +88,32 @@ def int8_products() -> Int8:
 
 
 def int8_variant() -> str:
-    """Tells embeddings by weights that are rounded for pairs from those by whole bytes; empty for these."""
-    return " weights in pairs" if int8_products().in_pairs else ""
+    """Tells embeddings by weights that are rounded for pairs, or with fp32 beside the bytes, from those with bf16."""
+    if int8_products().in_pairs:
+        return " weights in pairs"
+    return "" if is_faster(torch.bfloat16) else " beside fp32"
 
 
 @cache
-def mkl_is_slow() -> bool:
-    """Whether torch multiplies fp32 with MKL on a processor that MKL does not know."""
-    maker = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
-    if not maker:
-        try:
-            maker = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
-        except OSError:
-            return False
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in maker and onednn(torch.float32) is not None
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies matrices in fp32 faster here than what torch does it with, as it was measured.
+
+    torch takes MKL, where it has it, which is slower on processors that it does not know.
+    """
+    return measured("products by oneDNN", _speed_of_onednn) >= _FASTER
+
+
+def _speed_of_onednn() -> float:
+    operators = onednn(torch.float32)
+    if operators is None:
+        return 0.0
+    rows, columns = (torch.rand(size, _WIDTH, generator=torch.Generator().manual_seed(0)) for size in (_ROWS, _WIDTH))
+    return times_faster(lambda: operators[1](rows, columns, None, "none", [], ""), lambda: torch.mm(rows, columns.T))
 
 
 def product(rows: Tensor, columns: Tensor) -> Tensor:
-    """`rows @ columns.T` of two matrices outside autograd, by oneDNN where MKL is slow."""
-    operators = onednn(torch.float32) if mkl_is_slow() else None
+    """`rows @ columns.T` of two matrices outside autograd, by oneDNN where that is faster."""
+    operators = onednn(torch.float32) if onednn_is_faster() else None
     if operators is None or not rows.dtype == columns.dtype == torch.float32 or not (rows.is_cpu and columns.is_cpu):
         return torch.mm(rows, columns.T)
     result: Tensor = operators[1](rows, columns, None, "none", [], "")

@@ -6,16 +6,10 @@ it is, and those that give the same embeddings are timed in turn.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import ArtifactError, TaskResError
-from ...storage import cache_root, read_sealed, write_sealed
+from ...errors import TaskResError
+from ...machine import keep, recalled
 from .choose import ImageEngine
 
 STOCK = "stock"  # the name of the tower as it is
@@ -35,8 +29,6 @@ CENTRED_ASKED = 0.9  # of one that was asked for: it tells another tower from ro
 # Largest error relative to an embedding's length, to the same end.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.15}
 _ROUNDS = 2
-_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "sve")
-_PACKAGES = ("torch", "transformers", "openvino", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -144,7 +136,7 @@ def fastest(proofs: Mapping[str, Proof], names: Collection[str]) -> str | None:
 
 def remembered(base: PreTrainedModel) -> dict[str, Proof]:
     """What was found out about towers of this shape on this machine, with these libraries; empty if nothing."""
-    known = _all().get(_key(base))
+    known = recalled(_shape(base))
     if not isinstance(known, Mapping) or STOCK not in known:
         return {}
     with suppress(TypeError):
@@ -156,57 +148,11 @@ def remembered(base: PreTrainedModel) -> dict[str, Proof]:
 
 def remember(base: PreTrainedModel, proofs: Mapping[str, Proof]) -> None:
     """Keep them for the next time; what cannot be kept is found out again."""
-    with suppress(ArtifactError):
-        write_sealed(_file(), {**_all(), _key(base): {name: asdict(proof) for name, proof in proofs.items()}})
+    keep(_shape(base), {name: asdict(proof) for name, proof in proofs.items()})
 
 
-def _all() -> dict[str, Any]:
-    try:
-        return read_sealed(_file())
-    except ArtifactError:
-        return {}
-
-
-def _file() -> Path:
-    return cache_root() / "engines.json"
-
-
-def _key(base: PreTrainedModel) -> str:
-    """What a speed depends on: the processor and its threads, the libraries, and the tower's shape."""
+def _shape(base: PreTrainedModel) -> list[Any]:
+    """What of a tower its speed depends on."""
     vision = getattr(base.config, "vision_config", base.config)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    shape = [base.config.model_type, *(getattr(vision, name, None) for name in names)]
-    held_to = torch.backends.cpu.get_cpu_capability()  # less than the processor has, where a variable says so
-    return json.dumps([2, processor(), held_to, os.cpu_count(), _versions(), shape])
-
-
-def _versions() -> list[str | None]:
-    return [torch.__version__, *map(_version, _PACKAGES[1:])]
-
-
-@cache
-def _version(name: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
-
-
-@cache
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of Linux's list."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
-        pairs = (line.partition(":") for line in lines)
-        return {name.strip(): value.strip() for name, _, value in pairs}
-    return {}
-
-
-def processor() -> str:
-    """Its name."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def abilities() -> list[str]:
-    """What the processor has of the instructions that towers run faster with; the machine's kind where none is told."""
-    flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
-    return [flag for flag in _FLAGS if flag in flags] or [platform.machine()]
+    return [base.config.model_type, *(getattr(vision, name, None) for name in names)]

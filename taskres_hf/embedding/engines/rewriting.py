@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...encoders import cpu_has_bf16, family_of
+from ...encoders import family_of
+from ...machine import is_faster
 from .onednn import (
     ACTIVATIONS,
     LINEAR,
@@ -63,7 +64,7 @@ def rewritten(base: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
     layers = _layers(base)
     last = layers[-1] if len(layers) and family_of(base).reads_first_token else None
     rotation = Rotation(base.config.vision_config.hidden_size) if dtype is torch.int8 else None
-    inner_dtype = (torch.bfloat16 if cpu_has_bf16() else torch.float32) if dtype is torch.int8 else dtype
+    inner_dtype = (torch.bfloat16 if is_faster(torch.bfloat16) else torch.float32) if dtype is torch.int8 else dtype
 
     def convert(module: nn.Module, name: str, whole: nn.Module) -> nn.Module:
         if name in _WHOLE:

@@ -151,9 +151,9 @@ def test_the_automatic_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engines, "_LARGE", 1)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
-    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(engines, "is_faster", lambda dtype: False)
     assert make_engine(model.clip).name == "torch-fp32"
-    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(engines, "is_faster", lambda dtype: True)
     assert make_engine(model.clip).name == "torch-bf16"
     assert make_engine(model.clip, precision="fp32").name == "torch-fp32"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real(name, *a))
@@ -167,7 +167,7 @@ def test_the_automatic_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_recipe_paper_is_exact_unless_asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_LARGE", 1)
-    monkeypatch.setattr(engines, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(engines, "is_faster", lambda dtype: True)
     for options, name in (({}, "torch-fp32"), ({"precision": "bf16"}, "torch-bf16")):
         arguments = TaskResTrainingArguments(recipe="paper", disable_tqdm=True, **options)
         assert TaskResTrainer(model, arguments).embedder.engine.name == name

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf import TaskResCLIPForImageClassification, machine
 from taskres_hf.embedding import embedder as embedding
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose, onednn, proving
@@ -202,7 +202,7 @@ def _paced(monkeypatch: pytest.MonkeyPatch, cache: Path, **seconds: float) -> li
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that multiplies bf16, and a tower that is large enough for it."""
     monkeypatch.setattr(choose, "_LARGE", 1)
-    monkeypatch.setattr(choose, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(choose, "is_faster", lambda dtype: True)
     monkeypatch.setattr(embedding, "_LARGE_JOB", 3)
 
 
@@ -350,7 +350,7 @@ def test_what_is_remembered_is_of_this_machine_and_tower(
     assert Embedder(model.clip, model.image_processor, "auto").engine.is_stock
     for attribute, value in (("processor", lambda: "another"), ("_versions", lambda: ["9"])):
         with monkeypatch.context() as patch:
-            patch.setattr(proving, attribute, value)
+            patch.setattr(machine, attribute, value)
             assert not Embedder(model.clip, model.image_processor, "auto").engine.is_stock
     for content in (json.dumps({"x": 1})[:-1], "[]", "{}"):
         (tmp_path / "engines.json").write_text(content)
@@ -377,7 +377,7 @@ def test_a_model_keeps_its_layers(
     base: str, spec: dict[str, Any], stock: tuple[list[Any], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where MKL is slow, and after embedding: quantisers and walks over modules find what transformers made."""
-    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
     pictures, _ = stock
     model = Model.from_base(base, spec["classes"], spec["template"])
     classes = _classes(model)
