@@ -3,8 +3,8 @@
 `engine`: `"torch"`, `"openvino"`, `"onnxruntime"`, or `"auto"`. `precision`: `"fp32"`, `"bf16"`, `"int8"`, or `"auto"`.
 Automatic choices never change what an answer means, only its last bits: bf16 in torch is chosen where the tower is
 large enough to gain and the processor was found to multiply it faster than fp32 (or the GPU does so natively), else
-fp32. Whether another form gives the stock tower's embeddings, and on a CPU whether it is faster here, is tried. int8, in
-torch, is faster yet and rounds more: it is the user's explicit choice. What ran is recorded.
+fp32. Whether another form gives the stock tower's embeddings, and on a CPU whether it is faster here, is tried. int8,
+in torch, is faster yet and rounds more: it is the user's explicit choice. What ran is recorded.
 """
 
 from __future__ import annotations
