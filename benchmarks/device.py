@@ -14,7 +14,7 @@ from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines.devices import DeviceTower
 from taskres_hf.embedding.features import embed_images
 from taskres_hf.embedding.workers import WORKERS, worker_count
-from taskres_hf.pictures import find_images
+from taskres_hf.picture_files import find_images
 
 from .material import clip_folder, jpeg_folder
 from .timing import Report, ratios, timed

@@ -22,6 +22,7 @@ _Base = Annotated[
         f"Default: ${opt.BASE_VARIABLE}, else {opt.DEFAULT_BASE}.",
     ),
 ]
+_SLOW = "this processor multiplies bf16 at {:.2g} times the speed of fp32"
 _Int8 = Annotated[bool, typer.Option("--int8", help="Try int8 too, which is only used on request.")]
 
 
@@ -40,9 +41,11 @@ def engines(
     Example:  taskres engines --base-model openai/clip-vit-base-patch32
     """
     quiet_libraries(quiet or as_json, collect=as_json)
+    import torch
+
     from ..embedding.embedder import Embedder
     from ..embedding.engines.proving import STOCK, fastest, remember
-    from ..machine import abilities, processor
+    from ..machine import abilities, is_faster, processor, speed_of
 
     name = base_model or opt.default_base_model()
     model = zero_shot_model(name, ["a", "b"], quiet or as_json, revision=base_revision)
@@ -57,6 +60,7 @@ def engines(
         "abilities": abilities(),
         "engine": chosen,
         "engines": {name: _facts(proof, proofs[STOCK]) for name, proof in proofs.items()},
+        "not_tried": {} if is_faster(torch.bfloat16) else {"torch-bf16": _SLOW.format(speed_of(torch.bfloat16))},
         "not_installed": _not_installed(),
     }
     emit(as_json, found, lambda: _show(found))
@@ -98,5 +102,7 @@ def _show(found: dict[str, Any]) -> None:
         )
     columns = ["engine", "pictures/s", "times as it is", "cosine", ""]
     console().print(Table(columns, rows).rich())
+    for name, reason in found["not_tried"].items():
+        say(f"{name} is not tried: {reason}.")
     for name, command in found["not_installed"].items():
         say(f"{name} is not installed: {command}")
