@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PIECE = 1_000_000  # logits looked at in one go
@@ -21,6 +23,15 @@ def over_classes(function: Callable[..., Tensor], logits: Tensor) -> Tensor:
     if logits.shape[-1] >= _FEW:
         return function(logits, dim=-1)
     return function(laid_out(logits).mT, dim=-2).mT
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Of logits [..., N, K], the softmax over the classes; 0 where rounding the largest of a row changes it by more.
+
+    Some processors multiply subnormal numbers, which the tiniest would be or lead to, up to a hundred times as slowly.
+    """
+    least = torch.finfo(logits.dtype).eps ** 2
+    return F.threshold(over_classes(torch.softmax, logits), least, 0.0, inplace=True)
 
 
 class Objective:
@@ -53,11 +64,11 @@ class Objective:
             total -= (likely * self.weights[:, piece]).sum(1)
         return total
 
-    def _probabilities(self, piece: slice) -> Tensor:  # where they are tiny, exp is ten times slower than this
+    def _probabilities(self, piece: slice) -> Tensor:
         if len(self.pieces) > 1:
-            return over_classes(torch.softmax, self.logits[:, piece])
+            return probabilities(self.logits[:, piece])
         if self._kept is None:
-            self._kept = over_classes(torch.softmax, self.logits)
+            self._kept = probabilities(self.logits)
         return self._kept
 
     def gradient(self, v: Tensor) -> Tensor:
@@ -96,7 +107,7 @@ def minimise(
     """
     v = rows.new_zeros(len(logits), logits.shape[2], rows.shape[2])
     objective = Objective(rows, y, weights, logits, decay)
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    history: list[_Pair] = []
     value = start = objective.value(v)
     g = objective.gradient(v)
     for turn in range(iterations):
@@ -124,24 +135,39 @@ def minimise(
         if turn == iterations - 1 or bool((fell <= settled * (start - value)).all()):
             break
         before, g = g, objective.gradient(v)
-        difference = g - before
-        history = [*history[-9:], (moved, difference, (moved * difference).sum((1, 2)))]
+        history = [*history[-9:], _Pair.of(moved, g - before)]
     return v
 
 
-def _inverse_curvature(g: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """L-BFGS's product of the inverse Hessian with g [B, K, R]; pairs without curvature are passed over."""
+class _Pair(NamedTuple):
+    """A step [B, K, R], how the gradient changed along it, and of both [B] what the product with a gradient takes.
+
+    Where there was no curvature both are such that the pair is passed over: `rho` is 0, `scale` 1.
+    """
+
+    moved: Tensor
+    difference: Tensor
+    rho: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, moved: Tensor, difference: Tensor) -> _Pair:
+        product = (moved * difference).sum((1, 2), keepdim=True)
+        curved, bounded = product > 1e-20, product.clamp_min(1e-20)
+        scale = bounded / difference.square().sum((1, 2), keepdim=True).clamp_min(1e-30)
+        return cls(moved, difference, torch.where(curved, bounded.reciprocal(), 0.0), torch.where(curved, scale, 1.0))
+
+
+def _inverse_curvature(g: Tensor, history: list[_Pair]) -> Tensor:
+    """L-BFGS's product of the inverse Hessian with g [B, K, R]."""
     if not history:
         return g
     result, factors = g.clone(), []
-    for moved, difference, product in reversed(history):
-        rho = torch.where(product > 1e-20, 1.0 / product.clamp_min(1e-20), 0.0)
-        factor = rho * (moved * result).sum((1, 2))
-        result.addcmul_(factor[:, None, None], difference, value=-1.0)
-        factors.append((rho, factor))
-    _, difference, product = history[-1]
-    scale = product / difference.square().sum((1, 2)).clamp_min(1e-30)
-    result *= torch.where(product > 1e-20, scale, 1.0)[:, None, None]
-    for (moved, difference, _), (rho, factor) in zip(history, reversed(factors), strict=True):
-        result.addcmul_((factor - rho * (difference * result).sum((1, 2)))[:, None, None], moved)
+    for moved, difference, rho, _ in reversed(history):
+        factor = (moved * result).sum((1, 2), keepdim=True).mul_(rho)
+        result.addcmul_(factor, difference, value=-1.0)
+        factors.append(factor)
+    result *= history[-1].scale
+    for (moved, difference, rho, _), factor in zip(history, reversed(factors), strict=True):
+        result.addcmul_((difference * result).sum((1, 2), keepdim=True).mul_(rho).neg_().add_(factor), moved)
     return result
