@@ -58,12 +58,12 @@ def abilities() -> list[str]:
 # ---------------------------------------------------------------------- how fast it multiplies
 
 
-def speed_of(dtype: torch.dtype) -> float:
+def speed_of(dtype: torch.dtype, anew: bool = False) -> float:
     """How many times as fast as fp32 products of a number type are here, by torch.
 
-    Of the two, the best of five rounds each, in turn: hundredths of a second, once a machine.
+    Of the two, the best of five rounds each, in turn: hundredths of a second, once a machine, and `anew` on request.
     """
-    return measured(f"products in {dtype}", lambda: _speed_of(dtype))
+    return measured(f"products in {dtype}", lambda: _speed_of(dtype), anew)
 
 
 def is_faster(dtype: torch.dtype) -> bool:
@@ -82,11 +82,11 @@ def _speed_of(dtype: torch.dtype) -> float:
     return times_faster(lambda: F.linear(*other), lambda: F.linear(rows, weight))
 
 
-def measured(what: str, measure: Callable[[], float]) -> float:
+def measured(what: str, measure: Callable[[], float], anew: bool = False) -> float:
     """A ratio that was measured on this machine, or is now; the same in all later processes."""
     key = _key(what)
-    if key not in _MEASURED:
-        kept = _all().get(key)
+    if anew or key not in _MEASURED:
+        kept = None if anew else _all().get(key)
         if not isinstance(kept, float):
             kept = round(measure(), 3)
             keep(what, kept)

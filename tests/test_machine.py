@@ -49,12 +49,31 @@ def test_a_speed_is_measured_once_a_machine(new: Path, monkeypatch: pytest.Monke
         _next_process(monkeypatch)
         assert machine.speed_of(torch.bfloat16) == 0.55
     assert len(measured) == 7
+    monkeypatch.setattr(machine, "times_faster", lambda *_: 2.5)
+    assert machine.speed_of(torch.bfloat16) == 0.55
+    assert machine.speed_of(torch.bfloat16, anew=True) == machine.speed_of(torch.bfloat16) == 2.5
+    _next_process(monkeypatch)
+    assert machine.is_faster(torch.bfloat16)
 
 
 def test_a_speed_is_that_of_the_products_and_more_than_chance(new: Path) -> None:
     assert 0.3 < machine._speed_of(torch.float32) < 3  # the same twice
     assert machine.speed_of(torch.bfloat16) > 0
-    assert machine.speed_of(torch.complex32) == 0.0  # torch has no such products
+
+
+def test_a_number_type_that_torch_has_no_products_of_is_never_faster(
+    new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = machine.F.linear
+
+    def refused(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if rows.dtype == torch.float16:
+            raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+        return linear(rows, weight)
+
+    monkeypatch.setattr(machine.F, "linear", refused)
+    assert machine.speed_of(torch.float16) == 0.0
+    assert not machine.is_faster(torch.float16)
 
 
 def test_where_nothing_can_be_kept_it_is_measured_anew(

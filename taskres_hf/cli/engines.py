@@ -22,7 +22,7 @@ _Base = Annotated[
         f"Default: ${opt.BASE_VARIABLE}, else {opt.DEFAULT_BASE}.",
     ),
 ]
-_SLOW = "this processor multiplies bf16 at {:.2g} times the speed of fp32"
+_SLOW = "bf16 products have {:.2g} times the speed of fp32 here"
 _Int8 = Annotated[bool, typer.Option("--int8", help="Try int8 too, which is only used on request.")]
 
 
@@ -49,6 +49,7 @@ def engines(
 
     name = base_model or opt.default_base_model()
     model = zero_shot_model(name, ["a", "b"], quiet or as_json, revision=base_revision)
+    speed = speed_of(torch.bfloat16, anew=True)
     embedder = Embedder(model.clip, model.image_processor, "auto", "auto")
     pairs = embedder.candidates()
     wanted = {**pairs, "torch-int8": ("torch", "int8")} if int8 else pairs
@@ -60,7 +61,7 @@ def engines(
         "abilities": abilities(),
         "engine": chosen,
         "engines": {name: _facts(proof, proofs[STOCK]) for name, proof in proofs.items()},
-        "not_tried": {} if is_faster(torch.bfloat16) else {"torch-bf16": _SLOW.format(speed_of(torch.bfloat16))},
+        "not_tried": {} if is_faster(torch.bfloat16) else {"torch-bf16": _SLOW.format(speed)},
         "not_installed": _not_installed(),
     }
     emit(as_json, found, lambda: _show(found))
@@ -87,7 +88,7 @@ def _not_installed() -> dict[str, str]:
 def _show(found: dict[str, Any]) -> None:
     from ..tables import Table
 
-    say(f"{found['processor']}: {', '.join(found['abilities'])}")
+    say(f"{found['processor']}:\n{', '.join(found['abilities'])}")
     rows = []
     for name, facts in found["engines"].items():
         rate, times, cosine = facts["pictures_per_second"], facts["times_stock"], facts["centred_cosine"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import run
 
-from taskres_hf import TaskResCLIPForImageClassification
+from taskres_hf import TaskResCLIPForImageClassification, machine
 from taskres_hf.embedding.embedder import Embedder
 from taskres_hf.embedding.engines import choose
 
@@ -40,6 +40,26 @@ def test_what_is_found_is_what_auto_runs_from_then_on(
     model = TaskResCLIPForImageClassification.from_base(base, ["cat", "dog"])
     engine = Embedder(model.clip, model.image_processor, "auto", "auto").engine
     assert ("stock" if engine.is_stock else engine.name) == told["engine"]
+
+
+@pytest.mark.parametrize("speed", [0.557, 2.0])
+def test_why_bf16_is_not_tried_is_said_and_measured_anew(
+    capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch, speed: float
+) -> None:
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda *name: None)
+    monkeypatch.setattr(choose, "_LARGE", 1)
+    monkeypatch.setattr(Embedder, "_pace", lambda self, engine: 1.0)
+    monkeypatch.setattr(machine, "_MEASURED", {})
+    machine.measured("products in torch.bfloat16", lambda: 0.7)
+    monkeypatch.setattr(machine, "times_faster", lambda *_: speed)
+    code, text, error = run(capsys, "engines", "--base-model", "shipped")
+    assert code == 0, error
+    if speed < 1:
+        assert "torch-bf16 is not tried: bf16 products have 0.56 times the speed of fp32 here." in text
+    else:
+        assert "torch-bf16  " in text
+        assert "not tried" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_table_says_which_runs_and_why_others_do_not(
