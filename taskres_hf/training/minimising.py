@@ -28,7 +28,7 @@ def over_classes(function: Callable[..., Tensor], logits: Tensor) -> Tensor:
 def probabilities(logits: Tensor) -> Tensor:
     """Of logits [..., N, K], the softmax over the classes; 0 where rounding the largest of a row changes it by more.
 
-    Some processors multiply subnormal numbers, which the tiniest would be or lead to, up to a hundred times as slowly.
+    Some processors multiply subnormal numbers, which the tiniest would be or lead to, many times as slowly.
     """
     least = torch.finfo(logits.dtype).eps ** 2
     return F.threshold(over_classes(torch.softmax, logits), least, 0.0, inplace=True)
