@@ -101,21 +101,6 @@ def test_bf16_is_taken_where_it_is_faster_and_not_where_it_only_can_be_multiplie
     assert make_engine(model.clip, precision="bf16").name == "torch-bf16"  # on request
 
 
-@pytest.mark.skipif(onednn.onednn_int8() is None, reason="this processor or this torch has no int8 products")
-def test_embeddings_in_int8_tell_what_is_beside_the_bytes(
-    model: Model, new: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    variants = {}
-    for speed in (0.55, 2.2):
-        monkeypatch.setattr(machine, "times_faster", lambda *_, speed=speed: speed)
-        monkeypatch.setattr(machine, "_MEASURED", {})
-        new.unlink(missing_ok=True)
-        engine = make_engine(model.clip, precision="int8")
-        engine.get_ready()
-        variants[speed] = engine.variant
-    assert variants[0.55] != variants[2.2] or onednn.int8_products().in_pairs
-
-
 def test_who_multiplies_in_training_is_found_out(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if onednn.onednn(torch.float32) is None:
         pytest.skip("this torch was built without oneDNN")

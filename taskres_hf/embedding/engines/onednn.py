@@ -1,7 +1,7 @@
 """Products of frozen matrices, and linear layers of a frozen tower, multiplied by oneDNN: in fp32, bf16 or int8.
 
-torch multiplies fp32 on a CPU with MKL, which runs at half of its speed on processors of another maker than Intel, and
-lays a bf16 weight out anew at each call. oneDNN comes with torch and does neither. Its operators are those that
+torch multiplies fp32 on a CPU with MKL, which is slower on processors that it does not know, and lays a bf16 weight out
+anew at each call. oneDNN comes with torch and does neither. Its operators are those that
 `torch.compile` calls; they are tried before they are used, and without them torch's own product stays.
 
 int8 takes no pictures to calibrate on. Bytes are too coarse for what layers read as they are: a few channels are far
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...machine import is_faster, measured, times_faster
+from ...machine import measured, times_faster
 
 _FASTER = 1.1  # times as fast, from which a change of the library pays
 _ROWS, _WIDTH = 256, 512  # of a step of training: pictures, and classes of as many dimensions
@@ -88,10 +88,8 @@ def int8_products() -> Int8:
 
 
 def int8_variant() -> str:
-    """Tells embeddings by weights that are rounded for pairs, or with fp32 beside the bytes, from those with bf16."""
-    if int8_products().in_pairs:
-        return " weights in pairs"
-    return "" if is_faster(torch.bfloat16) else " beside fp32"
+    """Tells embeddings by weights that are rounded for pairs from those by whole bytes; empty for these."""
+    return " weights in pairs" if int8_products().in_pairs else ""
 
 
 @cache
@@ -184,8 +182,7 @@ def in_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A frozen linear layer whose weight is rounded to signed bytes, each of its rows by its own step.
 
-    Takes unsigned bytes that stand for `step * (byte - zero)` and gives `dtype`, with `activation` as in
-    `PackedLinear`.
+    Takes unsigned bytes that stand for `step * (byte - zero)` and gives fp32, with `activation` as in `PackedLinear`.
     """
 
     def __init__(
@@ -195,7 +192,6 @@ class Int8Linear(nn.Module):
         step: float,
         zero: int,
         rows: int,
-        dtype: torch.dtype,
         activation: tuple[str, str] = ("none", ""),
     ) -> None:
         super().__init__()
@@ -203,7 +199,7 @@ class Int8Linear(nn.Module):
         rounded, steps = in_bytes(weight)
         self.weight = layout(rounded, [rows, weight.shape[1]])
         zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.quantisation = (step, zero, self.weight, steps.flatten(), zeros, bias, 1.0, 0, dtype)
+        self.quantisation = (step, zero, self.weight, steps.flatten(), zeros, bias, 1.0, 0, torch.float32)
         self.activation: tuple[str, list[Any], str] = (activation[0], [], activation[1])
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -299,14 +295,11 @@ def _writes(layer: Any, rotation: Rotation) -> nn.Linear:
     return frozen_linear(rotation(layer.weight.detach().T).T.contiguous(), bias)
 
 
-def int8_parts(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """What takes the place of a rotated `rewriting.Layer`'s children: norms that give bytes, products that take them.
-
-    `dtype` is that of queries, keys and values.
-    """
+def int8_parts(layer: Any, rows: int) -> dict[str, nn.Module]:
+    """What takes the place of children of a rotated `rewriting.Layer`: norms that give bytes, products that take them."""
 
     def reads(part: nn.Linear) -> Int8Linear:
-        return Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows, dtype)
+        return Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows)
 
     return {
         "layer_norm1": Int8Norm(layer.layer_norm1),
@@ -339,8 +332,8 @@ class Int8Mlp(nn.Module):
         name, variant, factor, self.lowest = ACTIVATIONS[type(mlp.activation_fn).__name__]
         first, second = factored(mlp, factor)
         step, activation = _RANGE / 127, (name, variant)
-        self.fc1 = Int8Linear(first.weight, first.bias, step, _ZERO, rows, torch.float32, activation)
-        self.fc2 = Int8Linear(second.weight, None, 1.0, 0, rows, torch.float32)
+        self.fc1 = Int8Linear(first.weight, first.bias, step, _ZERO, rows, activation)
+        self.fc2 = Int8Linear(second.weight, None, 1.0, 0, rows)
         self.shift = second.weight.sum(dim=1) * self.lowest  # bytes count from the lowest value
         if second.bias is not None:
             self.shift = self.shift + second.bias

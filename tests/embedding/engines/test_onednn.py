@@ -40,9 +40,9 @@ def test_a_product_of_bytes_is_that_of_what_they_stand_for(shape: tuple[int, ...
     rounded, steps = in_bytes(layer.weight)
     assert (rounded * steps - layer.weight).abs().max() <= 0.51 * steps.max()
     expected = nn.functional.linear((inputs.float() - 128) / 32, rounded * steps, layer.bias)
-    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10, torch.float32)(inputs)
+    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10)(inputs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10, torch.float32, ("gelu", "none"))(inputs)
+    found = Int8Linear(layer.weight, layer.bias, 1 / 32, 128, 10, ("gelu", "none"))(inputs)
     torch.testing.assert_close(found, nn.functional.gelu(expected), atol=1e-4, rtol=1e-4)
 
 
