@@ -296,7 +296,7 @@ def _writes(layer: Any, rotation: Rotation) -> nn.Linear:
 
 
 def int8_parts(layer: Any, rows: int) -> dict[str, nn.Module]:
-    """What takes the place of children of a rotated `rewriting.Layer`: norms that give bytes, products that take them."""
+    """What takes the place of a rotated `rewriting.Layer`'s parts: norms that give bytes, products that take them."""
 
     def reads(part: nn.Linear) -> Int8Linear:
         return Int8Linear(part.weight, part.bias, _RANGE / 127, _ZERO, rows)
