@@ -87,7 +87,8 @@ def worker_count(pictures: int) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         cores = os.cpu_count() or 1
-    cores //= max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)  # as torchrun says it
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "").strip()  # processes, as torchrun says it
+    cores //= max(int(sharing), 1) if sharing.isdecimal() else 1
     return min(cores - 1, _MOST) if cores >= _FEWEST_CORES and pictures >= _LARGE_JOB else 0
 
 

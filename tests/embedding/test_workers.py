@@ -253,6 +253,9 @@ def test_when_processes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.worker_count(10**6) == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of torchrun share the cores
     assert workers.worker_count(10**6) == 3
+    for unset in ("", " ", "0", "several"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", unset)
+        assert workers.worker_count(10**6) == 15
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
     assert workers.worker_count(10**6) == 0
     monkeypatch.setenv(workers.WORKERS, "5")
