@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .minimising import laid_out, minimise, over_classes
+from .minimising import laid_out, minimise, over_classes, probabilities
 
 WIDTH = 0.05  # of the residual, in units of the logit scale
 SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing of others
@@ -186,7 +186,7 @@ def _likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
         return 0.0
     low, factor, high = 0.0, 1.0, 1.0
     for _ in range(40):  # Newton's steps, which halve the bracket where they leave it
-        chances = over_classes(torch.softmax, factor * logits).mul_(logits)
+        chances = probabilities(factor * logits).mul_(logits)
         mean = chances.sum(1)
         slope = float(target - weights @ mean)
         if factor == 1.0 and slope >= 0:

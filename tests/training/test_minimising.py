@@ -99,7 +99,7 @@ def test_slope_and_curvature_are_those_of_the_value(piece: int, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [5, 100])
 def test_no_number_is_subnormal(dtype: torch.dtype, classes: int) -> None:
-    """Processors that multiply those slowly took five times as long for a fit."""
+    """Processors that multiply those slowly took several times as long for a fit."""
     generator = torch.Generator().manual_seed(0)
     tiny = torch.finfo(dtype).tiny
     logits = 40 * torch.randn(2, 60, classes, generator=generator, dtype=dtype)
