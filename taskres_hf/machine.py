@@ -31,7 +31,7 @@ _HOLD = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  #
 _PACKAGES = ("torch", "transformers", "openvino", "onnxruntime")
 _FASTER = 1.2  # times as fast as fp32 from which another number type pays
 _ROWS, _WIDTH = 200, 768  # of the product that is timed: four pictures in a layer of ViT-B/32
-_ROUNDS = 5
+_ROUNDS = 6
 
 
 @cache
@@ -61,7 +61,7 @@ def abilities() -> list[str]:
 def speed_of(dtype: torch.dtype, anew: bool = False) -> float:
     """How many times as fast as fp32 products of a number type are here, by torch.
 
-    Of the two, the best of five rounds each, in turn: hundredths of a second, once a machine, and `anew` on request.
+    Of the two, the best of a few rounds each, in turn: hundredths of a second, once a machine, and `anew` on request.
     """
     return measured(f"products in {dtype}", lambda: _speed_of(dtype), anew)
 
@@ -86,7 +86,7 @@ def measured(what: str, measure: Callable[[], float], anew: bool = False) -> flo
     """A ratio that was measured on this machine, or is now; the same in all later processes."""
     key = _key(what)
     if anew or key not in _MEASURED:
-        kept = None if anew else _all().get(key)
+        kept = None if anew else recalled(what)
         if not isinstance(kept, float):
             kept = round(measure(), 3)
             keep(what, kept)
@@ -101,7 +101,7 @@ def times_faster(way: Callable[[], Any], than: Callable[[], Any]) -> float:
     """How many times less one thing takes than another; both a few milliseconds."""
     best = [float("inf"), float("inf")]
     with torch.no_grad():
-        for _ in range(_ROUNDS + 1):  # the first warms up, and is never the best
+        for _ in range(_ROUNDS):  # the first warms up, and is hardly ever the best
             for place, run in enumerate((way, than)):
                 start = time.perf_counter()
                 run()

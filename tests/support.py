@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,3 +180,15 @@ def pictures_that_settle(rows: Any, count: int, place: Path, monkeypatch: pytest
     for row in range(count):
         rows[row]["image"].convert("RGB").save(place / f"{row:03d}.png")
     return place
+
+
+def close_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Folders of this name may not be looked into, whoever runs the tests."""
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:
+        if os.path.basename(os.path.normpath(path)) == name:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)

@@ -56,9 +56,19 @@ def test_a_speed_is_measured_once_a_machine(new: Path, monkeypatch: pytest.Monke
     assert machine.is_faster(torch.bfloat16)
 
 
-def test_a_speed_is_that_of_the_products_and_more_than_chance(new: Path) -> None:
-    assert 0.3 < machine._speed_of(torch.float32) < 3  # the same twice
+def test_a_speed_is_that_of_the_products(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.speed_of(torch.bfloat16) > 0
+    now = 0.0
+    linear = machine.F.linear
+
+    def slow(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 5.0 if rows.dtype == torch.float16 else 2.0
+        return linear(rows.float(), weight.float())
+
+    monkeypatch.setattr(machine.F, "linear", slow)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    assert machine.speed_of(torch.float16) == 0.4
 
 
 def test_a_number_type_that_torch_has_no_products_of_is_never_faster(

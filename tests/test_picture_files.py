@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support import close_folder
 
 from taskres_hf import pictures
 from taskres_hf.errors import ImageError
@@ -107,14 +107,7 @@ def test_links_pipes_and_odd_folders_are_not_lost(tmp_path: Path, monkeypatch: p
     (root / "loop.png").symlink_to("loop.png")
     os.mkfifo(root / "pipe.png")
     (root / "locked").mkdir()
-    scandir = os.scandir
-
-    def refused(path: str) -> Any:
-        if path.endswith("locked/"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
+    close_folder(monkeypatch, "locked")
     names = [os.path.relpath(file, root) for file in find_images([root])]
     assert names == ["broken.png", "folder.png/2.png", "linked/1.png", "locked", "loop.png", "pipe.png"]
     for file in find_images([root]):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support import run
+from support import close_folder, run
 
 from taskres_hf import ClassifierPool, TaskResCLIPForImageClassification, TaskResTrainer, TaskResTrainingArguments
 from taskres_hf.cluster import Cluster, embed, predict, read_manifest, running, stored_features
@@ -151,14 +151,7 @@ def test_a_folder_that_cannot_be_looked_into_is_no_missing_shard(
     data = tmp_path / "data"
     shutil.copytree(shards, data / "a")
     shutil.copytree(shards, data / "closed")
-    scandir = os.scandir
-
-    def refused(path: str) -> Any:
-        if path.endswith("closed/"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refused)
+    close_folder(monkeypatch, "closed")
     with pytest.raises(DataError, match=r"Files may be missing: .*closed .*Permission denied"):
         find_inputs(data)
     assert find_inputs(data / "a").files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_very_file(
     for other in ({"names": NAMES[:2]}, {"top_k": 2}, {"batch_size": 3}):
         with pytest.raises(ConfigurationError, match="was begun with other"):
             pool.classify_to_file(files, output, **{"names": NAMES, "batch_size": 2, **other}, resume=True)
+    before = os.stat(files[0])
+    os.utime(files[0], ns=(0, 0))
+    with pytest.raises(ConfigurationError, match="was begun with other files, sizes or times of files"):
+        pool.classify_to_file(files, output, NAMES, batch_size=2, resume=True)
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     written = pool.classify_to_file(files, output, NAMES, batch_size=2, resume=True)
     assert written.resumed == 4
     assert output.read_bytes() == whole.read_bytes()

@@ -111,8 +111,9 @@ def _speed_of_onednn() -> float:
 
 def product(rows: Tensor, columns: Tensor) -> Tensor:
     """`rows @ columns.T` of two matrices outside autograd, by oneDNN where that is faster."""
-    operators = onednn(torch.float32) if onednn_is_faster() else None
-    if operators is None or not rows.dtype == columns.dtype == torch.float32 or not (rows.is_cpu and columns.is_cpu):
+    fits = rows.dtype == columns.dtype == torch.float32 and rows.is_cpu and columns.is_cpu
+    operators = onednn(torch.float32) if fits and onednn_is_faster() else None
+    if operators is None:
         return torch.mm(rows, columns.T)
     result: Tensor = operators[1](rows, columns, None, "none", [], "")
     return result
