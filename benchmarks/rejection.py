@@ -64,7 +64,8 @@ def scores(head: TaskResClassifier, shots: ImageFeatures, embeds: Tensor, labels
     logits, count = head(embeds).double(), torch.bincount(y, minlength=len(head.base)).double()
     means = torch.zeros(len(count), own.shape[1], dtype=own.dtype).index_add_(0, y, own) / count[:, None]
     top = logits.max(1)[0]
-    metric = _Whitened(own, y, len(count), torch.ones(len(y), dtype=torch.float64), own.shape[1])
+    sums, squares = means * count[:, None], own.T @ own
+    metric = _Whitened(own, y, torch.ones(1, len(y), dtype=own.dtype), own.shape[1], (sums[None], squares[None]))
     two = logits.topk(2, dim=1)[0]
     chances = logits.softmax(1)
     return {
@@ -75,7 +76,7 @@ def scores(head: TaskResClassifier, shots: ImageFeatures, embeds: Tensor, labels
         "cosine to the mean of all": images @ F.normalize(own.mean(0), dim=0),
         OURS: nearest_mean(embeds, class_means(shots.image_embeds[0], y)),
         "cosine to the nearest picture": (images @ own.T).max(1)[0],
-        "Mahalanobis": -torch.cdist(metric._apply(images), metric._apply(means)).min(1)[0],
+        "Mahalanobis": -torch.cdist(metric.whiten(images)[0], metric.whiten(means)[0]).min(1)[0],
     }  # fmt: skip
 
 

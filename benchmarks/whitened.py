@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "the same share of the means in every task": {
         "SHARE": 0.06,
         "_FOR_MEANS": 0.0,
-        "_information": lambda *_: (0.0, 1.0),
+        "information": lambda *_: (0.0, 1.0),
     },
     "nothing held out": {"_MOST_FOLDS": 1},
     "copies count as pictures": {"_NEAR": -1.0},

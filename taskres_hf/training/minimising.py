@@ -1,7 +1,11 @@
-"""Penalised cross-entropies of several small problems, or of one large one, minimised at once by L-BFGS."""
+"""Penalised cross-entropies of several small problems, or of one large one, minimised at once by L-BFGS.
+
+Also what logits tell of labels, at the factor on them that makes the labels likeliest.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,6 +38,50 @@ def probabilities(logits: Tensor) -> Tensor:
     return F.threshold(over_classes(torch.softmax, logits), least, 0.0, inplace=True)
 
 
+def likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """The factor in [0, 1] on logits [N, K] under which the labels [N], weighted, are likeliest."""
+    weights = weights.to(logits)
+    target = weights @ logits.gather(1, labels[:, None])[:, 0]
+    if float(target - weights @ logits.mean(1)) <= 0:
+        return 0.0
+    low, factor, high = 0.0, 0.05, 1.0  # from below Newton's steps do not go too far
+    for _ in range(40):  # those that leave the bracket halve it
+        chances = probabilities(factor * logits).mul_(logits)
+        mean = chances.sum(1)
+        slope = float(target - weights @ mean)
+        if factor == 1.0 and slope >= 0:
+            return 1.0
+        low, high, untried = (factor, high, high == 1.0) if slope > 0 else (low, factor, False)
+        bend = float(weights @ (chances.mul_(logits).sum(1) - mean.square_()))
+        following = factor + slope / max(bend, 1e-30)
+        if not low < following < high:
+            following = 1.0 if untried else 0.5 * (low + high)
+        if abs(following - factor) < 1e-5:
+            return following
+        factor = following
+    return factor
+
+
+def information(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
+    """What logits [N, K] tell of the labels [N] at their best factor, 0 as much as chance, 1 all; and that factor."""
+    logits = laid_out(logits)
+    classes, factor = logits.shape[1], likeliest_factor(logits, labels, weights)
+    if classes < 2:
+        return 0.0, factor
+    lost = log_losses(logits, labels, weights, [factor])[0] / float(weights.sum())
+    return min(1.0, max(0.0, 1.0 - lost / math.log(classes))), factor
+
+
+def log_losses(logits: Tensor, y: Tensor, weights: Tensor, factors: list[float]) -> list[float]:
+    """Weighted sums of cross-entropies of logits [N, K], times each factor."""
+    if len(factors) > 1 and logits.numel() * len(factors) > _PIECE:
+        return [loss for factor in factors for loss in log_losses(logits, y, weights, [factor])]
+    several = logits * torch.tensor(factors).to(logits)[:, None, None]
+    likely = over_classes(torch.log_softmax, several).gather(2, y.expand(len(factors), -1)[..., None])[..., 0]
+    losses: list[float] = (-(likely @ weights.to(logits))).tolist()
+    return losses
+
+
 class Objective:
     """`sum_i w_i CE(logits_i, y_i) + decay / 2 |V|^2` of B problems, whose logits [B, N, K] are moved in place.
 
@@ -53,16 +101,17 @@ class Objective:
         seen = torch.zeros_like(logits[:, 0]).scatter_add_(1, self.truth[..., 0], weights)
         self.absent = (seen == 0)[..., None] if bool((seen == 0).any()) else None
 
-    def value(self, v: Tensor, step: Tensor | None = None, change: Tensor | None = None) -> Tensor:
-        """The objective [B] at weights V, whose logits are those of now, or after a step [B] along a change of them."""
-        total = 0.5 * self.decay * v.square().sum((1, 2))
+    def cross_entropy(self, step: Tensor | None = None, change: Tensor | None = None) -> list[float]:
+        """Sums [B] at the logits of now, or after a step [B, 1, 1] along a change of them."""
+        total = self.weights.new_zeros(len(self.weights))
         for piece in self.pieces:
             tried = self.logits[:, piece]
             if step is not None and change is not None:
-                tried = torch.addcmul(tried, change[:, piece], step[:, None, None])
+                tried = torch.addcmul(tried, change[:, piece], step)
             likely = over_classes(torch.log_softmax, tried).gather(2, self.truth[:, piece])[..., 0]
             total -= (likely * self.weights[:, piece]).sum(1)
-        return total
+        found: list[float] = total.tolist()
+        return found
 
     def _probabilities(self, piece: slice) -> Tensor:
         if len(self.pieces) > 1:
@@ -82,14 +131,16 @@ class Objective:
             g.baddbmm_(error.mT, self.rows[:, piece])
         return g if self.absent is None else g.masked_fill_(self.absent, 0.0)
 
-    def curvature(self, direction: Tensor, change: Tensor) -> Tensor:
-        """Second derivative [B] along a direction, where the gradient was taken last."""
-        bend = self.decay * direction.square().sum((1, 2))
+    def curvature(self, change: Tensor) -> list[float]:
+        """Second derivative [B] of the cross-entropies along a change of the logits, where the gradient was taken."""
+        total = self.weights.new_zeros(len(self.weights))
         for piece in self.pieces:
             moved = self._probabilities(piece) * change[:, piece]
-            spread = (moved * change[:, piece]).sum(2) - moved.sum(2).square()
-            bend += (spread * self.weights[:, piece]).sum(1)
-        return bend
+            mean = moved.sum(2)
+            spread = moved.mul_(change[:, piece]).sum(2).addcmul_(mean, mean, value=-1.0)
+            total += (spread * self.weights[:, piece]).sum(1)
+        found: list[float] = total.tolist()
+        return found
 
 
 def minimise(
@@ -107,36 +158,72 @@ def minimise(
     """
     v = rows.new_zeros(len(logits), logits.shape[2], rows.shape[2])
     objective = Objective(rows, y, weights, logits, decay)
+    starts = objective.cross_entropy(), decay.tolist(), (1e-3 * settled * weights.sum(1)).tolist()
+    lines = [_Line(*start) for start in zip(*starts, strict=True)]
     history: list[_Pair] = []
-    value = start = objective.value(v)
     g = objective.gradient(v)
     for turn in range(iterations):
-        # What is left to gain is no more than the objective, and no more than this, by the convexity of the penalty.
-        left = torch.minimum(value, g.square().sum((1, 2)) / (2.0 * decay))
-        if bool((left <= 1e-3 * settled * weights.sum(1)).all()):
+        if all(line.is_at_its_end(steepness) for line, steepness in zip(lines, _products(g, g), strict=True)):
             break
-        direction = -_inverse_curvature(g, history)
+        direction = _inverse_curvature(g, history).neg_()
         change = rows @ direction.mT if logits.shape[2] >= _FEW else (direction @ rows.mT).mT
-        slope = (g * direction).sum((1, 2))
-        bend = objective.curvature(direction, change)
-        step = (-slope / bend.clamp_min(1e-30)).clamp(0.0, 100.0)
+        products = [_products(other, direction) for other in (g, v, direction)]
+        for line, *found in zip(lines, *products, objective.curvature(change), strict=True):
+            line.turn(*found)
         for _ in range(20):
-            tried = objective.value(torch.addcmul(v, step[:, None, None], direction), step, change)
-            worse = tried > value + 1e-4 * step * slope
-            if not bool(worse.any()):
+            step = v.new_tensor([line.step for line in lines])[:, None, None]
+            tried = zip(lines, objective.cross_entropy(step, change), strict=True)
+            worse = [line for line, cross_entropy in tried if line.is_worse(cross_entropy)]
+            if not worse:
                 break
-            step = torch.where(worse, 0.5 * step, step)
-        better = tried < value
-        step = torch.where(better, step, 0.0)
-        moved = direction.mul_(step[:, None, None])
+            for line in worse:
+                line.step *= 0.5
+        step = v.new_tensor([line.go() for line in lines])[:, None, None]
+        moved = direction.mul_(step)
         v += moved
-        logits.add_(change.mul_(step[:, None, None]))
-        fell, value = torch.where(better, value - tried, 0.0), torch.where(better, tried, value)
-        if turn == iterations - 1 or bool((fell <= settled * (start - value)).all()):
+        logits.add_(change.mul_(step))
+        if turn == iterations - 1 or all(line.fell <= settled * (line.start - line.value) for line in lines):
             break
         before, g = g, objective.gradient(v)
         history = [*history[-9:], _Pair.of(moved, g - before)]
     return v
+
+
+class _Line:
+    """Where one problem stands along a direction, in plain numbers: tensors of so few cost several times as much."""
+
+    def __init__(self, value: float, decay: float, enough: float) -> None:
+        self.start = self.value = value
+        self.decay, self.enough, self.length = decay, enough, 0.0  # of V, squared
+
+    def is_at_its_end(self, steepness: float) -> bool:
+        """What is left to gain is no more than the objective, and no more than this, by convexity of the penalty."""
+        return min(self.value, steepness / (2.0 * self.decay)) <= self.enough
+
+    def turn(self, slope: float, along: float, far: float, curvature: float) -> None:
+        """To a direction: its products with the gradient, with V and with itself, and the cross-entropy's curvature."""
+        self.slope, self.along, self.far = slope, along, far
+        self.step = min(max(-slope / max(curvature + self.decay * far, 1e-30), 0.0), 100.0)
+
+    def is_worse(self, cross_entropy: float) -> bool:
+        """The objective after the step, than what makes a step worth it."""
+        self.taken, self.further = self.step, self.length + self.step * (2.0 * self.along + self.step * self.far)
+        self.tried = cross_entropy + 0.5 * self.decay * self.further
+        return self.tried > self.value + 1e-4 * self.step * self.slope
+
+    def go(self) -> float:
+        """The step that was tried last, if it falls."""
+        if not self.tried < self.value:
+            self.fell = 0.0
+            return 0.0
+        self.fell, self.value, self.length = self.value - self.tried, self.tried, self.further
+        return self.taken
+
+
+def _products(a: Tensor, b: Tensor) -> list[float]:
+    """Of [B, K, R] tensors, summed."""
+    found: list[float] = (a * b).sum((1, 2)).tolist()
+    return found
 
 
 class _Pair(NamedTuple):
@@ -160,14 +247,13 @@ class _Pair(NamedTuple):
 
 def _inverse_curvature(g: Tensor, history: list[_Pair]) -> Tensor:
     """L-BFGS's product of the inverse Hessian with g [B, K, R]."""
-    if not history:
-        return g
     result, factors = g.clone(), []
     for moved, difference, rho, _ in reversed(history):
         factor = (moved * result).sum((1, 2), keepdim=True).mul_(rho)
         result.addcmul_(factor, difference, value=-1.0)
         factors.append(factor)
-    result *= history[-1].scale
+    if history:
+        result *= history[-1].scale
     for (moved, difference, rho, _), factor in zip(history, reversed(factors), strict=True):
         result.addcmul_((difference * result).sum((1, 2), keepdim=True).mul_(rho).neg_().add_(factor), moved)
     return result

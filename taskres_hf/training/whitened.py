@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .minimising import laid_out, minimise, over_classes, probabilities
+from .minimising import information, laid_out, log_losses, minimise
 
 WIDTH = 0.05  # of the residual, in units of the logit scale
 SHARE = 0.035  # of the discriminant, of two pictures a class that tell nothing of others
@@ -64,8 +64,10 @@ def refuse_broken(images: Tensor) -> None:
     Raises:
         ConfigurationError: says how many.
     """
-    broken = int((~torch.isfinite(images)).any(1).sum())
-    if broken:
+    if not math.isfinite(images.sum()):  # quick; finite numbers whose sum is not are looked at again
+        broken = int((~torch.isfinite(images)).any(1).sum())
+        if not broken:
+            return
         raise ConfigurationError(
             f"{broken} of {len(images)} embeddings of training pictures hold NaN or infinite values: check the "
             "pictures and the base model's image tower. The model on disk is untouched."
@@ -96,10 +98,9 @@ def fit_whitened(
     refuse_broken(images)
     dtype = number_type(len(images) * len(base))
     f = F.normalize(images.detach().to("cpu", dtype), dim=1)
-    u = F.normalize(base.detach().to("cpu", dtype), dim=1)
-    text = (logit_scale * f) @ u.T
-    rows, bias, chosen = fit_beside(f, f, labels.cpu(), text, logit_scale, views, iterations)
-    weight = logit_scale * u + rows
+    u = logit_scale * F.normalize(base.detach().to("cpu", dtype), dim=1)
+    rows, bias, chosen = fit_beside(f, f, labels.cpu(), f @ u.T, logit_scale, views, iterations)
+    weight = u + rows
     return WhitenedFit((chosen["temperature"] * weight).double(), bias, chosen)
 
 
@@ -128,28 +129,26 @@ def _fit_beside(
     problem = _Problem(f, y, weights, numbers, text, moments, logit_scale, iterations, shots, dim)
     told, factor = problem.text_information()
     held = problem.held_out(large)
-    means_told = held.means_information() if held.spaces else _MEANS_AT_ONE
+    means_told = held.means_information() if held.out else _MEANS_AT_ONE
     strength = SHARE * (1.0 - told * (1.0 - means_told)) * (1.0 + _FOR_MEANS * means_told**2)
     share, chosen = strength * _growth(shots), dict[str, Any]()
     if problem.at_once:
-        spaces = [*held.spaces, _Whitened(f, y, classes, weights, dim, problem.moments)]
-        shares = [held.share(strength)] * len(held.spaces) + [share]
-        fits = problem.fit(spaces, shares, slice(None))
-        more = held.logits(fits[:-1])
+        space = held.spaces[0]
+        *apart, whole = problem.fit(space, [held.share(strength)] * len(held.out) + [share])
     else:
-        more = held.logits(held.fits(strength))
-    if held.spaces:
+        apart = held.fits(strength)
+    more = held.logits(apart)
+    if held.out:
         kept, temperature, chosen["gain"] = held.judge(more, reluctance)
     else:
         pictures = float(weights.sum())
         kept = pictures / (pictures + _TEXT_PICTURES * told)
         temperature = max(0.3, factor)
     if not problem.at_once:
-        del held, more
-        spaces = [_Whitened(f, y, classes, weights, dim, problem.moments)]
-        fits = problem.fit(spaces, [share], slice(None))
-    space, (rows, bias) = spaces[-1], fits[-1]
-    rows = space.unwhiten(rows)
+        del held, more, apart
+        space = problem.whole()
+        whole = problem.fit(space, [share])[0]
+    rows, bias = space.unwhiten(whole[0]), whole[1]
     if few:
         rows = torch.linalg.solve_triangular(f, rows, upper=False, left=False) @ given
     chosen |= {
@@ -175,50 +174,7 @@ def _growth(shots: float) -> float:
     return math.pow(max(1.0, shots / 2.0), _GROWTH)
 
 
-# ---------------------------------------------------------------------- what logits tell of pictures
-
-
-def _likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """The factor in [0, 1] on logits [N, K] under which the labels [N], weighted, are likeliest."""
-    weights = weights.to(logits)
-    target = weights @ logits.gather(1, labels[:, None])[:, 0]
-    if float(target - weights @ logits.mean(1)) <= 0:
-        return 0.0
-    low, factor, high = 0.0, 1.0, 1.0
-    for _ in range(40):  # Newton's steps, which halve the bracket where they leave it
-        chances = probabilities(factor * logits).mul_(logits)
-        mean = chances.sum(1)
-        slope = float(target - weights @ mean)
-        if factor == 1.0 and slope >= 0:
-            return 1.0
-        low, high = (factor, high) if slope > 0 else (low, factor)
-        bend = float(weights @ (chances.mul_(logits).sum(1) - mean.square_()))
-        following = factor + slope / max(bend, 1e-30)
-        if not low < following < high:
-            following = 0.5 * (low + high)
-        if abs(following - factor) < 1e-6:
-            return following
-        factor = following
-    return factor
-
-
-def _information(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, float]:
-    """What logits [N, K] tell of the labels [N] at their best factor, 0 as much as chance, 1 all; and that factor."""
-    classes, factor = logits.shape[1], _likeliest_factor(logits, labels, weights)
-    if classes < 2:
-        return 0.0, factor
-    lost = _log_losses(logits, labels, weights, [factor])[0] / float(weights.sum())
-    return min(1.0, max(0.0, 1.0 - lost / math.log(classes))), factor
-
-
-def _log_losses(logits: Tensor, y: Tensor, weights: Tensor, factors: list[float]) -> list[float]:
-    """Weighted sums of cross-entropies of logits [N, K], times each factor."""
-    if len(factors) > 1 and logits.numel() * len(factors) > _PIECE:
-        return [loss for factor in factors for loss in _log_losses(logits, y, weights, [factor])]
-    several = logits * torch.tensor(factors).to(logits)[:, None, None]
-    likely = over_classes(torch.log_softmax, several).gather(2, y.expand(len(factors), -1)[..., None])[..., 0]
-    losses: list[float] = (-(likely @ weights.to(logits))).tolist()
-    return losses
+# ---------------------------------------------------------------------- the shots
 
 
 def _pictures(f: Tensor, labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -254,7 +210,7 @@ def _pictures(f: Tensor, labels: Tensor, views: int) -> tuple[Tensor, Tensor]:
 
 
 class _Whitened:
-    """Shots in the metric in which pictures of a class are spread alike in all directions.
+    """Shots in the metric in which pictures of a class are spread alike in all directions, in B weightings at once.
 
     Covariance within classes (around the common mean where there are too few pictures for that), shrunk towards a
     sphere with as many pseudo-observations as dimensions: `(dof C + D c I) / (dof + D)`, `c = tr(C) / D`. Of the maps
@@ -262,69 +218,70 @@ class _Whitened:
 
     Args:
         f: [N, R] the shots; R is less than D where they are given in coordinates of their span. y: [N].
-        weights: [N]; 0 leaves a picture out. dim: D. moments: those of the shots, where they are known.
+        weights: [B, N]; 0 leaves a picture out. dim: D. moments: those of each weighting.
 
     Attributes:
-        rows: [N, R] the shots, whitened.
-        means, bias: discriminant of the class means in the same coordinates: rows @ means.T + bias [N, K].
-        size: factor that gives whitened rows the spread that the shots had; 0 where they have none.
+        rows: [B, N, R] the shots, whitened.
+        means, bias: discriminant of the class means [B, K, R], [B, K] in the same coordinates: rows @ means.T + bias.
+        size: [B] factors that give whitened rows the spread that the shots had; 0 where they have none.
     """
 
     rows: Tensor
     means: Tensor
     bias: Tensor
     factor: Tensor
-    size: float
+    size: Tensor
 
-    def __init__(
-        self, f: Tensor, y: Tensor, classes: int, weights: Tensor, dim: int, moments: _Moments | None = None
-    ) -> None:
+    def __init__(self, f: Tensor, y: Tensor, weights: Tensor, dim: int, moments: _Moments) -> None:
         self.weights, w = weights, weights.to(f)
-        numbers = torch.bincount(y, weights, minlength=classes).to(f)
+        sums, squares = moments
+        numbers = _numbers(y, weights, sums.shape[1]).to(f)
         present = numbers > 0
-        sums, squares = moments or _moments(f, y, classes, weights)
-        means = sums / torch.where(present, numbers, math.inf)[:, None]
-        pictures, here = round(float(numbers.sum())), int(present.sum())
-        middle = sums.sum(0) / pictures
-        dof, apart = pictures - here, True
-        if dof < max(8.0, classes / 2.0):
-            dof, apart = pictures - 1, False
-        between = sums.T @ means if apart else pictures * torch.outer(middle, middle)
-        covariance = squares - between
-        moved = float(squares.trace() - pictures * (middle @ middle))
-        if min(moved, float(covariance.trace())) <= 1e5 * torch.finfo(f.dtype).eps * float(squares.trace()):
-            spread = (f - (means[y] if apart else middle)).mul_(w.sqrt()[:, None])  # so little that rounding matters
-            covariance, moved = spread.T @ spread, float(w @ (f - middle).square_().sum(1))
-        self.factor = _covariance_factor(covariance, pictures, max(float(dof), 1e-9), dim)
-        center = means.sum(0) / here
-        means = torch.where(present[:, None], means, center)  # nothing is known of a class without a picture
+        means = sums / torch.where(present, numbers, math.inf)[..., None]
+        pictures, here = numbers.sum(1).round(), present.sum(1)
+        middle = sums.sum(1) / pictures[:, None]
+        apart = pictures - here >= max(8.0, sums.shape[1] / 2.0)
+        dof = pictures - torch.where(apart, here, 1)
+        centers = torch.where(apart[:, None, None], means, middle[:, None])  # of what pictures are off by
+        covariance = squares - sums.mT @ centers
+        total, off = _trace(squares), _trace(covariance)
+        moved = total - pictures * _dot(middle, middle)
+        if bool((torch.minimum(moved, off) <= 1e5 * torch.finfo(f.dtype).eps * total).any()):
+            spread = (f - centers[:, y]).mul_(w.sqrt()[..., None])  # so little that rounding matters
+            covariance, moved = spread.mT @ spread, (w * (f - middle[:, None]).square_().sum(2)).sum(1)
+            off = _trace(covariance)
+        self.factor = _covariance_factor(covariance, off, pictures, dof.clamp_min(1e-9), dim)
+        center = means.sum(1, keepdim=True) / here[:, None, None]
+        means = torch.where(present[..., None], means, center)  # nothing is known of a class without a picture
         self.rows = self.whiten(f)
-        white = self.whiten(torch.cat([means, torch.stack([center, middle])]))
-        white, center, middle = white[:-2], white[-2], white[-1]
+        white = self.whiten(torch.cat([means, center, middle[:, None]], 1))
+        white, center, middle = white[:, :-2], white[:, -2:-1], white[:, -1]
         self.means = white - center
-        self.bias = -0.5 * (self.means * (white + center)).sum(1)
-        length = float(w @ torch.linalg.vecdot(self.rows, self.rows))
-        if pictures > here:  # the length of a mean of few pictures is mostly noise: taken off where classes differ
-            within = max(0.0, length - float(numbers @ torch.linalg.vecdot(white, white)))
-            noise = within / (pictures - here) / numbers.clamp_min(1.0)
-            self.bias = self.bias + 0.5 * torch.where(present, noise - noise[present].mean(), 0.0)
+        self.bias = -0.5 * _dot(self.means, white + center)
+        length = _dot(w, _dot(self.rows, self.rows))
+        # The length of a mean of few pictures is mostly noise: taken off where there are classes of several.
+        within = (length - _dot(numbers, _dot(white, white))).clamp_min_(0.0)
+        noise = torch.where(pictures > here, within / (pictures - here), 0.0)
+        self.bias += 0.5 * noise[:, None] / numbers.clamp_min(1.0)
         # A class without a picture gets what the others get on average, so that the text alone decides about it.
-        self.bias = torch.where(present, self.bias - self.bias[present].mean(), 0.0)
-        alike = pictures < 2 or moved <= _NO_SPREAD * pictures
-        self.size = 0.0 if alike else math.sqrt(moved / (length - pictures * float(middle @ middle)))
+        self.bias -= (self.bias * present).sum(1, keepdim=True) / here[:, None]
+        self.bias.mul_(present)
+        alike = (pictures < 2) | (moved <= _NO_SPREAD * pictures)
+        self.size = torch.where(alike, 0.0, (moved / (length - pictures * _dot(middle, middle))).sqrt())
 
     def whiten(self, f: Tensor) -> Tensor:
-        """Embeddings [N, R] in the coordinates of `rows`."""
-        white: Tensor = torch.linalg.solve_triangular(self.factor.T, f, upper=True, left=False)
+        """Embeddings [N, R] or [B, N, R] in the coordinates of `rows`."""
+        white: Tensor = torch.linalg.solve_triangular(self.factor.mT, f, upper=True, left=False)
         return white
 
     def unwhiten(self, weight: Tensor) -> Tensor:
-        """Rows of a classifier [K, R] on whitened pictures as rows [K, R] on pictures."""
-        rows: Tensor = torch.linalg.solve_triangular(self.factor, weight, upper=False, left=False)
+        """Rows of a classifier [K, R] on pictures whitened in the last weighting as rows [K, R] on pictures."""
+        rows: Tensor = torch.linalg.solve_triangular(self.factor[-1], weight, upper=False, left=False)
         return rows
 
 
 _Moments = tuple[Tensor, Tensor]
+_Fit = tuple[Tensor, Tensor]  # weight [K, R] on whitened pictures, and bias [K]
 
 
 def _moments(f: Tensor, y: Tensor, classes: int, weights: Tensor) -> _Moments:
@@ -333,13 +290,28 @@ def _moments(f: Tensor, y: Tensor, classes: int, weights: Tensor) -> _Moments:
     return torch.zeros(classes, f.shape[1], dtype=f.dtype).index_add_(0, y, weighted), weighted.T @ f
 
 
-def _covariance_factor(covariance: Tensor, pictures: int, dof: float, dim: int) -> Tensor:
-    """Cholesky factor [R, R] of the shrunk covariance, from the sum of the products of what shots are off by."""
-    total = float(covariance.trace())
-    if total <= _NO_SPREAD * pictures:  # pictures of a class are all the same: any sphere will do
-        covariance, total, dof = torch.zeros_like(covariance), 1.0, max(dof, 1.0)
-    covariance.diagonal().add_(total / dof)  # D c
-    factor: Tensor = torch.linalg.cholesky(covariance / (dof + dim))
+def _numbers(y: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """Pictures [B, K] of each class, under weights [B, N]."""
+    return weights.new_zeros(len(weights), classes).index_add_(1, y, weights)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products of the last dimension, summed."""
+    return (a * b).sum(-1)
+
+
+def _trace(squares: Tensor) -> Tensor:
+    return squares.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _covariance_factor(covariance: Tensor, total: Tensor, pictures: Tensor, dof: Tensor, dim: int) -> Tensor:
+    """Cholesky factors [B, R, R] of the shrunk covariances, from the sums of the products of what shots are off by."""
+    same = total <= _NO_SPREAD * pictures  # pictures of a class are all the same: any sphere will do
+    if bool(same.any()):
+        covariance = covariance.masked_fill(same[:, None, None], 0.0)
+        total, dof = torch.where(same, 1.0, total), torch.where(same, dof.clamp_min(1.0), dof)
+    covariance.diagonal(dim1=-2, dim2=-1).add_((total / dof)[:, None])  # D c
+    factor: Tensor = torch.linalg.cholesky(covariance.div_((dof + dim)[:, None, None]))
     return factor
 
 
@@ -370,91 +342,104 @@ class _Problem:
     def text_information(self) -> tuple[float, float]:
         """What zero-shot tells, and at what factor; honest at one shot, since it has not seen the shots."""
         if self.text.numel() <= _FOR_TEXT:
-            return _information(self.text, self.y, self.weights)
+            return information(self.text, self.y, self.weights)
         keep = self.numbers < max(1, _FOR_TEXT // self.text.shape[1] ** 2)
-        return _information(self.text[keep], self.y[keep], self.weights[keep])
+        return information(self.text[keep], self.y[keep], self.weights[keep])
 
     @property
     def at_once(self) -> bool:
         return self.text.numel() <= _SINGLE
 
-    def fit(self, spaces: list[_Whitened], shares: list[float], rows: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
-        """Weight [K, R] on whitened pictures and bias [K] of some shots, beside their text, in each space."""
-        means = [share * space.means for share, space in zip(shares, spaces, strict=True)]
-        biases = [share * space.bias for share, space in zip(shares, spaces, strict=True)]
-        y, text = self.y[rows], self.text[rows]
-        logits = laid_out(text[None] if len(spaces) == 1 else text.repeat(len(spaces), 1, 1))
-        for offsets, space, mean, bias in zip(logits, spaces, means, biases, strict=True):
-            offsets.add_(bias).addmm_(space.rows, mean.T)
-        x = spaces[0].rows[None] if len(spaces) == 1 else torch.stack([space.rows for space in spaces])
-        balance = torch.stack([_balanced(y, text.shape[1], space.weights) for space in spaces]).to(x)
-        sizes = torch.tensor([max(space.size, 1e-6) for space in spaces], dtype=torch.float64)
-        decay = ((WIDTH * self.logit_scale * sizes) ** -2).to(x)
-        more = minimise(x, y, balance, logits, decay, self.iterations, _SETTLED)
-        return [(mean.add_(v), bias) for mean, v, bias in zip(means, more, biases, strict=True)]
+    def fit(self, space: _Whitened, shares: list[float], rows: Tensor | slice = slice(None)) -> list[_Fit]:
+        """What is learned beside the text of some shots, in each weighting of them."""
+        share = torch.tensor(shares, dtype=torch.float64).to(space.rows)
+        means, bias = share[:, None, None] * space.means, share[:, None] * space.bias
+        y, text, x = self.y[rows], self.text[rows].float(), space.rows.float()
+        logits = laid_out(text[None] if len(shares) == 1 else text.repeat(len(shares), 1, 1))
+        logits.add_(bias[:, None]).baddbmm_(x, means.float().mT)
+        decay = ((WIDTH * self.logit_scale * space.size.double().clamp_min(1e-6)) ** -2).float()
+        balance = _balanced(y, text.shape[1], space.weights).float()
+        means += minimise(x, y, balance, logits, decay, self.iterations, _SETTLED)
+        return list(zip(means, bias, strict=True))
+
+    def whole(self) -> _Whitened:
+        """The metric and the means of all shots."""
+        sums, squares = self.moments
+        return _Whitened(self.f, self.y, self.weights[None], self.dim, (sums[None], squares[None]))
 
     def held_out(self, large: bool) -> _HeldOut:
         """The shots in folds, each with the metric and the means of the others; no fold at one shot."""
         folds, classes = int(min(_MOST_FOLDS, self.shots)), self.text.shape[1]
-        held = _HeldOut(self, folds, large, [], [], [], [])
-        if folds < 2:
-            return held
-        fold, limit = self.numbers % folds, max(classes, _FOR_TEXT // classes)
-        for turn in range(1 if self.text.numel() > _MANY else folds):
-            left, rest = (fold == turn).nonzero().flatten(), (fold != turn).nonzero().flatten()
-            out = left
+        turns = 0 if folds < 2 else 1 if self.text.numel() > _MANY else folds
+        held, limit = _HeldOut(self, folds, large, [], [], [], [], []), max(classes, _FOR_TEXT // classes)
+        fold, weights = self.numbers % folds, self.weights.repeat(turns + 1, 1)
+        sums, squares = (moment.repeat(turns + 1, 1, 1) for moment in self.moments)  # the last is of all shots
+        for turn in range(turns):
+            left = (fold == turn).nonzero().flatten()
+            less = _moments(self.f[left], self.y[left], classes, self.weights[left])
+            sums[turn] -= less[0]
+            squares[turn] -= less[1]
+            weights[turn, left] = 0.0
             if large and len(left) > limit:  # no more than are needed to judge, from all over
-                out = left[torch.arange(len(left), dtype=torch.float64) * _GOLDEN % 1.0 < limit / len(left)]
-            sums, squares = _moments(self.f[left], self.y[left], classes, self.weights[left])
-            moments = self.moments[0] - sums, self.moments[1] - squares
-            if self.at_once:
-                weights = self.weights.index_fill(0, out, 0.0)
-                held.add(out, slice(None), _Whitened(self.f, self.y, classes, weights, self.dim, moments))
-            else:
-                some = self.f[rest], self.y[rest], classes, self.weights[rest]
-                held.add(out, rest, _Whitened(*some, self.dim, moments))
+                left = left[torch.arange(len(left), dtype=torch.float64) * _GOLDEN % 1.0 < limit / len(left)]
+            held.out.append(left)
+        if self.at_once:
+            space = _Whitened(self.f, self.y, weights, self.dim, (sums, squares))
+            held.spaces.append(space)
+            for turn, out in enumerate(held.out):
+                held.add(space.rows[turn, out], space, turn)
+        else:
+            for turn, out in enumerate(held.out):
+                rest, one = (fold != turn).nonzero().flatten(), slice(turn, turn + 1)
+                some = self.f[rest], self.y[rest], self.weights[None, rest]
+                space = _Whitened(*some, self.dim, (sums[one], squares[one]))
+                held.spaces.append(space)
+                held.rest.append(rest)
+                held.add(space.whiten(self.f[out])[0], space, 0)
         return held
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Shots that were held out, whitened by what was made of the others, and that."""
+    """Shots that were held out, whitened by what was made of the others, and that.
+
+    Attributes:
+        out: which, of each fold. rows: they, whitened. means: the discriminant of the others.
+        spaces: the others; of all folds and of all shots in one, where they are fitted at once. rest: which those are.
+    """
 
     problem: _Problem
     folds: int
     large: bool
     out: list[Tensor]
     rows: list[Tensor]
-    rest: list[Tensor | slice]
+    means: list[_Fit]
     spaces: list[_Whitened]
+    rest: list[Tensor]
 
-    def add(self, out: Tensor, rest: Tensor | slice, space: _Whitened) -> None:
-        self.out.append(out)
-        self.rows.append(space.rows[out] if isinstance(rest, slice) else space.whiten(self.problem.f[out]))
-        self.rest.append(rest)
-        self.spaces.append(space)
+    def add(self, rows: Tensor, space: _Whitened, turn: int) -> None:
+        self.rows.append(rows)
+        self.means.append((space.means[turn], space.bias[turn]))
 
     def means_information(self) -> float:
         """What the discriminant of the means alone tells of pictures that they were not made from."""
-        parts = zip(self.rows, self.spaces, strict=True)
-        logits = torch.cat([torch.addmm(space.bias, rows, space.means.T) for rows, space in parts])
-        places = torch.cat(self.out)
-        return _information(logits, self.problem.y[places], self.problem.weights[places])[0]
+        logits, places = torch.cat(self.logits(self.means)), torch.cat(self.out)
+        return information(logits, self.problem.y[places], self.problem.weights[places])[0]
 
     def share(self, strength: float) -> float:
         """Of the means of fewer pictures."""
         return strength * _growth(self.problem.shots * (self.folds - 1) / self.folds)
 
-    def fits(self, strength: float) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of each fold, fitted in turn; where shots are many, what their means say."""
+    def fits(self, strength: float) -> list[_Fit]:
+        """Of each fold, in turn; where shots are many, what their means say."""
         share = self.share(strength)
         if self.large:
-            return [(share * space.means, share * space.bias) for space in self.spaces]
+            return [(share * weight, share * bias) for weight, bias in self.means]
         parts = zip(self.spaces, self.rest, strict=True)
-        return [fit for space, rest in parts for fit in self.problem.fit([space], [share], rest)]
+        return [fit for space, rest in parts for fit in self.problem.fit(space, [share], rest)]
 
-    def logits(self, fits: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """What each fit adds to the logits of the pictures that were held out of it."""
+    def logits(self, fits: list[_Fit]) -> list[Tensor]:
+        """What each adds to the logits of the pictures that were held out of it."""
         return [torch.addmm(bias, rows, weight.T) for rows, (weight, bias) in zip(self.rows, fits, strict=True)]
 
     def judge(self, added: list[Tensor], reluctance: float) -> tuple[float, float, float]:
@@ -462,7 +447,7 @@ class _HeldOut:
         what all classes together claim of a picture: what a class that is added later must be given too.
         """
         problem, places = self.problem, torch.cat(self.out)
-        more, text, y = torch.cat(added), problem.text[places], problem.y[places]
+        more, text, y = laid_out(torch.cat(added)), laid_out(problem.text[places]), problem.y[places]
         weights = problem.weights[places]  # not balanced: classes of few pictures would make it a lottery
         temperatures = _TEMPERATURES[1::2] if self.large else _TEMPERATURES
 
@@ -471,7 +456,7 @@ class _HeldOut:
 
             def tried(places: range) -> tuple[float, float, int]:
                 some = [temperatures[place] for place in places]
-                losses = zip(_log_losses(logits, y, weights, some), some, places, strict=True)
+                losses = zip(log_losses(logits, y, weights, some), some, places, strict=True)
                 return min((loss + reluctance * math.log(t) ** 2, t, place) for loss, t, place in losses)
 
             place = tried(range(1, len(temperatures), 4))[2]
@@ -485,6 +470,7 @@ class _HeldOut:
 
 
 def _balanced(y: Tensor, classes: int, weights: Tensor) -> Tensor:
-    """Weights [N] under which every class with a picture counts alike; as they were where all have as many."""
-    counts = torch.bincount(y, weights, minlength=classes)
-    return weights * counts.sum() / (float((counts > 0).sum()) * counts[y]).clamp_min(1e-30)
+    """Weights [B, N] under which every class with a picture counts alike; as they were where all have as many."""
+    counts = _numbers(y, weights, classes)
+    pictures, here = counts.sum(1, keepdim=True), (counts > 0).sum(1, keepdim=True)
+    return weights * (pictures / (here * counts[:, y]).clamp_min(1e-30))

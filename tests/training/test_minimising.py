@@ -12,7 +12,7 @@ from formulas import least, softmax
 from torch import Tensor
 
 from taskres_hf.training import minimising
-from taskres_hf.training.minimising import Objective, minimise, probabilities
+from taskres_hf.training.minimising import Objective, likeliest_factor, log_losses, minimise, probabilities
 
 
 def _problem(classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,6 +22,12 @@ def _problem(classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     means = torch.randn(classes, 12, generator=generator, dtype=torch.float64)
     rows = means[labels] + 2.0 * torch.randn(30, 12, generator=generator, dtype=torch.float64)
     return rows, labels, torch.randn(30, classes, generator=generator, dtype=torch.float64)
+
+
+def _value(objective: Objective, v: Tensor, *step: Tensor) -> Tensor:
+    return torch.tensor(objective.cross_entropy(*step), dtype=torch.float64) + 0.5 * objective.decay * v.square().sum(
+        (1, 2)
+    )
 
 
 @pytest.mark.parametrize("classes", [5, 70])  # few classes are laid out another way
@@ -53,7 +59,7 @@ def test_what_is_left_out_is_as_little_as_asked(settled: float) -> None:
     def value(settled: float, iterations: int = 500) -> float:
         moved = offsets[None].clone()
         v = minimise(rows[None], labels, ones, moved, decay, iterations, settled)
-        return float(Objective(rows[None], labels, ones, moved, decay).value(v))
+        return float(_value(Objective(rows[None], labels, ones, moved, decay), v))
 
     lowest, start = value(0.0), value(0.0, 0)
     assert lowest < value(settled) < lowest + 2.0 * settled * (start - lowest)
@@ -88,12 +94,13 @@ def test_slope_and_curvature_are_those_of_the_value(piece: int, monkeypatch: pyt
 
     here, change = at(v), rows @ direction.mT
     slope = (here.gradient(v) * direction).sum((1, 2))
-    torch.testing.assert_close(slope, differences(Objective.value), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(slope, differences(_value), atol=1e-6, rtol=1e-6)
     bend = differences(lambda there, moved: (there.gradient(moved) * direction).sum((1, 2)))
-    torch.testing.assert_close(here.curvature(direction, change), bend, atol=1e-6, rtol=1e-6)
-    step = torch.tensor([0.5, 0.1], dtype=torch.float64)
-    moved = v + step[:, None, None] * direction
-    torch.testing.assert_close(here.value(moved, step, change), at(moved).value(moved))
+    curvature = torch.tensor(here.curvature(change), dtype=torch.float64) + decay * direction.square().sum((1, 2))
+    torch.testing.assert_close(curvature, bend, atol=1e-6, rtol=1e-6)
+    step = torch.tensor([0.5, 0.1], dtype=torch.float64)[:, None, None]
+    moved = v + step * direction
+    torch.testing.assert_close(_value(here, moved, step, change), _value(at(moved), moved))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -113,3 +120,18 @@ def test_no_number_is_subnormal(dtype: torch.dtype, classes: int) -> None:
     gradient = objective.gradient(torch.zeros(2, classes, 7, dtype=dtype))
     for numbers in (chances, gradient, gradient.square()):
         assert not ((numbers != 0) & (numbers.abs() < tiny)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [5, 100])
+@pytest.mark.parametrize("best", [-1.0, 0.003, 0.02, 0.5, 0.98, 3.0])
+def test_no_factor_is_likelier_than_the_likeliest(best: float, classes: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(2000, classes, generator=generator, dtype=torch.float64)
+    labels = true.softmax(1).multinomial(1, generator=generator)[:, 0]
+    logits, weights = true / best, torch.rand(2000, generator=generator)
+    found = likeliest_factor(logits.to(dtype), labels, weights)
+    losses = log_losses(logits, labels, weights, [found, *(place / 200 for place in range(201))])
+    assert 0.0 <= found <= 1.0
+    assert losses[0] <= min(losses) + 1e-6
+    assert found == {-1.0: 0.0, 3.0: 1.0}.get(best, found)

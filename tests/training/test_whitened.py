@@ -186,13 +186,15 @@ def test_whitening_and_discriminant_are_the_formulas(tasks: Any, count: int) -> 
     images, labels, _ = _shots(tasks, count)
     f, y, classes = unit(images), labels.numpy(), int(labels.max()) + 1
     root = _whitening(f, y, classes)
-    space = whitened._Whitened(torch.from_numpy(f), labels, classes, torch.ones(len(f)), f.shape[1])
+    rows = torch.from_numpy(f)
+    moments = whitened._moments(rows, labels, classes, torch.ones(len(f)))
+    space = whitened._Whitened(rows, labels, torch.ones(1, len(f)), f.shape[1], (moments[0][None], moments[1][None]))
     eye = torch.eye(f.shape[1], dtype=torch.float64)
-    turned = space.whiten(eye).numpy()  # by a rotation: what rows have in common is the same
+    turned = space.whiten(eye)[0].numpy()  # by a rotation: what rows have in common is the same
     assert np.abs(turned @ turned.T - root @ root).max() < 1e-8 * (root @ root).max()
     assert np.abs(space.unwhiten(eye).numpy() - turned.T).max() < 1e-8 * np.abs(turned).max()
     means, bias = _discriminant(f, y, root, classes)
-    found = (space.rows @ space.means.T + space.bias).numpy()
+    found = (space.rows @ space.means.mT + space.bias)[0].numpy()
     assert np.abs(found - (f @ root @ means.T + bias)).max() < 1e-7 * np.abs(found).max()
 
 
