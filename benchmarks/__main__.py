@@ -13,11 +13,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 
 from . import device, embedding, epochs, peers, results, service, serving, solver
 from .timing import HELD, Report, markdown, results_file
 
-GROUPS = {
+GROUPS: dict[str, list[Callable[[Report], object]]] = {
     "photos": [lambda _: results.print_photos()],
     "start-up": [serving.start_up],
     "loading": [serving.loading],

@@ -265,7 +265,7 @@ def rank_table(found: Sequence[Record], shots: Sequence[int]) -> Table:
                 reached = np.array([getattr(row, target) for row in here])
                 cells.append(_cell(_bootstrapped(
                     np.array([row.task for row in here]),
-                    lambda chosen, m=measure, r=reached: _spearman(m[chosen], r[chosen]),  # type: ignore[misc]
+                    lambda chosen, m=measure, r=reached: _spearman(m[chosen], r[chosen]),
                 )))  # fmt: skip
         rows.append([name, *cells])
     columns = ["measure", *(f"{target}, {count} shots" for target in TARGETS for count in shots)]

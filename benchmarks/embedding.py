@@ -24,6 +24,7 @@ from taskres_hf.paper.runner import few_shot_runs, grid
 from taskres_hf.picture_files import find_images
 from taskres_hf.pictures import read_image
 from taskres_hf.predicting import classify_files
+from taskres_hf.training.arguments import EngineName, PrecisionName
 
 from . import options as opt
 from .material import clip_folder, jpeg_folder, obstacle
@@ -58,7 +59,7 @@ def training(report: Report, count: int = 256, classes: int = 16, views: int = 0
             for part in pixels.split(32):
                 clip.get_image_features(pixel_values=part)
 
-    def end_to_end(engine: str, precision: str, views: int = 0) -> None:
+    def end_to_end(engine: EngineName, precision: PrecisionName, views: int = 0) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             splits = load_splits(folder, cache_dir=f"{scratch}/datasets")
             model = TaskResCLIPForImageClassification.from_base(base, names)

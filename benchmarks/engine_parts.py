@@ -28,7 +28,7 @@ from transformers import CLIPModel
 
 from taskres_hf.embedding.engines import onednn, rewriting
 from taskres_hf.embedding.engines.onednn import onednn_int8
-from taskres_hf.encoders import encode_images
+from taskres_hf.encoders import encode_images, family_of
 from taskres_hf.machine import is_faster, processor
 from taskres_hf.tables import Table
 
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD["avx2"]
 @contextmanager
 def _without(part: str) -> Iterator[None]:
     """The tower is rewritten without a part."""
-    family = rewriting.family_of
+    family = family_of
     off: dict[str, list[Any]] = {
         "weights laid out once for oneDNN": [
             patch.object(rewriting, "onednn", lambda dtype: None), patch.object(onednn, "onednn", lambda dtype: None),

@@ -20,7 +20,7 @@ from statistics import mean
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from taskres_hf import TaskResCLIPForImageClassification

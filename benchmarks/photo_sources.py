@@ -79,7 +79,7 @@ def candidates(root: Path, name: str) -> list[Candidate]:
             f"{clone} is not there. Make it with: git clone https://github.com/{source.repository} {clone} && "
             f"git -C {clone} checkout {source.commit}"
         )
-    found = []
+    found: list[Any] = []
     for label, folder in enumerate(source.classes.values()):
         before = len(found)
         for part, pattern in source.folders.items():

@@ -128,7 +128,7 @@ def cases(kind: str, name: str, task: Task, seed: int, shots: Sequence[int]) -> 
 
 def _write(path: Path, case: Case) -> None:
     facts = [*case[:6], case.judged, case.tested.method, sorted(case.reached)]
-    arrays = {f"right{place}": hits for place, hits in enumerate(case.tested.right)}
+    arrays: dict[str, Any] = {f"right{place}": hits for place, hits in enumerate(case.tested.right)}
     arrays |= {"shots": case.tested.shots, "labels": case.tested.labels, "facts": np.array(json.dumps(facts))}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, reached=np.array([case.reached[n] for n in sorted(case.reached)]), **arrays)
@@ -139,7 +139,7 @@ def _read(path: Path) -> Case:
         facts = json.loads(str(file["facts"]))
         right = [file[f"right{place}"] for place in range(len(file["shots"]))]
         tested = Growth(file["shots"], right, file["labels"], facts[7])
-        return Case(*facts[:6], tested, dict(zip(facts[8], file["reached"], strict=True)), facts[6])
+        return Case(*(*facts[:6], tested, dict(zip(facts[8], file["reached"], strict=True)), facts[6]))
 
 
 # ---------------------------------------------------------------------- accuracy
@@ -205,15 +205,15 @@ def accuracy_table(found: Sequence[Case], title: str) -> Table:
     for key in sorted(lines, key=lambda key: (SETTINGS.index(key[0]), str(key[1]), key[2])):
         names, some = zip(*lines[key], strict=True)
         errors = {way: [abs(row[way] - row["reached"]) for row in some] for way in ("plan", "now", "slope", "power")}
-        row = [*key, len(some), f"{100 * np.mean([row['plan'] - row['reached'] for row in some]):+.1f}"]
-        row += [
+        cells = [*key, len(some), f"{100 * np.mean([row['plan'] - row['reached'] for row in some]):+.1f}"]
+        cells += [
             _interval(values, names) if key[1] == "all" else f"{100 * np.mean(values):.1f}"
             for values in errors.values()
         ]
         for name in ("80", "95"):
             inside = [row[f"in{name}"] for row in some]
-            row.append(_interval(inside, names) if key[1] == "all" else f"{100 * np.mean(inside):.0f}")
-        rows.append([*row, f"{100 * np.mean([one['width80'] for one in some]):.0f}"])
+            cells.append(_interval(inside, names) if key[1] == "all" else f"{100 * np.mean(inside):.0f}")
+        rows.append([*cells, f"{100 * np.mean([one['width80'] for one in some]):.0f}"])
     return Table([*columns, "in 80 %", "in 95 %", "width 80 %"], rows, title)
 
 
@@ -333,7 +333,8 @@ def main() -> None:
     options = opt.read(opt.parser(__doc__, seeds=5, shots=(2, 4, 8)))
     every: list[Case] = []
     for kind in opt.kinds(options):
-        found, named = [], []
+        found: list[Case] = []
+        named: list[dict[str, Any]] = []
         for name, task in tasks(kind).items():
             for seed in options.seeds:
                 found += cases(kind, name, task, seed, options.shots)

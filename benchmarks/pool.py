@@ -138,7 +138,7 @@ def classifying(folders: list[Path], rounds: int) -> Table:
         return [model(image_embeds=given).logits for model in models.values()]
 
     def pixels() -> torch.Tensor:
-        return processor(images=pictures, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+        return processor(images=pictures, return_tensors="pt")["pixel_values"]
 
     few = folders[:ALONE]
     pipelines = _pipelines(few)

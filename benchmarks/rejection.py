@@ -155,9 +155,7 @@ def _at_threshold(held: Tensor | None, rate: float, own: Tensor, near: Tensor, f
         return [None, None, None]
     assert held is not None
     threshold = held.sort()[0][place - 1]
-    return [float((own >= threshold).double().mean())] + [
-        float((other < threshold).double().mean()) for other in (near, far)
-    ]
+    return [float(part.double().mean()) for part in (own >= threshold, near < threshold, far < threshold)]
 
 
 def _cell(values: Sequence[float | None], percent: bool) -> str:
@@ -168,9 +166,9 @@ def _cell(values: Sequence[float | None], percent: bool) -> str:
 
 
 def main() -> None:
-    options = opt.parser(__doc__, seeds=3, shots=(1, 4, 16))
-    options.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1])
-    options = opt.read(options)
+    parser = opt.parser(__doc__, seeds=3, shots=(1, 4, 16))
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1])
+    options = opt.read(parser)
     columns = ["score", "stored", "shots", "AUROC near", "far"]
     columns += [f"{what} at {100 * rate:g} %" for rate in options.rates for what in ("kept", "near", "far")]
     for kind in opt.kinds(options):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection, pipeline
@@ -35,7 +36,7 @@ def inference(report: Report) -> None:
     clip = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
     processor = CLIPImageProcessor()
 
-    def bare(batch: list) -> None:
+    def bare(batch: list[Any]) -> None:
         with torch.no_grad():
             for start in range(0, len(pictures[: len(batch)]), 32):
                 clip.get_image_features(**processor(images=batch[start : start + 32], return_tensors="pt"))

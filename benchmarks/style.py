@@ -49,7 +49,8 @@ def scores(
         embeds = data.image_embeds[0]
         trained, zero_shot = fitted.logits(embeds), head.zero_shot_logits(embeds)
         chosen = suggest_strength(shots.image_embeds[0], embeds)
-        for name, strength in [*((value, value) for value in STRENGTHS), (SUGGESTED, chosen)]:
+        ways: list[tuple[float | str, float]] = [*((value, value) for value in STRENGTHS), (SUGGESTED, chosen)]
+        for name, strength in ways:
             answers = (zero_shot + strength * (trained - zero_shot)).argmax(1)
             yield style, name, 100.0 * float((answers == data.labels).double().mean())
 
@@ -113,7 +114,7 @@ def main() -> None:
 
 def print_shifts(options: Any) -> None:
     """The tables of both shifts."""
-    strengths = [*STRENGTHS, SUGGESTED]
+    strengths: list[float | str] = [*STRENGTHS, SUGGESTED]
     found, styles = all_categories(options.shots, options.seeds), demo_styles()
     over = f"mean over {len(options.seeds)} seeds"
 

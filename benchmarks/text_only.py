@@ -106,7 +106,7 @@ def setfit_like(model: Any, task: Task, rows: list[int], seed: int, most: int) -
     for place, label in enumerate(labels):
         same[label].append(place)
     other = {label: [place for place, one in enumerate(labels) if one != label] for label in same}
-    pairs = []
+    pairs: list[tuple[int, int, float]] = []
     for _ in range(_R):
         for place, label in enumerate(labels):
             pairs.append((place, draw.choice(same[label]), 1.0))
@@ -122,9 +122,10 @@ def setfit_like(model: Any, task: Task, rows: list[int], seed: int, most: int) -
         rate = min((step + 1) / warm, (len(batches) - step) / max(len(batches) - warm, 1))
         for group in optimizer.param_groups:
             group["lr"] = float(_LEARNT) * rate
-        sides = [tokenized(tokenizer, [texts[pair[side]] for pair in batch], longest) for side in (0, 1)]
+        ones, others, targets = zip(*batch, strict=True)
+        sides = [tokenized(tokenizer, [texts[place] for place in places], longest) for places in (ones, others)]
         one, two = (tower.embed(**tokens).pooler_output for tokens in sides)
-        loss = F.mse_loss(F.cosine_similarity(one, two), torch.tensor([pair[2] for pair in batch]))
+        loss = F.mse_loss(F.cosine_similarity(one, two), torch.tensor(targets))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

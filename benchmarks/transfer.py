@@ -26,18 +26,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taskres_hf.analysis.analyzing import (
-    class_correlation_table,
     class_correlations,
     class_rows,
-    correlation_table,
     correlations,
     measure_transfer,
     task_rows,
-    task_table,
     trained_head,
 )
 from taskres_hf.analysis.magnitude import rank_correlation, rank_correlation_within
-from taskres_hf.analysis.showing import draw_scatter, draw_transfer
+from taskres_hf.analysis.showing import (
+    class_correlation_table,
+    correlation_table,
+    draw_scatter,
+    draw_transfer,
+    task_table,
+)
 from taskres_hf.demo import demo_dataset
 from taskres_hf.embedding import ImageFeatures
 from taskres_hf.residual import TaskResClassifier

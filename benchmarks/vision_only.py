@@ -36,6 +36,7 @@ from taskres_hf.few_shot import few_shot_indices
 from taskres_hf.methods.linear_probe import LinearProbeCV
 from taskres_hf.residual import TaskResClassifier
 from taskres_hf.tables import Table
+from taskres_hf.training.arguments import RecipeName
 from taskres_hf.training.recipes import recipe_for
 from taskres_hf.training.steps import fit
 
@@ -64,14 +65,18 @@ def embedded(kind: str, folder: str) -> dict[str, tuple[ImageFeatures, ImageFeat
     return found
 
 
-def trained(head: TaskResClassifier, shots: ImageFeatures, recipe: str) -> TaskResClassifier:
+def trained(head: TaskResClassifier, shots: ImageFeatures, recipe: RecipeName) -> TaskResClassifier:
     apart, args = copy.deepcopy(head), TaskResTrainingArguments(recipe=recipe, disable_tqdm=True)
     fit(apart, shots, recipe_for(args, apart, shots.labels, False), seed=1)
     return apart
 
 
 def measured(
-    train: ImageFeatures, test: ImageFeatures, rows: list[int], recipes: Sequence[str], head: LinearHead | None = None
+    train: ImageFeatures,
+    test: ImageFeatures,
+    rows: list[int],
+    recipes: Sequence[RecipeName],
+    head: LinearHead | None = None,
 ) -> dict[str, float]:
     """Method to accuracy on one draw of shots."""
     shots, truth = train.select(rows), test.labels

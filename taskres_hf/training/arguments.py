@@ -7,10 +7,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ConfigurationError, MissingExtraError
 
+if TYPE_CHECKING:
+    CacheDir = str | Literal[False] | None
+else:
+    CacheDir = str | None  # HfArgumentParser knows no more
 RecipeName = Literal["auto", "auto-v1", "paper"]
 OnShort = Literal["warn", "raise", "ignore"]
 OnError = Literal["raise", "skip"]
@@ -127,7 +131,7 @@ class TaskResTrainingArguments:
     exact_preprocessing: bool = False
     draft_decoding: bool = False
     crop: Crop = "processor"
-    cache_dir: str | None = None
+    cache_dir: CacheDir = None
     buffer_mb: int = 64
     save_epochs: int = 0
     save_total_limit: int | None = None
