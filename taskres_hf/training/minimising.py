@@ -76,9 +76,9 @@ def log_losses(logits: Tensor, y: Tensor, weights: Tensor, factors: list[float])
     """Weighted sums of cross-entropies of logits [N, K], times each factor."""
     if len(factors) > 1 and logits.numel() * len(factors) > _PIECE:
         return [loss for factor in factors for loss in log_losses(logits, y, weights, [factor])]
-    several = logits * torch.tensor(factors).to(logits)[:, None, None]
+    several = logits.float() * torch.tensor(factors)[:, None, None]
     likely = over_classes(torch.log_softmax, several).gather(2, y.expand(len(factors), -1)[..., None])[..., 0]
-    losses: list[float] = (-(likely @ weights.to(logits))).tolist()
+    losses: list[float] = (-(likely.double() @ weights.double())).tolist()
     return losses
 
 
