@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import TaskResError
-from .engines.choose import ImageEngine, candidates, engine_of_watched, make_engine, stock_engine
+from ..errors import BaseModelError, TaskResError
+from .engines.choose import (
+    ImageEngine,
+    candidates,
+    engine_of_watched,
+    make_engine,
+    picture_size,
+    stock_engine,
+)
 from .engines.devices import SMALLEST_BATCH, DeviceTower, device_of, embed_ahead, is_accelerator
 from .engines.proving import (
     CENTRED,
@@ -159,8 +166,7 @@ class Embedder:
                 self._choose_engine()
         if self._is_ready:
             return
-        probes, stock = probe_pictures(), stock_engine(self.base)
-        expected = stock(self.preprocess(probes))
+        probes, expected = self._probed()
         try:
             self.engine.get_ready()
             embeds = self.engine(self.preprocess(probes))
@@ -185,6 +191,36 @@ class Embedder:
             self._run_stock()
         elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
             self._choose_fastest(pictures)
+
+    def _probed(self) -> tuple[list[PIL.Image.Image], Tensor]:
+        """Two probe pictures, and their embeddings by the tower as it is; of its own size where it takes no other.
+
+        An image processor that does not scale, or does not crop, leaves it to the pictures to be of that size.
+        """
+        stock, probes = stock_engine(self.base), probe_pictures()
+        try:
+            return probes, self._embedded(stock, self.preprocess(probes))
+        except BaseModelError:
+            probes = probe_pictures(*picture_size(self.base))
+        return probes, self._embedded(stock, self.preprocess(probes))
+
+    def _embedded(self, engine: ImageEngine, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings [B, D] of collated pictures.
+
+        Raises:
+            BaseModelError: the tower refuses pictures as its image processor leaves them.
+        """
+        try:
+            return engine(inputs)
+        except Exception as error:  # each library has its own
+            shape, taken = next(iter(inputs.values())).shape[1:], picture_size(self.base)
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or shape == (3, *taken):
+                raise
+            raise BaseModelError(
+                f"The image tower takes pictures of {taken[0]} x {taken[1]} pixels, not {' x '.join(map(str, shape))} "
+                f"numbers, as {type(self.image_processor).__name__} leaves them. Give an image processor that scales "
+                "and crops to that size, or pictures of it."
+            ) from error
 
     def _choose_fastest(self, pictures: int) -> None:
         """Measure what was not measured here and is worth it for so many pictures; run in the fastest right form."""
@@ -211,7 +247,7 @@ class Embedder:
         tower = self.engine.beside
         if tower is None:
             return self.batch_size
-        return tower.batch_size(pictures, self.batch_size, self.preprocess(probe_pictures()))
+        return tower.batch_size(pictures, self.batch_size, self.preprocess(self._probed()[0]))
 
     @torch.no_grad()
     def prove(self, pairs: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Proof]:
@@ -225,7 +261,7 @@ class Embedder:
         engines = {STOCK: lambda: stock_engine(self.base)}
         for name, pair in pairs.items():
             engines[name] = partial(make_engine, self.base, *pair)
-        before, probes = (self.engine, self._is_ready), self.preprocess(probe_pictures())
+        before, probes = (self.engine, self._is_ready), self.preprocess(self._probed()[0])
         try:
             return prove(engines, lambda engine: engine(probes), self._pace)
         finally:
@@ -234,7 +270,7 @@ class Embedder:
     def _pace(self, engine: ImageEngine) -> float:
         """Seconds a picture takes in a large job, with every core at work and its decoding left out."""
         self.engine, self._is_ready = engine, True
-        probes, cores = probe_pictures(), torch.get_num_threads()
+        probes, cores = self._probed()[0], torch.get_num_threads()
         batches = [[probes[number % 2] for number in range(self.batch_size)] for _ in range(cores)]
         start = time.perf_counter()
         for _ in self.stream(batches, lambda picture: picture, False, total=max(_LARGE_JOB, cores)):
@@ -248,7 +284,7 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[PIL.Image.Image], augmented: bool = False) -> Tensor:
         """Embeddings [N, D] fp32 on the CPU of RGB pictures; `augmented` ones already have the tower's size."""
-        return self.get_ready()(self.preprocess(pictures, augmented))
+        return self._embedded(self.get_ready(), self.preprocess(pictures, augmented))
 
     @torch.no_grad()
     def stream(
@@ -342,7 +378,7 @@ class Embedder:
         @torch.no_grad()
         def embed(batch: Sequence[tuple[_T, Any]]) -> tuple[Sequence[_T], Tensor]:
             values = self.preprocess.collate([picture for _, picture in batch], augmented)
-            embeds = self.engine({name: _padded(value, full) for name, value in values.items()})
+            embeds = self._embedded(self.engine, {name: _padded(value, full) for name, value in values.items()})
             return [name for name, _ in batch], embeds[: len(batch)]
 
         if tower is not None:

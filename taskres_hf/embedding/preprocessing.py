@@ -98,7 +98,21 @@ class Preprocessor:
         return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
 
     def collate(self, prepared: Sequence[Any], augmented: bool = False, pin: bool = False) -> dict[str, Tensor]:
-        """Inputs of the tower from what `prepare` gave; in pinned memory if wanted, from which devices copy."""
+        """Inputs of the tower from what `prepare` gave; in pinned memory if wanted, from which devices copy.
+
+        Raises:
+            ImageError: the image processor leaves pictures in sizes of their own, which no table holds.
+        """
+        try:
+            return self._collated(prepared, augmented, pin)
+        except ValueError as error:
+            raise ImageError(
+                f"{type(self.stock).__name__} cannot make one table of these pictures ({error}). Where it leaves them "
+                "in several sizes, give it one, by a `size` of height and width or by `do_center_crop=True`, or give "
+                "pictures of one size."
+            ) from error
+
+    def _collated(self, prepared: Sequence[Any], augmented: bool, pin: bool) -> dict[str, Tensor]:
         if self.fast and not pin:
             return {"pixel_values": torch.from_numpy(np.stack(prepared))}
         if self.fast:

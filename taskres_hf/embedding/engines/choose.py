@@ -91,8 +91,9 @@ class Tower(nn.Module):
 
 
 def picture_size(base: PreTrainedModel) -> tuple[int, int]:
-    size = base.config.vision_config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """Height and width of what an image tower takes; where its config does not say, of what most do."""
+    size = getattr(getattr(base.config, "vision_config", base.config), "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
 
 def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Callable[[Path], None]) -> Path:

@@ -49,11 +49,11 @@ class Proof:
     seconds_to_prepare: float = 0.0
 
 
-def probe_pictures() -> list[PIL.Image.Image]:
+def probe_pictures(height: int = 256, width: int = 320) -> list[PIL.Image.Image]:
     """Two pictures that have little in common."""
     generator = np.random.default_rng(0)
     coarse = [generator.integers(0, 256, (4, 5, 3), dtype=np.uint8), generator.integers(0, 120, (40, 50, 3), np.uint8)]
-    return [PIL.Image.fromarray(pixels).resize((320, 256), PIL.Image.Resampling.BICUBIC) for pixels in coarse]
+    return [PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC) for pixels in coarse]
 
 
 def agrees(embeds: Tensor, expected: Tensor, precision: str, centred: float = CENTRED_ASKED) -> bool:

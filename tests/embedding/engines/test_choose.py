@@ -6,6 +6,7 @@ import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.rewriting import int8_obstacle
 from taskres_hf.encoders import FAMILIES, BaseSource, encode_images
-from taskres_hf.errors import ConfigurationError, MissingExtraError
+from taskres_hf.errors import BaseModelError, ConfigurationError, ImageError, MissingExtraError
 
 Model = TaskResCLIPForImageClassification
 COMBINATIONS = [
@@ -248,3 +249,38 @@ def test_a_converted_tower_that_cannot_be_kept_runs(
     with pytest.warns(UserWarning, match="not kept"):
         found = make_engine(tiny_clip, "openvino", "fp32")(pictures)
     assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------------- image processors that leave sizes as they are
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_processor_may_leave_sizes_to_the_pictures(
+    scales: bool, engine: str, image_tower: Any, model: Model, splits: Any
+) -> None:
+    """Pictures that fit are embedded, though no probe picture fits; of what does not fit, all is said."""
+    _needs(engine)
+    high, wide = engines.picture_size(image_tower)
+    square = [splits["test"][row]["image"].convert("RGB").resize((wide, high)) for row in range(4)]
+    settings = {"do_center_crop": False} | ({"size": {"shortest_edge": high}} if scales else {"do_resize": False})
+    processor = type(model.image_processor).from_dict(model.image_processor.to_dict() | settings)
+    embedder = Embedder(image_tower, processor, engine)
+    found = embedder(square)
+    assert embedder.engine.engine == engine
+    torch.testing.assert_close(found, Embedder(image_tower, model.image_processor)(square), atol=1e-3, rtol=1e-3)
+    longer = square[0].resize((wide + 16, high))
+    told = f"takes pictures of {high} x {wide} pixels, not 3 x {high} x {wide + 16} .* or pictures of it"
+    with pytest.raises(BaseModelError, match=told):
+        embedder([longer, longer])
+    with pytest.raises(ImageError, match=r"several sizes, give it one, .* or give pictures of one size"):
+        embedder([longer, square[1]])
+    torch.testing.assert_close(embedder(square), found)  # goes on
+
+
+def test_what_fails_at_the_right_size_is_told_as_it_is(model: Model, splits: Any) -> None:
+    embedder = Embedder(model.clip, model.image_processor)
+    embedder.get_ready()
+    broken = patch.object(type(embedder.engine), "__call__", side_effect=RuntimeError("out of something"))
+    with broken, pytest.raises(RuntimeError, match=r"^out of something$"):
+        embedder([splits["test"][0]["image"].convert("RGB")])
