@@ -57,7 +57,7 @@ def inference(report: Report) -> None:
                             ours(pictures[:size], batch_size=size) for _ in range(32 // size // 2 or 1)
                         ],
                     },
-                    rounds=5,
+                    rounds=9,
                 )
                 name = f"pipeline / bare tower and preprocessing, batch {size}, K={classes}"
                 report.add_ratio(name, found, "pipeline", "bare", 1.05, "ViT-B/32")
