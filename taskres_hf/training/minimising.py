@@ -44,21 +44,19 @@ def likeliest_factor(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
     target = weights @ logits.gather(1, labels[:, None])[:, 0]
     if float(target - weights @ logits.mean(1)) <= 0:
         return 0.0
-    low, factor, high = 0.0, 0.05, 1.0  # from below Newton's steps do not go too far
-    for _ in range(40):  # those that leave the bracket halve it
+    low, factor, high = 0.0, 1.0, 1.0
+    for _ in range(40):
         chances = probabilities(factor * logits).mul_(logits)
         mean = chances.sum(1)
         slope = float(target - weights @ mean)
         if factor == 1.0 and slope >= 0:
             return 1.0
-        low, high, untried = (factor, high, high == 1.0) if slope > 0 else (low, factor, False)
+        low, high = (factor, high) if slope > 0 else (low, factor)
         bend = float(weights @ (chances.mul_(logits).sum(1) - mean.square_()))
-        following = factor + slope / max(bend, 1e-30)
-        if not low < following < high:
-            following = 1.0 if untried else 0.5 * (low + high)
+        following = factor + slope / max(bend, 1e-30)  # Newton's; from below it does not go too far
         if abs(following - factor) < 1e-5:
-            return following
-        factor = following
+            return max(following, 0.0)
+        factor = following if low < following < high else 0.5 * (low + high) if low else 0.2 * high
     return factor
 
 
@@ -198,7 +196,7 @@ class _Line:
 
     def is_at_its_end(self, steepness: float) -> bool:
         """What is left to gain is no more than the objective, and no more than this, by convexity of the penalty."""
-        return min(self.value, steepness / (2.0 * self.decay)) <= self.enough
+        return self.value <= self.enough or steepness <= 2.0 * self.decay * self.enough
 
     def turn(self, slope: float, along: float, far: float, curvature: float) -> None:
         """To a direction: its products with the gradient, with V and with itself, and the cross-entropy's curvature."""
@@ -206,7 +204,7 @@ class _Line:
         self.step = min(max(-slope / max(curvature + self.decay * far, 1e-30), 0.0), 100.0)
 
     def is_worse(self, cross_entropy: float) -> bool:
-        """The objective after the step, than what makes a step worth it."""
+        """Whether the objective falls by too little, or rises, after the step."""
         self.taken, self.further = self.step, self.length + self.step * (2.0 * self.along + self.step * self.far)
         self.tried = cross_entropy + 0.5 * self.decay * self.further
         return self.tried > self.value + 1e-4 * self.step * self.slope

@@ -135,3 +135,5 @@ def test_no_factor_is_likelier_than_the_likeliest(best: float, classes: int, dty
     assert 0.0 <= found <= 1.0
     assert losses[0] <= min(losses) + 1e-6
     assert found == {-1.0: 0.0, 3.0: 1.0}.get(best, found)
+    told_apart = 100.0 * true.to(dtype)  # without an error: every factor is as good, but for rounding
+    assert likeliest_factor(told_apart, true.argmax(1), weights) == 1.0
