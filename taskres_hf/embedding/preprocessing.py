@@ -106,10 +106,13 @@ class Preprocessor:
         try:
             return self._collated(prepared, augmented, pin)
         except ValueError as error:
+            name, sizes = type(self.stock).__name__, sorted({" x ".join(map(str, np.shape(one))) for one in prepared})
+            if len(sizes) == 1:
+                raise ImageError(f"{name} cannot prepare pictures of {sizes[0]} numbers: {error}") from error
             raise ImageError(
-                f"{type(self.stock).__name__} cannot make one table of these pictures ({error}). Where it leaves them "
-                "in several sizes, give it one, by a `size` of height and width or by `do_center_crop=True`, or give "
-                "pictures of one size."
+                f"{name} leaves pictures in sizes of their own, here from {' and '.join(sizes[:3])} numbers, which "
+                "cannot pass the image tower together. Give it one, by a `size` of height and width or by "
+                "`do_center_crop=True`, or give pictures of one size."
             ) from error
 
     def _collated(self, prepared: Sequence[Any], augmented: bool, pin: bool) -> dict[str, Tensor]:

@@ -273,7 +273,7 @@ def test_a_processor_may_leave_sizes_to_the_pictures(
     told = f"takes pictures of {high} x {wide} pixels, not 3 x {high} x {wide + 16} .* or pictures of it"
     with pytest.raises(BaseModelError, match=told):
         embedder([longer, longer])
-    with pytest.raises(ImageError, match=r"several sizes, give it one, .* or give pictures of one size"):
+    with pytest.raises(ImageError, match=r"sizes of their own, here from .* and .* or give pictures of one size"):
         embedder([longer, square[1]])
     torch.testing.assert_close(embedder(square), found)  # goes on
 
@@ -283,4 +283,10 @@ def test_what_fails_at_the_right_size_is_told_as_it_is(model: Model, splits: Any
     embedder.get_ready()
     broken = patch.object(type(embedder.engine), "__call__", side_effect=RuntimeError("out of something"))
     with broken, pytest.raises(RuntimeError, match=r"^out of something$"):
+        embedder([splits["test"][0]["image"].convert("RGB")])
+    refuses = patch.object(embedder.preprocess, "_collated", side_effect=ValueError("no such picture"))
+    with (
+        refuses,
+        pytest.raises(ImageError, match=r"Processor\w* cannot prepare pictures of .* numbers: no such picture"),
+    ):
         embedder([splits["test"][0]["image"].convert("RGB")])
