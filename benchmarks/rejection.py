@@ -29,7 +29,7 @@ from taskres_hf.training import TaskResTrainingArguments
 from taskres_hf.training.measuring import fold_of_each_picture
 from taskres_hf.training.recipes import recipe_for
 from taskres_hf.training.steps import fit
-from taskres_hf.training.whitened import _Whitened
+from taskres_hf.training.whitened import _moments, _Whitened
 
 from . import options as opt
 from .tasks import Task, draws, tasks
@@ -64,8 +64,9 @@ def scores(head: TaskResClassifier, shots: ImageFeatures, embeds: Tensor, labels
     logits, count = head(embeds).double(), torch.bincount(y, minlength=len(head.base)).double()
     means = torch.zeros(len(count), own.shape[1], dtype=own.dtype).index_add_(0, y, own) / count[:, None]
     top = logits.max(1)[0]
-    sums, squares = means * count[:, None], own.T @ own
-    metric = _Whitened(own, y, torch.ones(1, len(y), dtype=own.dtype), own.shape[1], (sums[None], squares[None]))
+    weights = torch.ones(len(y), dtype=own.dtype)
+    sums, squares = _moments(own, y, len(count), weights)
+    metric = _Whitened(own, y, weights[None], own.shape[1], (sums[None], squares[None]))
     two = logits.topk(2, dim=1)[0]
     chances = logits.softmax(1)
     return {

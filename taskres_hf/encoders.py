@@ -433,6 +433,12 @@ def image_features(base: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: A
     return base.get_image_features(**tensors, **kwargs)  # type: ignore[operator]
 
 
+def picture_size(base: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of what an image tower takes; where its config does not say, of what most do."""
+    size = getattr(getattr(base.config, "vision_config", base.config), "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size[-2:])
+
+
 def encode_images(base: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Image embeddings [N, D] of processed images, projected and not normalised, in the tower's dtype."""
     return pooled(image_features(base, inputs))

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..encoders import picture_size
 from ..errors import BaseModelError, TaskResError
 from .engines.choose import (
     ImageEngine,
     candidates,
     engine_of_watched,
     make_engine,
-    picture_size,
     stock_engine,
 )
 from .engines.devices import SMALLEST_BATCH, DeviceTower, device_of, embed_ahead, is_accelerator
@@ -166,7 +166,8 @@ class Embedder:
                 self._choose_engine()
         if self._is_ready:
             return
-        probes, expected = self._probed()
+        probes = self._probes()
+        expected = self._embedded(stock_engine(self.base), self.preprocess(probes))
         try:
             self.engine.get_ready()
             embeds = self.engine(self.preprocess(probes))
@@ -192,17 +193,11 @@ class Embedder:
         elif self._may_choose and pictures >= _LARGE_JOB * self.batch_size:
             self._choose_fastest(pictures)
 
-    def _probed(self) -> tuple[list[PIL.Image.Image], Tensor]:
-        """Two probe pictures, and their embeddings by the tower as it is; of its own size where it takes no other.
-
-        An image processor that does not scale, or does not crop, leaves it to the pictures to be of that size.
-        """
-        stock, probes = stock_engine(self.base), probe_pictures()
-        try:
-            return probes, self._embedded(stock, self.preprocess(probes))
-        except BaseModelError:
-            probes = probe_pictures(*picture_size(self.base))
-        return probes, self._embedded(stock, self.preprocess(probes))
+    def _probes(self) -> list[PIL.Image.Image]:
+        """Two probe pictures, of the tower's own size where its image processor does not make them that."""
+        probes, size = probe_pictures(), picture_size(self.base)
+        left = next(iter(self.preprocess(probes).values())).shape[-2:]
+        return probes if left == size else probe_pictures(*size)
 
     def _embedded(self, engine: ImageEngine, inputs: Mapping[str, Tensor]) -> Tensor:
         """Embeddings [B, D] of collated pictures.
@@ -216,10 +211,12 @@ class Embedder:
             shape, taken = next(iter(inputs.values())).shape[1:], picture_size(self.base)
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or shape == (3, *taken):
                 raise
+            said = str(error).partition("\n")[0]
             raise BaseModelError(
                 f"The image tower takes pictures of {taken[0]} x {taken[1]} pixels, not {' x '.join(map(str, shape))} "
-                f"numbers, as {type(self.image_processor).__name__} leaves them. Give an image processor that scales "
-                "and crops to that size, or pictures of it."
+                f"numbers, as {type(self.image_processor).__name__} leaves them ({type(error).__name__}: "
+                f"{said}). Give an image processor that scales and crops to that size, or "
+                "pictures of it."
             ) from error
 
     def _choose_fastest(self, pictures: int) -> None:
@@ -247,7 +244,7 @@ class Embedder:
         tower = self.engine.beside
         if tower is None:
             return self.batch_size
-        return tower.batch_size(pictures, self.batch_size, self.preprocess(self._probed()[0]))
+        return tower.batch_size(pictures, self.batch_size, self.preprocess(self._probes()))
 
     @torch.no_grad()
     def prove(self, pairs: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Proof]:
@@ -261,7 +258,7 @@ class Embedder:
         engines = {STOCK: lambda: stock_engine(self.base)}
         for name, pair in pairs.items():
             engines[name] = partial(make_engine, self.base, *pair)
-        before, probes = (self.engine, self._is_ready), self.preprocess(self._probed()[0])
+        before, probes = (self.engine, self._is_ready), self.preprocess(self._probes())
         try:
             return prove(engines, lambda engine: engine(probes), self._pace)
         finally:
@@ -270,7 +267,7 @@ class Embedder:
     def _pace(self, engine: ImageEngine) -> float:
         """Seconds a picture takes in a large job, with every core at work and its decoding left out."""
         self.engine, self._is_ready = engine, True
-        probes, cores = self._probed()[0], torch.get_num_threads()
+        probes, cores = self._probes(), torch.get_num_threads()
         batches = [[probes[number % 2] for number in range(self.batch_size)] for _ in range(cores)]
         start = time.perf_counter()
         for _ in self.stream(batches, lambda picture: picture, False, total=max(_LARGE_JOB, cores)):

@@ -13,7 +13,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..embedding.engines.choose import file_sha256, picture_size
+from ..embedding.engines.choose import file_sha256
+from ..encoders import picture_size
 from ..errors import ArtifactError, ConfigurationError, TaskResError
 from ..hub import side_files
 from ..modeling_taskres import TaskResCLIPForImageClassification

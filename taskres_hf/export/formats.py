@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..embedding.engines.choose import onnx_tower, picture_size, write_onnx, write_openvino
+from ..embedding.engines.choose import onnx_tower, write_onnx, write_openvino
+from ..encoders import picture_size
 from ..errors import ConfigurationError, MissingExtraError
 from ..storage import write_bytes, write_tensors
 from .fused import FusedClassifier as FusedClassifier  # for those who take a Run

@@ -146,7 +146,7 @@ def _fit_beside(
         temperature = max(0.3, factor)
     if not problem.at_once:
         del held, more, apart
-        space = problem.whole()
+        space = problem.space(slice(None), problem.moments)
         whole = problem.fit(space, [share])[0]
     rows, bias = space.unwhiten(whole[0]), whole[1]
     if few:
@@ -362,37 +362,37 @@ class _Problem:
         means += minimise(x, y, balance, logits, decay, self.iterations, _SETTLED)
         return list(zip(means, bias, strict=True))
 
-    def whole(self) -> _Whitened:
-        """The metric and the means of all shots."""
-        sums, squares = self.moments
-        return _Whitened(self.f, self.y, self.weights[None], self.dim, (sums[None], squares[None]))
+    def space(self, rows: Tensor | slice, moments: _Moments) -> _Whitened:
+        """The metric and the means of some shots alone."""
+        sums, squares = moments
+        return _Whitened(self.f[rows], self.y[rows], self.weights[rows][None], self.dim, (sums[None], squares[None]))
 
     def held_out(self, large: bool) -> _HeldOut:
         """The shots in folds, each with the metric and the means of the others; no fold at one shot."""
         folds, classes = int(min(_MOST_FOLDS, self.shots)), self.text.shape[1]
         turns = 0 if folds < 2 else 1 if self.text.numel() > _MANY else folds
         held, limit = _HeldOut(self, folds, large, [], [], [], [], []), max(classes, _FOR_TEXT // classes)
-        fold, weights = self.numbers % folds, self.weights.repeat(turns + 1, 1)
-        sums, squares = (moment.repeat(turns + 1, 1, 1) for moment in self.moments)  # the last is of all shots
+        fold, moments = self.numbers % folds, list[_Moments]()
         for turn in range(turns):
             left = (fold == turn).nonzero().flatten()
-            less = _moments(self.f[left], self.y[left], classes, self.weights[left])
-            sums[turn] -= less[0]
-            squares[turn] -= less[1]
-            weights[turn, left] = 0.0
+            sums, squares = _moments(self.f[left], self.y[left], classes, self.weights[left])
+            moments.append((self.moments[0] - sums, self.moments[1] - squares))
             if large and len(left) > limit:  # no more than are needed to judge, from all over
                 left = left[torch.arange(len(left), dtype=torch.float64) * _GOLDEN % 1.0 < limit / len(left)]
             held.out.append(left)
         if self.at_once:
+            weights = self.weights.repeat(turns + 1, 1)  # the last is of all shots
+            for turn, out in enumerate(held.out):
+                weights[turn, out] = 0.0
+            sums, squares = (torch.stack(each) for each in zip(*moments, self.moments, strict=True))
             space = _Whitened(self.f, self.y, weights, self.dim, (sums, squares))
             held.spaces.append(space)
             for turn, out in enumerate(held.out):
                 held.add(space.rows[turn, out], space, turn)
         else:
             for turn, out in enumerate(held.out):
-                rest, one = (fold != turn).nonzero().flatten(), slice(turn, turn + 1)
-                some = self.f[rest], self.y[rest], self.weights[None, rest]
-                space = _Whitened(*some, self.dim, (sums[one], squares[one]))
+                rest = (fold != turn).nonzero().flatten()
+                space = self.space(rest, moments[turn])
                 held.spaces.append(space)
                 held.rest.append(rest)
                 held.add(space.whiten(self.f[out])[0], space, 0)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..alone.towers import Tower, frozen, head_rows, linear_layers, load_model, refuse_lost, tower_fingerprint
 from ..base_model import check_weights
-from ..encoders import FAMILIES, BaseSource, config_file, read_config
+from ..encoders import FAMILIES, BaseSource, config_file, picture_size, read_config
 from ..errors import BaseModelError
 
 _IMAGE_TOWERS = ("vision", "dinov3")  # in a `model_type` that is in transformers' table of models, not of classifiers
@@ -155,8 +155,7 @@ def embedding_length(tower: VisionTower) -> int:
     """D: of the head, or of what a black picture gives."""
     if tower.head is not None:
         return int(tower.head.weight.shape[1])
-    size = getattr(tower.config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    height, width = picture_size(tower)
     device, channels = next(tower.parameters()).device, getattr(tower.config, "num_channels", 3)
     pixels = torch.zeros(1, channels, height, width, device=device, dtype=tower.dtype)
     return int(tower.get_image_features(pixels).pooler_output.shape[1])

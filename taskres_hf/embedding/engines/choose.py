@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...encoders import encode_images, family_of
+from ...encoders import encode_images, family_of, picture_size
 from ...errors import ArtifactError, ConfigurationError, MissingExtraError
 from ...machine import is_faster
 from ...storage import cache_root, read_sealed, staging_folder, umask, warn_not_kept, write_sealed
@@ -88,12 +88,6 @@ class Tower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return encode_images(self.base, {"pixel_values": pixel_values})
-
-
-def picture_size(base: PreTrainedModel) -> tuple[int, int]:
-    """Height and width of what an image tower takes; where its config does not say, of what most do."""
-    size = getattr(getattr(base.config, "vision_config", base.config), "image_size", None) or 224
-    return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
 
 def converted_tower(engine: str, name: str, base: PreTrainedModel, convert: Callable[[Path], None]) -> Path:

@@ -22,7 +22,7 @@ from taskres_hf.embedding.engines import choose as engines
 from taskres_hf.embedding.engines.choose import make_engine
 from taskres_hf.embedding.engines.onednn import onednn_int8
 from taskres_hf.embedding.engines.rewriting import int8_obstacle
-from taskres_hf.encoders import FAMILIES, BaseSource, encode_images
+from taskres_hf.encoders import FAMILIES, BaseSource, encode_images, picture_size
 from taskres_hf.errors import BaseModelError, ConfigurationError, ImageError, MissingExtraError
 
 Model = TaskResCLIPForImageClassification
@@ -261,7 +261,7 @@ def test_a_processor_may_leave_sizes_to_the_pictures(
 ) -> None:
     """Pictures that fit are embedded, though no probe picture fits; of what does not fit, all is said."""
     _needs(engine)
-    high, wide = engines.picture_size(image_tower)
+    high, wide = picture_size(image_tower)
     square = [splits["test"][row]["image"].convert("RGB").resize((wide, high)) for row in range(4)]
     settings = {"do_center_crop": False} | ({"size": {"shortest_edge": high}} if scales else {"do_resize": False})
     processor = type(model.image_processor).from_dict(model.image_processor.to_dict() | settings)
